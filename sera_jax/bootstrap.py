@@ -1,0 +1,165 @@
+"""Prompts → candidates → rewards → fresh pairs: what the policy makes of its own samples (SeRA, section 3.3)."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sera_jax import metrics, sample, sera
+from sera_jax.data import order
+from sera_jax.records import Candidates, Prompt, Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Fresh:
+    """Pairs made of candidates, best margins first cut off at K̃ or not (`kept`).
+
+    trees: prompt, (chosen, rejected) with the sampled ids. pair_F2: candidate numbers (chosen, rejected); prompt_F:
+    index
+    into the candidates. reward_F2, margin_F float32. kept_F bool: among the K̃ of the largest margin.
+    """
+
+    trees: tuple[Tree, ...]
+    prompt_F: np.ndarray
+    pair_F2: np.ndarray
+    reward_F2: np.ndarray
+    margin_F: np.ndarray
+    kept_F: np.ndarray
+
+
+def prompts_of_iteration(count: int, share: float, *, seed: int, iteration: int) -> np.ndarray:
+    """Indices of the prompts an iteration samples from, ascending: the first share of a permutation of its own."""
+    chosen = order(count, seed=seed + 1, iteration=iteration, epoch=0)[: max(1, round(share * count))]
+    return np.sort(chosen)
+
+
+def sample_candidates(
+    run: Callable,
+    prompts: Sequence[Prompt],
+    tokens: Sequence[np.ndarray],
+    decode: Callable[[np.ndarray], str],
+    *,
+    candidates: int,
+    slots: int,
+    path: pathlib.Path,
+    label: str,
+) -> Candidates:
+    """C candidates of every prompt, appended to a file batch by batch; what the file holds already is not sampled
+    again.
+
+    Args:
+        run: programs.sample_prompts(...). tokens: ids of the prompts. decode: token ids → text, specials removed.
+        slots: responses decoded side by side; slots // candidates prompts a batch. path: JSONL of this stage.
+    """
+    per_batch = max(1, slots // candidates)
+    batches = sample.sampling_batches([len(t) for t in tokens], per_batch)
+    found = _read(path, [p.id for p in prompts])
+    missing = [(size, members) for size, members in batches if not all(int(i) in found for i in members)]
+    if missing:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stages = sample.run_batches(run, tokens, missing, per_batch)
+        with open(path, "a", encoding="utf-8") as file:
+            for members, responses, finished in metrics.track(stages, total=len(missing), label=label, unit="batches"):
+                lines = []
+                for row, index in enumerate(members):
+                    found[int(index)] = (responses[row], finished[row])
+                    record = {
+                        "index": int(index),
+                        "id": prompts[index].id,
+                        "responses": [decode(r) for r in responses[row]],
+                        "finished": finished[row].tolist(),
+                        "tokens": [r.tolist() for r in responses[row]],
+                    }
+                    lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+                file.write("".join(lines))
+                file.flush()
+                os.fsync(file.fileno())
+    order_ = range(len(prompts))
+    return Candidates(
+        ids=tuple(p.id for p in prompts),
+        prompts=tuple(tokens),
+        texts_PC=tuple(tuple(decode(r) for r in found[i][0]) for i in order_),
+        tokens_PC=tuple(tuple(found[i][0]) for i in order_),
+        finished_PC=np.array([found[i][1] for i in order_], bool).reshape(len(prompts), candidates),
+    )
+
+
+def _read(path: pathlib.Path, ids: Sequence[str]) -> dict[int, tuple]:
+    """Candidates that an earlier, interrupted run left in the file; a torn last line is cut off."""
+    found: dict[int, tuple] = {}
+    if not path.is_file():
+        return found
+    whole = 0
+    with open(path, "rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            whole += len(line)
+            record = json.loads(line)
+            index = record["index"]
+            if index >= len(ids) or ids[index] != record["id"]:
+                raise ValueError(
+                    f"{path} holds candidates of prompt {record['id']!r} at place {index}, expected another one: it "
+                    "belongs to other prompts. Remove the file, or use another run folder."
+                )
+            found[index] = (tuple(np.array(t, np.int32) for t in record["tokens"]), record["finished"])
+    os.truncate(path, whole)
+    return found
+
+
+def valid(candidates: Candidates, *, keep_unfinished: bool) -> np.ndarray:
+    """bool [P, C]: which candidates may stand in a pair: not empty, not repeated, finished unless told otherwise."""
+    out = np.zeros(candidates.finished_PC.shape, bool)
+    for p, tokens in enumerate(candidates.tokens_PC):
+        seen: set[bytes] = set()
+        for c, ids in enumerate(tokens):
+            text = ids.tobytes()
+            usable = len(ids) > 0 and candidates.texts_PC[p][c].strip() != "" and text not in seen
+            out[p, c] = usable and (keep_unfinished or bool(candidates.finished_PC[p, c]))
+            seen.add(text)
+    return out
+
+
+def fresh_pairs(
+    candidates: Candidates, rewards_PC: np.ndarray, valid_PC: np.ndarray, *, rule: str, keep: int, key: jax.Array
+) -> Fresh:
+    """Candidates and their rewards → pairs by a rule of sera.PAIR_RULES, of which the K̃ largest margins are kept.
+
+    Args:
+        keep: K̃; fewer pairs than that are all kept. key: of the iteration, for the rules that draw.
+
+    Raises:
+        ValueError: the reward of a valid candidate is not finite.
+    """
+    bad = np.argwhere(valid_PC & ~np.isfinite(rewards_PC))
+    if len(bad):
+        p, c = bad[0]
+        raise ValueError(
+            f"candidate {c} of prompt {candidates.ids[p]!r} has reward {rewards_PC[p, c]}, expected a finite number "
+            f"({len(bad)} of {int(valid_PC.sum())} candidates)."
+        )
+    pair_PQ2, ok_PQ = jax.device_get(
+        jax.jit(sera.PAIR_RULES[rule])(jnp.asarray(rewards_PC), jnp.asarray(valid_PC), key)
+    )
+    prompt_F, q_F = np.nonzero(ok_PQ)
+    pair_F2 = pair_PQ2[prompt_F, q_F]
+    reward_F2 = rewards_PC[prompt_F[:, None], pair_F2].astype(np.float32)
+    margin_F = reward_F2[:, 0] - reward_F2[:, 1]
+    kept_F = np.zeros(len(prompt_F), bool)
+    if len(prompt_F):
+        one_group = jnp.zeros(len(prompt_F), jnp.int32)
+        kept_F = np.array(jax.jit(sera.top_k_mask)(jnp.asarray(margin_F), one_group, jnp.array([keep], jnp.int32)))
+    trees = tuple(
+        Tree(
+            f"{candidates.ids[p]}/{chosen}>{rejected}",
+            candidates.prompts[p],
+            (candidates.tokens_PC[p][chosen], candidates.tokens_PC[p][rejected]),
+        )
+        for p, (chosen, rejected) in zip(prompt_F, pair_F2)
+    )
+    return Fresh(trees, prompt_F, pair_F2, reward_F2, margin_F, kept_F)

@@ -1,0 +1,231 @@
+"""Saving and resuming: the whole state of a run, and the iterates that the ensemble needs.
+
+The only room that imports orbax (its v1 interface). A tree is stored flat, as {path of the leaf: array}, so that what
+is on disk depends neither on container types nor on their order. Everything is written beside its final place and
+renamed, so a killed save leaves nothing that loads. In a run of several processes all of them make every call here, on
+one file system.
+"""
+
+import functools
+import json
+import logging
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+
+class Checkpoints:
+    """The full checkpoints of a run, `<folder>/<step>/`: arrays, and a cursor of plain values."""
+
+    def __init__(self, folder: str | os.PathLike[str], keep: int):
+        """Opens the folder, creating it where it is missing; removes what killed saves left.
+
+        Args:
+            folder: of the checkpoints.
+            keep: how many stay on disk: the latest ones. A new one is complete before an old one goes.
+        """
+        _quiet()
+        self._folder = pathlib.Path(folder).absolute()
+        self._manager = ocp.training.Checkpointer(
+            self._folder,
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
+        found = self._manager.latest
+        self._last = -1 if found is None else found.step
+
+    def save(self, step: int, arrays: Any, cursor: Mapping[str, Any]) -> None:
+        """Starts a save, behind one that is still under way; returns once the arrays may be donated.
+
+        Args:
+            step: of the run, greater than that of every checkpoint in the folder.
+            arrays: pytree of jax.Array, any shardings, no typed PRNG keys.
+            cursor: plain values that JSON can hold (tuples come back as lists).
+
+        Raises:
+            ValueError: the step is not greater, a leaf is no array, or the cursor is nothing that JSON can hold. What
+                goes wrong in the background (a full disk) is raised by the next call.
+        """
+        if step <= self._last:
+            raise ValueError(
+                f"checkpoint step is {step}, expected more than {self._last}, the latest in {self._folder}: count the "
+                "updates of the whole run, and save once at each."
+            )
+        flat = _flatten(arrays, (jax.Array,), "arrays to save")
+        try:
+            cursor = json.loads(json.dumps(cursor))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"checkpoint {step}: the cursor holds something that JSON cannot hold: {error}."
+            ) from error
+        self._manager.save_async(step, flat, force=True, custom_metadata={"cursor": cursor})
+        self._last = step
+
+    def latest(self) -> tuple[int, dict[str, Any]] | None:
+        """Step and cursor of the latest complete checkpoint, None where there is none."""
+        self.wait()
+        found = self._manager.latest
+        if found is None:
+            return None
+        return found.step, self._manager.metadata(found.step).custom_metadata["cursor"]
+
+    def restore(self, step: int, like: Any) -> Any:
+        """The arrays of a checkpoint, bit for bit, each shard read straight to its device.
+
+        Args:
+            step: of an existing checkpoint.
+            like: pytree of jax.ShapeDtypeStruct with shardings (of any mesh), in the shapes and dtypes that were saved.
+
+        Raises:
+            ValueError: there is no such checkpoint, or `like` differs from it; names the leaf.
+        """
+        self.wait()
+        steps = [found.step for found in self._manager.checkpoints]
+        if step not in steps:
+            raise ValueError(f"{self._folder} holds no checkpoint {step}, expected one of {steps}.")
+        wanted = _abstract(like)
+        stored = self._manager.metadata(step).metadata
+        _compare(stored, wanted, str(self._folder / str(step)), dtypes=True)
+        return _unflatten(like, self._manager.load(step, wanted))
+
+    def wait(self) -> None:
+        """Returns when the last save is complete; raises what went wrong in it."""
+        self._manager.wait()
+
+    def close(self) -> None:
+        """Waits, and lets go of threads and files."""
+        self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def save_iterate(folder: str | os.PathLike[str], name: str, params: Any) -> None:
+    """Writes an iterate to `<folder>/<name>/`, in the dtype it has; returns when it is complete.
+
+    An older one of that name (of a run that was resumed before it) is removed first. Nothing else ever removes one.
+
+    Args:
+        folder: of the iterates.
+        name: of the iterate, a file name without a dot: "3", "ema-3".
+        params: pytree of jax.Array, any shardings.
+    """
+    _quiet()
+    place = pathlib.Path(folder).absolute() / name
+    flat = _flatten(params, (jax.Array,), "parameters to save")
+    if jax.process_index() == 0:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        removed = place.with_name(f"{name}.removed")
+        if place.exists():  # renamed first: a kill during the removal must not leave a part under the real name
+            shutil.rmtree(removed, ignore_errors=True)
+            place.rename(removed)
+        for leftover in place.parent.glob(f"{name}.*"):
+            shutil.rmtree(leftover)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"sera_jax save_iterate {name}")
+    ocp.save(place, flat)
+
+
+def load_iterate(folder: str | os.PathLike[str], name: str, like: Any) -> Any:
+    """An iterate, each shard read straight to its device and cast to the dtype asked for.
+
+    Args:
+        folder: of the iterates.
+        name: of the iterate.
+        like: pytree of jax.ShapeDtypeStruct with shardings (of any mesh); float32 gets bfloat16 values exactly.
+
+    Raises:
+        ValueError: there is no such iterate, or its leaves or shapes are not those of `like`; names the leaf.
+    """
+    _quiet()
+    place = pathlib.Path(folder).absolute() / name
+    if name not in iterates(folder):
+        raise ValueError(f"{folder} holds no iterate {name!r}, expected one of {iterates(folder)}.")
+    wanted = _abstract(like)
+    _compare(ocp.metadata(place).metadata, wanted, str(place), dtypes=False)
+    return _unflatten(like, ocp.load(place, wanted))
+
+
+def iterates(folder: str | os.PathLike[str]) -> list[str]:
+    """The names of the iterates that are complete, sorted."""
+    folder = pathlib.Path(folder)
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(place.name for place in found if "." not in place.name and ocp.is_orbax_checkpoint(place))
+
+
+def _flatten(tree: Any, kinds: tuple[type, ...], what: str) -> dict[str, Any]:
+    """{path: leaf}; None is no leaf."""
+    flat = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = _name(path)
+        if not isinstance(leaf, kinds) or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            raise ValueError(
+                f"{what}: leaf {name!r} is a {type(leaf).__name__}, expected a jax.{kinds[0].__name__.split('.')[-1]}. "
+                "Plain values belong in the cursor, the data of a PRNG key is jax.random.key_data(key)."
+            )
+        if name in flat:
+            raise ValueError(f"{what}: two leaves are called {name!r}, expected different paths. Rename a key.")
+        flat[name] = leaf
+    if not flat:
+        raise ValueError(f"{what}: the tree has no leaves, expected at least one array.")
+    return flat
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _abstract(like: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """{path: shape, dtype and sharding}."""
+    flat = _flatten(like, (jax.ShapeDtypeStruct, jax.Array), "arrays to restore")
+    for name, leaf in flat.items():
+        if leaf.sharding is None:
+            raise ValueError(f"arrays to restore: leaf {name!r} has no sharding, expected one in its ShapeDtypeStruct.")
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in flat.items()}
+
+
+def _unflatten(like: Any, flat: Mapping[str, jax.Array]) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: flat[_name(path)], like)
+
+
+def _compare(
+    stored: Mapping[str, Any], wanted: Mapping[str, jax.ShapeDtypeStruct], where: str, *, dtypes: bool
+) -> None:
+    """Raises ValueError for the first leaf that differs; dtypes only where they count."""
+    advice = (
+        "The checkpoint is of another model, optimiser or configuration: resume with the configuration it was written "
+        "with (config.yaml of the run folder), or start a new run."
+    )
+
+    def shown(leaf: Any) -> str:
+        return f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+
+    for name in sorted({*stored, *wanted}):
+        if name not in wanted:
+            raise ValueError(f"{where} holds {name!r} ({shown(stored[name])}), expected no such leaf. {advice}")
+        if name not in stored:
+            raise ValueError(f"{where} lacks {name!r}, expected {shown(wanted[name])}. {advice}")
+        got, expected = stored[name], wanted[name]
+        if tuple(got.shape) != tuple(expected.shape) or (dtypes and np.dtype(got.dtype) != np.dtype(expected.dtype)):
+            raise ValueError(f"{where}: {name!r} is {shown(got)}, expected {shown(expected)}. {advice}")
+
+
+@functools.cache
+def _quiet() -> None:
+    """Keeps orbax's own log lines below ERROR (hundreds for each save) out of a program's log; nobody else's."""
+    logging.getLogger("absl").addFilter(_no_orbax_chatter)
+
+
+def _no_orbax_chatter(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname

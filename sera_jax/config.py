@@ -1,0 +1,607 @@
+"""Typed configuration: YAML gives the defaults, flags win, everything is checked before anything is loaded.
+
+Each door has one record. The config stops at the doors: rooms below take plain keyword values. Names of losses, scores,
+rules … are `Literal`s here; a test pins them to the tables of functions they select. No JAX import.
+
+Values marked * are not published by the paper as far as we could establish: they are starting points, not constants.
+"""
+
+import dataclasses
+import pathlib
+import sys
+from typing import Any, Literal
+
+import jsonargparse
+import yaml
+
+LossName = Literal["dpo", "ipo", "slic", "kto_pair", "simpo"]
+EnsembleName = Literal["current", "two_term", "ema", "mean"]
+ScoreName = Literal["irm", "irm_per_token", "reference_logp", "annotator_gap", "loss", "random", "alignment_potential"]
+RuleName = Literal["top_k", "bottom_k", "middle", "threshold", "all"]
+PairRuleName = Literal["best_worst", "best_random", "random", "all_pairs"]
+FormatName = Literal["auto", "explicit", "conversational", "hh"]
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run: says which key, in which file, what was got and what was expected."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Where the run lives and how it repeats itself.
+
+    Args:
+        dir: the run folder (config, metrics, iterations, ledger, iterates, checkpoints, export).
+        seed: of the order of batches, the sampling noise and random choices.
+        resume: auto = go on where the folder stopped, or start; never = the folder must be new; must = it must exist.
+        save_every: updates between two checkpoints inside a stage (a stage always ends with one).
+        keep_checkpoints: how many full checkpoints stay on disk (iterates are never pruned).
+        log_every: updates between two lines of metrics.jsonl.
+        ledger: folder of the log-prob ledger; empty = inside the run folder. Runs on the same data may share one.
+        compilation_cache: folder of XLA's persistent cache; empty = ~/.cache/sera_jax/xla, "off" = none.
+        tensorboard: also write TensorBoard event files (needs the extra).
+        wandb: also log to Weights & Biases under this project name (needs the extra); empty = off.
+    """
+
+    dir: str
+    seed: int = 0
+    resume: Literal["auto", "never", "must"] = "auto"
+    save_every: int = 200
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    ledger: str = ""
+    compilation_cache: str = ""
+    tensorboard: bool = False
+    wandb: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The checkpoint to start from, which is also the reference (after the SFT stage, if there is one).
+
+    Args:
+        path: Hugging Face folder: config.json, safetensors, tokenizer.
+        weights: pretrained = read the safetensors; random = draw them from run.seed (config.json and tokenizer are
+        enough).
+        compute: dtype of the matrix products; weights, moments and log-probs are float32 always.
+        remat: what the backward pass keeps of each layer: none = everything, dots = matrix products, full = the input
+        only.
+        head_chunk: response tokens of a row projected onto the vocabulary at a time.
+    """
+
+    path: str
+    weights: Literal["pretrained", "random"] = "pretrained"
+    compute: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "dots", "full"] = "full"
+    head_chunk: int = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """The given preference pairs, the prompts to sample from, and how both become tokens.
+
+    Args:
+        pairs: files (.jsonl, .json, .parquet, each also .gz), `datasets` folders or hub names.
+        prompts: files of prompts for bootstrapping; empty = the prompts of the pairs.
+        format: of the pairs; auto = detected and shown.
+        split: split of `datasets` folders and hub names.
+        limit: use only the first n pairs (0 = all).
+        validation: share of the pairs held out to watch (and to choose the best iterate); 0 = none.
+        max_length: tokens of prompt + longer response.
+        max_prompt_length: a pair over max_length first has its prompt cut to this many tokens, then its responses.
+        truncation: which end of a cut prompt stays; a cut response always keeps its start.
+        chat_template: auto = chat messages through the tokenizer's own template; or a path to a Jinja file.
+    """
+
+    pairs: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
+    format: FormatName = "auto"
+    split: str = "train"
+    limit: int = 0
+    validation: float = 0.0
+    max_length: int = 1024
+    max_prompt_length: int = 512
+    truncation: Literal["keep_end", "keep_start"] = "keep_end"
+    chat_template: str = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule; moments are float32 whatever the compute dtype.
+
+    Args:
+        learning_rate: peak.
+        schedule: after the linear warm-up.
+        warmup: share of the stage's updates.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled, on matrices only.
+        clip: global gradient norm; 0 = no clipping.
+        batch_size: pairs (texts, in SFT) an update, over the whole mesh.
+        row_tokens: tokens of a row, a multiple of 128; 0 = planned from the lengths.
+        microbatch_rows: rows a device computes at once; 0 = planned.
+    """
+
+    learning_rate: float = 5e-7
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    batch_size: int = 128
+    row_tokens: int = 0
+    microbatch_rows: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class SftConfig:
+    """Optional supervised stage before the loop: its result is the reference and the start of iteration 1.
+
+    Args:
+        epochs: 0 = no SFT stage.
+        data: files of {"prompt", "completion"}, {"messages"} or {"text"}; empty = the chosen responses of the pairs.
+        optimizer: of this stage.
+    """
+
+    epochs: int = 0
+    data: tuple[str, ...] = ()
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """The direct alignment loss. Keys that the chosen loss does not know must stay at their defaults.
+
+    Args:
+        name: of the loss.
+        beta: β > 0 (τ of IPO).
+        label_smoothing: dpo only: cDPO's ε in [0, 0.5).
+        normalisation: ipo only: log-ratios as sums (Azar et al.) or per token (TRL).
+        gamma: simpo only: the target margin γ itself (not γ/β).
+        sft_weight: weight of an added SFT term on the chosen response (per-token mean of each pair).
+        mix: further losses by weight, e.g. {ipo: 0.2}; they share β and the reference, the reward stays that of `name`.
+        reference: of the policy that is trained: initial = the start of iteration 1, previous = the iterate before it,
+            ema = a running mean of iterates, none = reference-free (log-ratios become log-probs).
+    """
+
+    name: LossName = "dpo"
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    normalisation: Literal["sum", "mean"] = "sum"
+    gamma: float = 0.5
+    sft_weight: float = 0.0
+    mix: dict[LossName, float] = dataclasses.field(default_factory=dict)
+    reference: Literal["initial", "previous", "ema", "none"] = "initial"
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardConfig:
+    """Who ranks: margins of the given pairs, and candidates in bootstrapping.
+
+    Args:
+        source: of the candidates' rewards: implicit = the policy's own (SeRA); function = a Python function. The given
+            pairs are always scored by the implicit reward.
+        function: "module:function", called as function(prompt, response) -> float on texts.
+        reference: of the policy that scores: initial, previous = the iterate before it, ema, none (see loss.reference).
+        ensemble: over iterates (Eq. 7 of SeRA): two_term = (1-γ)·current + γ·previous, ema = recursive, mean = all
+        alike.
+        gamma: γ of two_term and ema.*
+        length_penalty: subtracted from a candidate's reward for each of its tokens.
+        length_normalise: divide a candidate's reward by its tokens.
+        ema_decay: of the ema reference: ema ← decay·ema + (1-decay)·iterate, one step an iteration.
+    """
+
+    source: Literal["implicit", "function"] = "implicit"
+    function: str = ""
+    reference: Literal["initial", "previous", "ema", "none"] = "initial"
+    ensemble: EnsembleName = "two_term"
+    gamma: float = 0.3
+    length_penalty: float = 0.0
+    length_normalise: bool = False
+    ema_decay: float = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class SelectConfig:
+    """Which of the given pairs an iteration trains on: a score and a rule.
+
+    Args:
+        from_iteration: the first iteration that selects; before it, all pairs are trained on. The implicit reward of a
+            policy without any update is 0, so scores built on it need 2 or more.
+        keep: k, the share of the pairs that top_k, bottom_k and middle keep.*
+        score: what is ranked; alignment_potential is M_AP (Huang et al., 2025): annotator gap against |irm per token|.
+        rule: how the score selects.
+        threshold: of the rule "threshold": pairs with a score above it stay.
+        stratify: keep the same share of every group.
+        unselected: drop = leave out; relabel = swap chosen and rejected; soft_weight = keep every pair with weight
+            sigmoid(score).
+    """
+
+    from_iteration: int = 2
+    keep: float = 0.7
+    score: ScoreName = "irm"
+    rule: RuleName = "top_k"
+    threshold: float = 0.0
+    stratify: Literal["none", "source", "length", "prompt"] = "none"
+    unselected: Literal["drop", "relabel", "soft_weight"] = "drop"
+
+
+@dataclasses.dataclass(frozen=True)
+class BootstrapConfig:
+    """Fresh pairs from the policy's own samples.
+
+    Args:
+        from_iteration: the first iteration that samples; 1 needs a reward that is not the policy's own.
+        fresh: k̃, fresh pairs as a share of the given ones; 0 = no bootstrapping.*
+        candidates: C responses sampled for each prompt.*
+        prompts_per_iteration: share of the prompts sampled from in each iteration.
+        temperature: of the sampling; 0 = greedy.*
+        top_k: 0 = off.
+        top_p: nucleus; 1 = off.*
+        min_p: 0 = off.
+        max_new_tokens: of a candidate.
+        slots: responses decoded side by side, over the whole mesh (prompts in a sampling batch = slots // candidates).
+        pair_rule: how a prompt's candidates become pairs.
+        unfinished: drop = a candidate that did not reach EOS takes no part; keep = it does.
+        replay: also train on the fresh pairs of earlier iterations.
+    """
+
+    from_iteration: int = 2
+    fresh: float = 0.3
+    candidates: int = 4
+    prompts_per_iteration: float = 1.0
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 0.95
+    min_p: float = 0.0
+    max_new_tokens: int = 256
+    slots: int = 64
+    pair_rule: PairRuleName = "best_worst"
+    unfinished: Literal["drop", "keep"] = "drop"
+    replay: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """The iterations.
+
+    Args:
+        iterations: T; iteration 1 is plain training on all pairs.
+        epochs: passes over the training set of an iteration.
+        start: iteration t starts from the iterate before, or from the initial policy.
+        optimizer_state: fresh moments and schedule each iteration, or carried moments.
+        best: export the iterate with the best validation accuracy instead of the last (needs data.validation).
+    """
+
+    iterations: int = 3
+    epochs: int = 1
+    start: Literal["previous", "initial"] = "previous"
+    optimizer_state: Literal["fresh", "carried"] = "fresh"
+    best: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices by axis; -1 for at most one axis = the devices that are left.
+
+    Args:
+        data: copies of the weights; rows are split over data and fsdp.
+        fsdp: weights split, gathered layer by layer.
+        tensor: heads, hidden units and the vocabulary split.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """Win rate against the start while the run goes on; also the settings of `sera_jax.evaluate`.
+
+    Args:
+        prompts: files of prompts; empty = no evaluation.
+        function: "module:function", called as function(prompt, response) -> float; the higher wins.
+        limit: first n prompts (0 = all).
+        temperature: of the responses; 0 = greedy.
+        top_p: of the responses.
+        max_new_tokens: of a response.
+    """
+
+    prompts: tuple[str, ...] = ()
+    function: str = ""
+    limit: int = 0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_new_tokens: int = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """`python -m sera_jax.train`: everything a run depends on."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    sft: SftConfig = SftConfig()
+    loop: LoopConfig = LoopConfig()
+    loss: LossConfig = LossConfig()
+    reward: RewardConfig = RewardConfig()
+    select: SelectConfig = SelectConfig()
+    bootstrap: BootstrapConfig = BootstrapConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """`python -m sera_jax.generate`: prompts in, responses out as JSONL.
+
+    Args:
+        model: the policy.
+        prompts: files of prompts.
+        out: JSONL file to write: {"id", "prompt", "responses", "finished"} a line.
+        candidates: responses a prompt.
+        temperature: 0 = greedy.
+        top_k: 0 = off.
+        top_p: 1 = off.
+        min_p: 0 = off.
+        max_new_tokens: of a response.
+        max_prompt_length: longer prompts keep their end.
+        slots: responses decoded side by side.
+        limit: first n prompts (0 = all).
+        seed: of the noise.
+        mesh: devices by axis.
+    """
+
+    model: ModelConfig
+    prompts: tuple[str, ...]
+    out: str
+    candidates: int = 1
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    max_new_tokens: int = 256
+    max_prompt_length: int = 512
+    slots: int = 64
+    limit: int = 0
+    seed: int = 0
+    mesh: MeshConfig = MeshConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateDoorConfig:
+    """`python -m sera_jax.evaluate`: win rate of a policy against a baseline on a prompt file.
+
+    Args:
+        policy: Hugging Face folder, or a JSONL that `sera_jax.generate` wrote for the same prompts.
+        baseline: likewise.
+        evaluate: prompts, reward function and sampling.
+        out: JSON file for the result; empty = print only.
+        max_prompt_length: longer prompts keep their end.
+        slots: responses decoded side by side.
+        compute: dtype of the matrix products.
+        seed: of the noise and of the bootstrap interval.
+        mesh: devices by axis.
+    """
+
+    policy: str
+    baseline: str
+    evaluate: EvaluateConfig
+    out: str = ""
+    max_prompt_length: int = 512
+    slots: int = 64
+    compute: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 0
+    mesh: MeshConfig = MeshConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class ReviewConfig:
+    """`python -m sera_jax.review`: which pairs of a preference file are mislabelled or uninformative?
+
+    Args:
+        policy: Hugging Face folder of an aligned model.
+        reference: Hugging Face folder of what it started from.
+        data: the pairs.
+        out: folder for review.parquet (margins, ranks, flags), kept.jsonl and report.html.
+        loss: whose implicit reward.
+        select: which pairs are kept.
+        batch_size: pairs scored at a time.
+        compute: dtype of the matrix products.
+        mesh: devices by axis.
+    """
+
+    policy: str
+    reference: str
+    data: DataConfig
+    out: str
+    loss: LossConfig = LossConfig()
+    select: SelectConfig = SelectConfig()
+    batch_size: int = 64
+    compute: Literal["float32", "bfloat16"] = "float32"
+    mesh: MeshConfig = MeshConfig()
+
+
+# (key, test of the value, what was expected); keys that a config lacks are passed over.
+_RANGES: tuple[tuple[str, Any, str], ...] = (
+    ("loss.beta", lambda v: v > 0, "a number > 0"),
+    ("loss.label_smoothing", lambda v: 0 <= v < 0.5, "0 <= ε < 0.5"),
+    ("loss.sft_weight", lambda v: v >= 0, "a number >= 0"),
+    ("loss.mix", lambda v: all(w > 0 for w in v.values()), "weights > 0"),
+    ("reward.gamma", lambda v: 0 <= v <= 1, "0 <= γ <= 1"),
+    ("reward.ema_decay", lambda v: 0 < v < 1, "0 < decay < 1"),
+    ("select.from_iteration", lambda v: v >= 1, "at least 1"),
+    ("bootstrap.from_iteration", lambda v: v >= 1, "at least 1"),
+    ("select.keep", lambda v: 0 <= v <= 1, "a share between 0 and 1"),
+    ("bootstrap.fresh", lambda v: v >= 0, "a share >= 0"),
+    ("bootstrap.prompts_per_iteration", lambda v: 0 < v <= 1, "a share in (0, 1]"),
+    ("bootstrap.temperature", lambda v: v >= 0, "a number >= 0"),
+    ("bootstrap.top_p", lambda v: 0 < v <= 1, "a share in (0, 1]"),
+    ("bootstrap.min_p", lambda v: 0 <= v < 1, "0 <= min_p < 1"),
+    ("bootstrap.max_new_tokens", lambda v: v >= 1, "at least 1"),
+    ("evaluate.temperature", lambda v: v >= 0, "a number >= 0"),
+    ("temperature", lambda v: v >= 0, "a number >= 0"),
+    ("top_p", lambda v: 0 < v <= 1, "a share in (0, 1]"),
+    ("candidates", lambda v: v >= 1, "at least 1"),
+    ("max_new_tokens", lambda v: v >= 1, "at least 1"),
+    ("data.validation", lambda v: 0 <= v < 1, "a share in [0, 1)"),
+    ("data.max_length", lambda v: v >= 2, "at least 2 tokens"),
+    ("data.max_prompt_length", lambda v: v >= 1, "at least 1 token"),
+    ("loop.iterations", lambda v: v >= 1, "at least 1"),
+    ("loop.epochs", lambda v: v >= 1, "at least 1"),
+    ("sft.epochs", lambda v: v >= 0, "0 or more"),
+    ("run.save_every", lambda v: v >= 1, "at least 1"),
+    ("run.keep_checkpoints", lambda v: v >= 1, "at least 1"),
+    ("run.log_every", lambda v: v >= 1, "at least 1"),
+    ("model.head_chunk", lambda v: v >= 1, "at least 1"),
+    *(
+        (f"{stage}.{key}", test, expected)
+        for stage in ("optimizer", "sft.optimizer")
+        for key, test, expected in (
+            ("learning_rate", lambda v: v > 0, "a number > 0"),
+            ("warmup", lambda v: 0 <= v <= 1, "a share between 0 and 1"),
+            ("b1", lambda v: 0 <= v < 1, "0 <= b1 < 1"),
+            ("b2", lambda v: 0 <= v < 1, "0 <= b2 < 1"),
+            ("batch_size", lambda v: v >= 1, "at least 1"),
+            ("clip", lambda v: v >= 0, "a number >= 0"),
+            ("row_tokens", lambda v: v >= 0 and v % 128 == 0, "0 or a multiple of 128"),
+            ("microbatch_rows", lambda v: v >= 0, "0 or more"),
+        )
+    ),
+    ("mesh.data", lambda v: v == -1 or v >= 1, "-1 or at least 1"),
+    ("mesh.fsdp", lambda v: v == -1 or v >= 1, "-1 or at least 1"),
+    ("mesh.tensor", lambda v: v == -1 or v >= 1, "-1 or at least 1"),
+)
+
+# Keys that only some losses know: (key, losses, default).
+_LOSS_KEYS = (("label_smoothing", ("dpo",)), ("normalisation", ("ipo",)), ("gamma", ("simpo",)))
+
+
+def get(config: Any, key: str) -> Any:
+    """The value at a dotted key of nested records, None where a part is missing."""
+    for part in key.split("."):
+        if config is None:
+            return None
+        config = getattr(config, part, None)
+    return config
+
+
+def check(config: Any, where: str) -> None:
+    """Raises ConfigError for the first value out of range and for combinations that cannot run.
+
+    Args:
+        config: any of this file's door configs.
+        where: the file (or "flags") named in the message.
+    """
+
+    def refuse(key: str, expected: str) -> None:
+        raise ConfigError(f"{where}: {key} is {get(config, key)!r}, expected {expected}.")
+
+    for key, test, expected in _RANGES:
+        value = get(config, key)
+        if value is not None and not test(value):
+            refuse(key, expected)
+    if get(config, "mesh") is not None and [config.mesh.data, config.mesh.fsdp, config.mesh.tensor].count(-1) > 1:
+        raise ConfigError(f"{where}: mesh has -1 on several axes, expected it on one at most.")
+    loss = get(config, "loss")
+    if loss is not None:
+        names = {loss.name, *loss.mix}
+        for key, owners in _LOSS_KEYS:
+            default = LossConfig.__dataclass_fields__[key].default
+            if getattr(loss, key) != default and not names & set(owners):
+                raise ConfigError(
+                    f"{where}: loss.{key} is {getattr(loss, key)!r}, but loss {loss.name!r} does not know it "
+                    f"(only {', '.join(owners)} does); leave it out."
+                )
+        if loss.name in loss.mix:
+            raise ConfigError(
+                f"{where}: loss.mix names {loss.name!r}, which is loss.name already; leave it out of mix."
+            )
+    if isinstance(config, TrainConfig):
+        _check_train(config, where)
+
+
+def _check_train(config: TrainConfig, where: str) -> None:
+    bootstrapping = config.bootstrap.fresh > 0 and config.loop.iterations >= config.bootstrap.from_iteration
+    if not config.data.pairs:
+        raise ConfigError(f"{where}: data.pairs is empty, expected at least one file of preference pairs.")
+    if bootstrapping and config.bootstrap.candidates < 2:
+        raise ConfigError(
+            f"{where}: bootstrap.candidates is {config.bootstrap.candidates}, expected at least 2: a best and a worst "
+            "response need two candidates. Raise it, or set bootstrap.fresh to 0."
+        )
+    if bootstrapping and config.bootstrap.slots < config.bootstrap.candidates:
+        raise ConfigError(
+            f"{where}: bootstrap.slots is {config.bootstrap.slots}, expected at least bootstrap.candidates "
+            f"({config.bootstrap.candidates}): the candidates of a prompt are decoded side by side."
+        )
+    if config.data.max_prompt_length >= config.data.max_length:
+        raise ConfigError(
+            f"{where}: data.max_prompt_length is {config.data.max_prompt_length}, expected less than data.max_length "
+            f"({config.data.max_length}): a cut pair must keep room for its responses."
+        )
+    if config.reward.source == "function" and ":" not in config.reward.function:
+        raise ConfigError(f"{where}: reward.function is {config.reward.function!r}, expected 'module:function'.")
+    if config.evaluate.prompts and ":" not in config.evaluate.function:
+        raise ConfigError(f"{where}: evaluate.function is {config.evaluate.function!r}, expected 'module:function'.")
+    if config.loop.best and not config.data.validation:
+        raise ConfigError(f"{where}: loop.best needs held-out pairs: set data.validation to a share > 0.")
+    if config.loop.iterations > 1 and config.select.keep == 0 and config.bootstrap.fresh == 0:
+        raise ConfigError(
+            f"{where}: select.keep and bootstrap.fresh are both 0: iteration 2 would have nothing to train on."
+        )
+    before_update = "the policy is its own reference before any update, so every margin is 0"
+    if config.select.from_iteration == 1 and config.select.score in ("irm", "irm_per_token", "alignment_potential"):
+        raise ConfigError(
+            f"{where}: select.from_iteration is 1 with select.score {config.select.score!r}: selection before any "
+            f"update; {before_update}. Use 2 or more, or another score."
+        )
+    if config.bootstrap.from_iteration == 1 and config.bootstrap.fresh > 0 and config.reward.source == "implicit":
+        raise ConfigError(
+            f"{where}: bootstrap.from_iteration is 1 with reward.source 'implicit': ranking before any update; "
+            f"{before_update}. Use 2 or more, or another reward.source."
+        )
+
+
+def parse(record: type, args: list[str] | None = None) -> Any:
+    """Reads `--config FILE.yaml` (defaults) and flags (which win) into `record`, checks it, or exits with one line.
+
+    Args:
+        record: TrainConfig, GenerateConfig, EvaluateDoorConfig or ReviewConfig.
+        args: command line; None = sys.argv.
+
+    Raises:
+        ConfigError: unknown or missing key, wrong type, value out of range; the message names key and file.
+    """
+    args = sys.argv[1:] if args is None else args
+    parser = jsonargparse.ArgumentParser(exit_on_error=False, description=record.__doc__)
+    parser.add_argument("--config", action="config", help="YAML file; flags override its values")
+    parser.add_class_arguments(record, None)
+    where = next((b for a, b in zip(args, [*args[1:], ""]) if a == "--config"), None)
+    where = where or next((a.split("=", 1)[1] for a in args if a.startswith("--config=")), "flags")
+    if where != "flags" and not pathlib.Path(where).is_file():
+        raise ConfigError(f"{where}: no such config file.")
+    try:
+        namespace = parser.parse_args(args)
+        config = record(**{k: v for k, v in vars(parser.instantiate(namespace)).items() if k != "config"})
+    except (jsonargparse.ArgumentError, yaml.YAMLError, TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
+    check(config, where)
+    return config
+
+
+def dump(config: Any) -> str:
+    """The complete config as YAML: training from it repeats the run."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)

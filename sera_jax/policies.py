@@ -1,0 +1,129 @@
+"""The models of a run by name: where their weights are, what they are called in the ledger, what they say of a set.
+
+A run's models are iterate 0 (the start of iteration 1, also the initial reference), iterates 1..T, and the running mean
+("ema") of the iterates up to one. Only the one that trains or samples is in memory; the others are read from the
+Hugging Face folder or from `iterates/` straight onto their shardings, used, and let go. Iterates are stored in the
+compute
+dtype: the forward pass casts weights to it anyway, so a stored iterate scores with the same bits as the live one.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from sera_jax import checkpoint, hf, model, programs, score
+from sera_jax.ledger import Ledger, derived_tag
+from sera_jax.model import Arch
+from sera_jax.programs import Compute
+from sera_jax.records import Rows, Tree
+from sera_jax.rows import Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Name:
+    """kind: "iterate" or "ema"; t: the iteration after which it stands (0 = before the first)."""
+
+    kind: str
+    t: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Live:
+    """The policy in memory: its name and float32 weights on the training layout."""
+
+    name: Name
+    params: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Policies:
+    """What is needed to find any model of a run.
+
+    start: Hugging Face folder that training started from; seed: draws the start's weights instead, None = they are
+    read.
+    start_tag: its model tag; trained_start: an SFT stage lies between it and iterate 0. fingerprint: of everything that
+    decides what the iterates become. folder: of the iterates. scorer: programs.scorer.
+    """
+
+    arch: Arch
+    mesh: Mesh
+    compute: Compute
+    start: str
+    seed: int | None
+    start_tag: str
+    trained_start: bool
+    fingerprint: str
+    folder: pathlib.Path
+    ledger: Ledger
+    scorer: Callable[[dict, Rows], jax.Array]
+
+
+def tag(policies: Policies, name: Name) -> str:
+    """The model's tag in the ledger: of its content for the start, of what determines it for the rest."""
+    if name.t == 0 and not policies.trained_start:
+        return policies.start_tag
+    kind = "iterate" if name.t == 0 else name.kind  # before the first iteration the mean is iterate 0 itself
+    return derived_tag(policies.fingerprint, policies.start_tag, kind, name.t)
+
+
+def start_params(policies: Policies) -> Any:
+    """float32 weights that training starts from, on the training layout."""
+    if policies.seed is not None:
+        return programs.random_params(policies.arch, policies.mesh)(jax.random.key(policies.seed))
+    return hf.load(policies.start, policies.arch, policies.mesh)
+
+
+def params(policies: Policies, name: Name) -> Any:
+    """The weights of a model that is not in memory, float32 on the training layout."""
+    if name.t == 0 and not policies.trained_start:
+        return start_params(policies)
+    where = programs.param_shardings(policies.arch, policies.mesh)
+    like = jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), model.abstract(policies.arch), where
+    )
+    return checkpoint.load_iterate(policies.folder, _folder_name(name), like)
+
+
+def save(policies: Policies, live: Live, ema_decay: float) -> None:
+    """Stores an iterate, and the running mean up to it: ema_t = decay·ema_{t-1} + (1-decay)·iterate_t, ema_0 =
+    iterate_0.
+    """
+    t, dtype = live.name.t, policies.compute.dtype
+    stored = jax.jit(lambda p: jax.tree.map(lambda w: w.astype(dtype), p))(live.params)
+    checkpoint.save_iterate(policies.folder, _folder_name(live.name), stored)
+    if ema_decay and t > 0:
+        before = params(policies, Name("ema", t - 1))
+        mean = programs.blend(policies.arch, policies.mesh, dtype)(before, stored, ema_decay)
+        checkpoint.save_iterate(policies.folder, _folder_name(Name("ema", t)), mean)
+
+
+def logps(
+    policies: Policies, name: Name | None, trees: Sequence[Tree], *, live: Live, plan: Plan, chunk: int, what: str
+) -> np.ndarray:
+    """Log-probs of every branch of a set under a model, through the ledger; zeros for no model (reference-free).
+
+    Args:
+        live: the policy in memory, used if it is the one that is asked for.
+        plan, chunk: as score.set_logps. what: is scored, for the progress line.
+    """
+    if name is None:
+        return np.zeros(sum(len(t.branches) for t in trees), np.float32)
+
+    def load() -> Callable[[Rows], np.ndarray]:
+        same = tag(policies, name) == tag(policies, live.name)
+        weights = live.params if same else params(policies, name)
+        return programs.score_rows(policies.scorer, weights, policies.mesh)
+
+    label = f"scoring {what} under {name.kind} {name.t}"
+    return score.set_logps(
+        trees, tag=tag(policies, name), ledger=policies.ledger, load=load, plan=plan, chunk=chunk, label=label
+    )
+
+
+def _folder_name(name: Name) -> str:
+    return str(name.t) if name.kind == "iterate" or name.t == 0 else f"{name.kind}-{name.t}"

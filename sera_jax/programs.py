@@ -1,0 +1,329 @@
+"""Every jitted program of a run, from plain values: updates, scorer, sampler, selection, with shardings and donation.
+
+Each builder returns a jitted function; its shapes come with its arguments, so one function compiles once per shape. All
+doors take their programs from here, so that what is checked or benchmarked is what runs.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sera_jax import losses, model, sample, score, sera, step
+from sera_jax import mesh as meshes
+from sera_jax.losses import Loss
+from sera_jax.mesh import ROW_AXES
+from sera_jax.model import Arch
+from sera_jax.records import Batch, Rows, Sampling
+from sera_jax.sample import Prefilled
+from sera_jax.step import Microbatch, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """How the model is computed. dtype: of matrix products; remat: key of model.REMAT; chunk: of the head, tokens a
+    row.
+    """
+
+    dtype: Any
+    remat: str = "full"
+    chunk: int = 256
+
+
+# --- weights and state ------------------------------------------------------------------------------------------------
+
+
+def param_shardings(arch: Arch, mesh: Mesh, layout: str = "train") -> dict:
+    """NamedShardings of the weights on a layout of the mesh."""
+    return meshes.shardings(mesh, layout, model.dims(arch), model.abstract(arch))
+
+
+def random_params(arch: Arch, mesh: Mesh) -> Callable[[jax.Array], dict]:
+    """key → float32 weights on the training layout, never whole on one device."""
+    return jax.jit(lambda key: model.init(arch, key), out_shardings=param_shardings(arch, mesh))
+
+
+def to_decode(arch: Arch, mesh: Mesh, dtype: Any) -> Callable[[dict], dict]:
+    """Weights on the training layout → `dtype` on the decode layout. Once a sampling stage."""
+    return jax.jit(
+        lambda params: jax.tree.map(lambda w: w.astype(dtype), params),
+        out_shardings=param_shardings(arch, mesh, "decode"),
+    )
+
+
+def decaying(arch: Arch) -> dict:
+    """True for matrices, False for the scales of norms: what weight decay applies to."""
+    return jax.tree.map_with_path(lambda path, _: path[-1].key != "scale", model.abstract(arch))
+
+
+def state_shardings(arch: Arch, mesh: Mesh, transform: optax.GradientTransformation) -> TrainState:
+    """Shardings of a TrainState: moments lie as their weights do."""
+    where = param_shardings(arch, mesh)
+    moments = jax.eval_shape(transform.init, model.abstract(arch))
+    moments = optax.tree.map_params(
+        transform, lambda _, s: s, moments, where, transform_non_params=lambda _: meshes.replicated(mesh)
+    )
+    return TrainState(where, moments, meshes.replicated(mesh))
+
+
+def abstract_state(arch: Arch, mesh: Mesh, transform: optax.GradientTransformation) -> TrainState:
+    """ShapeDtypeStructs with shardings, for restoring and for compiling ahead of time."""
+    shapes = TrainState(
+        model.abstract(arch),
+        jax.eval_shape(transform.init, model.abstract(arch)),
+        jax.ShapeDtypeStruct((), jnp.int32),
+    )
+    return jax.tree.map(
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, state_shardings(arch, mesh, transform)
+    )
+
+
+def fresh_state(arch: Arch, mesh: Mesh, transform: optax.GradientTransformation) -> Callable[[dict], TrainState]:
+    """Weights (donated) → TrainState with zero moments at step 0."""
+    return jax.jit(
+        lambda params: TrainState(params, transform.init(params), jnp.int32(0)),
+        out_shardings=state_shardings(arch, mesh, transform),
+        donate_argnums=0,
+    )
+
+
+def blend(arch: Arch, mesh: Mesh, dtype: Any) -> Callable[[dict, dict, jax.Array], dict]:
+    """(a, b, share) → share·a + (1-share)·b in `dtype`: the next `ema` reference."""
+
+    def mix(a: dict, b: dict, share: jax.Array) -> dict:
+        return jax.tree.map(
+            lambda x, y: (share * x.astype(jnp.float32) + (1 - share) * y.astype(jnp.float32)).astype(dtype), a, b
+        )
+
+    return jax.jit(mix, out_shardings=param_shardings(arch, mesh))
+
+
+# --- scoring ----------------------------------------------------------------------------------------------------------
+
+
+def scorer(arch: Arch, mesh: Mesh, compute: Compute) -> Callable[[dict, Rows], jax.Array]:
+    """(params, rows of one microbatch) → logp_BS float32, on every process."""
+
+    def run(params: dict, rows: Rows) -> jax.Array:
+        return score.row_logps(arch, params, rows, mesh=mesh, dtype=compute.dtype, chunk=compute.chunk)[0]
+
+    return jax.jit(run, out_shardings=meshes.replicated(mesh))
+
+
+# --- updates ----------------------------------------------------------------------------------------------------------
+
+
+def batch_shardings(mesh: Mesh) -> Batch:
+    """Rows of each microbatch over (data, fsdp)."""
+    by_row = meshes.rows_sharding(mesh, axis=1)
+    return Batch(Rows(*[by_row] * len(dataclasses.fields(Rows))), by_row, by_row, meshes.replicated(mesh))
+
+
+def preference_update(
+    arch: Arch,
+    mesh: Mesh,
+    compute: Compute,
+    transform: optax.GradientTransformation,
+    loss: Loss,
+    loss_keys: dict[str, Any],
+    schedule: dict[str, Any],
+) -> Callable[[TrainState, Batch, jax.Array, jax.Array], tuple[TrainState, dict]]:
+    """(state, batch of pairs, total updates of the stage, key) → (next state, metrics); the state is donated.
+
+    Args:
+        loss: a row of losses.LOSSES, or a mixture. loss_keys: beta and its own keys. schedule: keywords of
+            step.learning_rate (peak, schedule, warmup).
+    """
+
+    def outputs(params: dict, frozen: None, micro: Microbatch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return score.row_logps(
+            arch, params, micro.rows, mesh=mesh, dtype=compute.dtype, remat=compute.remat, chunk=compute.chunk
+        )
+
+    def pair_loss(logp: jax.Array, length: jax.Array, reference: jax.Array, weight: jax.Array) -> tuple:
+        """Weighted sum of the loss over pairs, Σ weight and metric sums; inputs [..., S]."""
+        logp_P2, length_P2, reference_P2, weight_P2 = (a.reshape(-1, 2) for a in (logp, length, reference, weight))
+        weight_P = weight_P2[:, 0]
+        coupled = (weight_P > 0,) if loss.coupled else ()
+        loss_P = loss.loss(logp_P2, reference_P2, length_P2, *coupled, **loss_keys)
+        reward_P2 = loss.reward(jax.lax.stop_gradient(logp_P2), reference_P2, length_P2, **loss_keys)
+        sums = losses.metrics(jax.lax.stop_gradient(logp_P2), reward_P2, weight_P)
+        total = jnp.sum(jnp.where(weight_P > 0, weight_P * loss_P, 0))
+        return total, jnp.sum(weight_P), sums
+
+    def loss_fn(params: dict, frozen: None, micro: Microbatch, key: jax.Array) -> tuple:
+        logp_BS, length_BS = outputs(params, frozen, micro, key)
+        return pair_loss(logp_BS, length_BS, micro.reference_BS, micro.weight_BS)
+
+    def outputs_loss(out: tuple[jax.Array, jax.Array], batch: Batch) -> tuple[jax.Array, dict]:
+        total, weight, sums = pair_loss(*out, batch.reference_ABS, batch.weight_ABS)
+        return total / weight, jax.tree.map(lambda m: m / weight, sums)
+
+    if loss.coupled:
+        gradients = functools.partial(step.coupled_gradients, outputs, outputs_loss)
+    else:
+        gradients = functools.partial(step.gradients, loss_fn)
+    return _update(arch, mesh, transform, gradients, schedule)
+
+
+def sft_update(
+    arch: Arch, mesh: Mesh, compute: Compute, transform: optax.GradientTransformation, schedule: dict[str, Any]
+) -> Callable[[TrainState, Batch, jax.Array, jax.Array], tuple[TrainState, dict]]:
+    """The same for single branches: mean negative log-prob of the batch's response tokens."""
+
+    def loss_fn(params: dict, frozen: None, micro: Microbatch, key: jax.Array) -> tuple:
+        logp_BS, length_BS = score.row_logps(
+            arch, params, micro.rows, mesh=mesh, dtype=compute.dtype, remat=compute.remat, chunk=compute.chunk
+        )
+        nll_BS, tokens_BS, _ = losses.sft(logp_BS, length_BS)
+        return jnp.sum(nll_BS), jnp.sum(tokens_BS), {}
+
+    return _update(arch, mesh, transform, functools.partial(step.gradients, loss_fn), schedule)
+
+
+def _update(arch: Arch, mesh: Mesh, transform: Any, gradients: Callable, schedule: dict[str, Any]) -> Callable:
+    where = state_shardings(arch, mesh, transform)
+
+    def update(state: TrainState, batch: Batch, total: jax.Array, key: jax.Array) -> tuple[TrainState, dict]:
+        grads, metrics = gradients(state.params, None, batch, key)
+        grads = jax.lax.with_sharding_constraint(grads, where.params)
+        rate = step.learning_rate(state.step, total, **schedule)
+        return step.apply(transform, state, grads, metrics, rate)
+
+    return jax.jit(
+        update,
+        in_shardings=(where, batch_shardings(mesh), meshes.replicated(mesh), meshes.replicated(mesh)),
+        out_shardings=(where, meshes.replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def prefiller(arch: Arch, mesh: Mesh, compute: Compute) -> Callable[[dict, jax.Array, jax.Array], Prefilled]:
+    """(decode weights, tokens_PJ, length_P) → Prefilled."""
+    return jax.jit(functools.partial(sample.prefill, arch, mesh=mesh, dtype=compute.dtype))
+
+
+def decoder(
+    arch: Arch, mesh: Mesh, compute: Compute, *, candidates: int, max_new_tokens: int
+) -> Callable[[dict, Prefilled, jax.Array, jax.Array, Sampling], tuple[jax.Array, jax.Array]]:
+    """(decode weights, Prefilled (donated), hash_P2, key, Sampling) → (tokens_PCT, finished_PC) on every process."""
+    run = functools.partial(
+        sample.decode, arch, candidates=candidates, max_new_tokens=max_new_tokens, mesh=mesh, dtype=compute.dtype
+    )
+    return jax.jit(run, out_shardings=(meshes.replicated(mesh),) * 2)
+
+
+# --- selection --------------------------------------------------------------------------------------------------------
+
+
+def selector(
+    mesh: Mesh,
+    reward: Callable[..., jax.Array],
+    loss: Loss,
+    loss_keys: dict[str, Any],
+    *,
+    score_name: str,
+    rule: str,
+    threshold: float,
+) -> Callable[..., dict[str, jax.Array]]:
+    """From sharded log-probs to a mask, in one program with no transfer in between.
+
+    The returned function takes keyword arrays, each split over (data, fsdp) along its example axis N (padded by the
+    caller, `valid_N` tells), except the small ones:
+        logp_EN2 float32 log-probs under each iterate of the ensemble · reward_reference_N2 · loss_reference_N2 ·
+        length_N2 · gap_N (NaN where unknown) · valid_N bool · group_N int32 · example_N int32 · keep_G int32 ·
+        weights_E float32 · key
+    and returns {"mask_N", "score_N", "margin_N", "reward_N2", "bad"}; bad as in sera.non_finite, of the scores, or of
+    the
+    margins where the rule keeps all.
+
+    Args:
+        reward: implicit reward, elementwise (logp, reference, length) → reward. loss, loss_keys: for the score "loss".
+        score_name, rule: names of sera.SCORES and sera.RULES. threshold: of that rule.
+    """
+
+    def run(
+        *,
+        logp_EN2,
+        reward_reference_N2,
+        loss_reference_N2,
+        length_N2,
+        gap_N,
+        valid_N,
+        group_N,
+        example_N,
+        keep_G,
+        weights_E,
+        key,
+    ):
+        # Weights are traced here (their zeros were left out by the caller), so that γ compiles nothing again.
+        rewards_EN2 = reward(logp_EN2, reward_reference_N2[None], length_N2[None])
+        reward_N2 = jnp.sum(rewards_EN2 * weights_E[:, None, None], axis=0)
+        margin_N = sera.margins(reward_N2)
+        coupled = (valid_N,) if loss.coupled else ()
+        loss_N = loss.loss(logp_EN2[-1], loss_reference_N2, length_N2, *coupled, **loss_keys)
+        score_N = sera.score(
+            score_name,
+            reward_N2=reward_N2,
+            length_N2=length_N2,
+            reference_logp_N2=reward_reference_N2,
+            gap_N=gap_N,
+            loss_N=loss_N,
+            key=key,
+            example_N=example_N,
+            valid_N=valid_N,
+        )
+        mask_N = sera.RULES[rule](score_N, valid_N=valid_N, group_N=group_N, keep_G=keep_G, threshold=threshold)
+        bad = sera.non_finite(margin_N if rule == "all" else score_N, valid_N)
+        return {"mask_N": mask_N, "score_N": score_N, "margin_N": margin_N, "reward_N2": reward_N2, "bad": bad}
+
+    return jax.jit(run, out_shardings=meshes.replicated(mesh))
+
+
+def selector_shardings(mesh: Mesh) -> dict[str, NamedSharding]:
+    """Where each argument of the selector lies."""
+    by_example, whole = NamedSharding(mesh, P(ROW_AXES)), meshes.replicated(mesh)
+    small = {"keep_G", "weights_E", "key"}
+    names = (
+        "reward_reference_N2 loss_reference_N2 length_N2 gap_N valid_N group_N example_N keep_G weights_E key".split()
+    )
+    where = {name: whole if name in small else by_example for name in names}
+    return {"logp_EN2": NamedSharding(mesh, P(None, ROW_AXES)), **where}
+
+
+# --- from the host ----------------------------------------------------------------------------------------------------
+
+
+def score_rows(score_program: Callable, params: dict, mesh: Mesh) -> Callable[[Rows], Any]:
+    """A scorer bound to weights: rows of one microbatch on the host → logp_BS on the host (`score.set_logps`)."""
+    by_row = meshes.rows_sharding(mesh)
+    return lambda rows: meshes.get(score_program(params, meshes.put(rows, by_row)))
+
+
+def sample_prompts(
+    prefill: Callable, decode: Callable, weights: dict, key: jax.Array, sampling: Sampling, mesh: Mesh
+) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
+    """A sampler bound to (decode-layout) weights: padded prompts on the host → tokens_PCT, finished_PC on the host
+    (`sample.run_batches`)."""
+    whole = meshes.replicated(mesh)
+
+    def by_prompt(array: Any) -> jax.Array:
+        dims = ("rows", *[None] * (array.ndim - 1))
+        return meshes.put(array, NamedSharding(mesh, meshes.spec(mesh, "decode", dims, array.shape)))
+
+    values, key = meshes.put(sampling, whole), jax.device_put(key, whole)
+
+    def run(tokens_PJ: Any, length_P: Any, hash_P2: Any) -> tuple[Any, Any]:
+        start = prefill(weights, by_prompt(tokens_PJ), by_prompt(length_P))
+        return meshes.get(decode(weights, start, by_prompt(hash_P2), key, values))
+
+    return run

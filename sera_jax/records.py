@@ -1,0 +1,139 @@
+"""The nouns that travel through the house. Frozen, with shapes; no behaviour beyond their own meaning.
+
+Shape letters, everywhere in sera_jax:
+    A microbatches of an update   B rows     L tokens of a row    M response tokens of a row   S branch slots of a row
+    N examples of a set           P prompts  C candidates         E policy iterates            T response positions
+    D model width                 V vocabulary                    2 the pair axis: 0 = chosen, 1 = rejected
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+Text = str | tuple[dict, ...]
+"""Plain text, or chat messages ({"role": ..., "content": ...}) in order."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """One preference, as text, on the host.
+
+    `scores` are the annotator's (or gold) scores of (chosen, rejected) where the file has them; `weight` scales the
+    pair's loss; `source` names the file or data set it came from (groups for stratified selection).
+    """
+
+    id: str
+    prompt: Text
+    chosen: Text
+    rejected: Text
+    scores: tuple[float, float] | None = None
+    weight: float = 1.0
+    source: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A prompt to sample from."""
+
+    id: str
+    prompt: Text
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """A prompt with its branches, as token ids: two branches for a pair, C for ranked candidates, one for SFT.
+
+    prompt: int32 [p], BOS included where the tokenizer has one, may be empty (plain-text SFT).
+    branches: int32 [r_i] each, EOS included unless that response was truncated; never empty.
+    """
+
+    id: str
+    prompt: np.ndarray
+    branches: tuple[np.ndarray, ...]
+    weight: float = 1.0
+
+    @property
+    def length(self) -> int:
+        """Tokens the tree takes in a row."""
+        return len(self.prompt) + self.targets
+
+    @property
+    def targets(self) -> int:
+        """Response tokens, that is, log-probs to compute."""
+        return sum(len(b) for b in self.branches)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Prompt trees packed side by side in rows of L tokens: the one batch format (README, "Rows"). All int32.
+
+    tokens_BL    token ids (0 on padding: nothing reads the value, masks come from `tree_BL`)
+    tree_BL      which tree of the row, from 1; 0 = padding
+    branch_BL    0 = prompt, 1.. = branch of its tree
+    position_BL  position within (prompt + own branch): a branch continues its prompt
+    parent_BM    for each response token: index in the row of the token that predicts it
+    target_BM    its token id
+    slot_BM      the slot of its branch, in [0, S); S = no token
+    example_BS   flat branch number of the slot in the packed list of trees (tree 0's branches, tree 1's, ..), -1 =
+    empty.
+                 Branches of a tree have neighbouring slots; a tree of two branches starts at an even slot.
+
+    Leading axes may be added (A microbatches); the names keep their own axes.
+    """
+
+    tokens_BL: np.ndarray | jax.Array
+    tree_BL: np.ndarray | jax.Array
+    branch_BL: np.ndarray | jax.Array
+    position_BL: np.ndarray | jax.Array
+    parent_BM: np.ndarray | jax.Array
+    target_BM: np.ndarray | jax.Array
+    slot_BM: np.ndarray | jax.Array
+    example_BS: np.ndarray | jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What one update consumes: `count` microbatches of rows (leading axis A, the rest of it padding) and,
+    slot by slot, the reference log-probs and the weights of the examples.
+
+    rows: Rows with leading axis A; reference_ABS, weight_ABS: float32; count: int32 scalar.
+    """
+
+    rows: Rows
+    reference_ABS: np.ndarray | jax.Array
+    weight_ABS: np.ndarray | jax.Array
+    count: np.ndarray | jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """C sampled responses to each of P prompts, on the host.
+
+    ids: prompt ids of the prompts; prompts: token ids, int32 [p] each; texts_PC: decoded, specials removed;
+    tokens_PC: int32 [r] each, EOS included where the response finished; finished_PC: bool.
+    """
+
+    ids: tuple[str, ...]
+    prompts: tuple[np.ndarray, ...]
+    texts_PC: tuple[tuple[str, ...], ...]
+    tokens_PC: tuple[tuple[np.ndarray, ...], ...]
+    finished_PC: np.ndarray
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Sampling parameters as arrays, so that a change of value compiles nothing again.
+
+    temperature float32 [] (0 = greedy) · top_k int32 [] (0 = off) · top_p float32 [] (1 = off) ·
+    min_p float32 [] (0 = off) · eos_ids int32 [n] (-1 = unused entry)
+    """
+
+    temperature: np.ndarray | jax.Array
+    top_k: np.ndarray | jax.Array
+    top_p: np.ndarray | jax.Array
+    min_p: np.ndarray | jax.Array
+    eos_ids: np.ndarray | jax.Array

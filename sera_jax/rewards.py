@@ -1,0 +1,108 @@
+"""Who ranks the candidates of a prompt, behind one small interface: Candidates → rewards_PC, the higher the better.
+
+Each source is one function. A source that lives on the host (a Python function) is asked candidate by candidate; the
+implicit reward comes from log-probs that the trainer's own forward pass computed.
+"""
+
+import importlib
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from sera_jax import metrics, sera
+from sera_jax.records import Candidates, Text, Tree
+
+
+def implicit(
+    logp_EPC: np.ndarray,
+    reference_PC: np.ndarray,
+    length_PC: np.ndarray,
+    weights_E: np.ndarray,
+    reward: Callable[..., np.ndarray],
+) -> np.ndarray:
+    """SeRA's reward: the ensemble over iterates of the loss's own implicit reward (sera_jax.sera.ensemble).
+
+    Args:
+        logp_EPC: float32 log-probs of the candidates under each iterate. reference_PC: under the reward's reference.
+        length_PC: response tokens. weights_E: sera.ensemble_weights. reward: (logp, reference, length) → reward.
+
+    Returns:
+        float32 [P, C]; NaN where a log-prob is.
+    """
+    rewards_EPC = np.stack([np.asarray(reward(logp, reference_PC, length_PC)) for logp in logp_EPC])
+    return np.asarray(sera.ensemble(rewards_EPC, weights_E), np.float32)
+
+
+def by_function(
+    function: Callable[[Text, str], float], prompts: Sequence[Text], texts_PC: Sequence[Sequence[str]], label: str
+) -> np.ndarray:
+    """float32 [P, C]: a Python function's value of every (prompt, response).
+
+    Args:
+        function: called with the prompt as it stands in the data (text or messages) and the response's text.
+
+    Raises:
+        ValueError: it returned something that is not a finite number.
+    """
+    rewards_PC = np.empty((len(prompts), max(map(len, texts_PC), default=0)), np.float32)
+    for p, prompt in enumerate(metrics.track(prompts, total=len(prompts), label=label, unit="prompts")):
+        for c, text in enumerate(texts_PC[p]):
+            value = function(prompt, text)
+            if not isinstance(value, (int, float, np.number)) or not math.isfinite(value):
+                raise ValueError(
+                    f"the reward function returned {value!r} for prompt {p} and response {text!r}, expected a "
+                    "finite number."
+                )
+            rewards_PC[p, c] = value
+    return rewards_PC
+
+
+def load_function(spec: str) -> Callable[[Text, str], float]:
+    """ "module:function" → the function; modules of the current folder are found too.
+
+    Raises:
+        ValueError: no such module or function.
+    """
+    module, _, name = spec.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"reward function {spec!r} cannot be imported ({error}); expected 'module:function' with a module of this "
+            f"environment or of {os.getcwd()}."
+        ) from None
+    if not callable(function):
+        raise ValueError(f"reward function {spec!r} is a {type(function).__name__}, expected a function.")
+    return function
+
+
+def adjusted(rewards_PC: np.ndarray, length_PC: np.ndarray, *, penalty: float, normalise: bool) -> np.ndarray:
+    """Rewards per token if asked for, then less `penalty` for each token (DICE, RLHF Workflow: length debiasing)."""
+    return (rewards_PC / np.maximum(length_PC, 1) if normalise else rewards_PC) - penalty * length_PC
+
+
+def trees(candidates: Candidates) -> list[Tree]:
+    """One tree of C branches for each prompt, for scoring; an empty candidate (cannot be scored) is left out."""
+    return [
+        Tree(name, prompt, tuple(t for t in tokens if len(t)))
+        for name, prompt, tokens in zip(candidates.ids, candidates.prompts, candidates.tokens_PC)
+        if any(len(t) for t in tokens)
+    ]
+
+
+def lengths(candidates: Candidates) -> np.ndarray:
+    """int32 [P, C]: tokens of each candidate."""
+    return np.array([[len(t) for t in tokens] for tokens in candidates.tokens_PC], np.int32)
+
+
+def on_grid(values_F: np.ndarray, candidates: Candidates) -> np.ndarray:
+    """Values by flat branch number of `trees(candidates)` → [P, C], NaN for empty candidates."""
+    length_PC = lengths(candidates)
+    out = np.full(length_PC.shape, np.nan, np.float32)
+    out[length_PC > 0] = values_F
+    return out

@@ -1,0 +1,236 @@
+"""log p(y|x) of the branches of packed rows under a policy, float32 whatever the compute dtype; and of a set of trees.
+
+Logits exist only where a response token is predicted, and only for one chunk of them at a time: the head has its own
+backward pass, with the vocabulary split over (fsdp, tensor), so no array of [tokens, V] is ever whole or kept.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from sera_jax import attention, metrics, model
+from sera_jax import mesh as meshes
+from sera_jax import rows as rowlib
+from sera_jax.ledger import Ledger, branch_key
+from sera_jax.model import Arch
+from sera_jax.records import Rows, Tree
+from sera_jax.rows import Plan
+
+
+def row_logps(
+    arch: Arch, params: dict, rows: Rows, *, mesh: Mesh, dtype: Any, remat: str = "none", chunk: int = 256
+) -> tuple[jax.Array, jax.Array]:
+    """Summed log-probs and token counts of every branch slot.
+
+    Args:
+        params: weights; rows: one microbatch [B, ...], B a multiple of the mesh's row shards.
+        dtype: of the matrix products. remat: key of model.REMAT. chunk: response tokens projected at a time, per row.
+
+    Returns:
+        logp_BS float32, the sum over the slot's response tokens (EOS included); length_BS float32, their number. 0 in
+        empty slots.
+    """
+    logp_BM = token_logps_of_rows(arch, params, rows, mesh=mesh, dtype=dtype, remat=remat, chunk=chunk)
+    slots = rows.example_BS.shape[1]
+    # Slot S marks "no token"; segment_sum drops what lies outside [0, S).
+    by_slot = jax.vmap(functools.partial(jax.ops.segment_sum, num_segments=slots))
+    length_BS = by_slot(jnp.ones_like(logp_BM), rows.slot_BM)
+    return by_slot(logp_BM, rows.slot_BM), length_BS
+
+
+def token_logps_of_rows(
+    arch: Arch, params: dict, rows: Rows, *, mesh: Mesh, dtype: Any, remat: str = "none", chunk: int = 256
+) -> jax.Array:
+    """float32 [B, M]: log-prob of each response token of each row; arbitrary where slot_BM = S (no token)."""
+    mask = attention.tree_mask(rows.tree_BL, rows.branch_BL, rows.position_BL)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, _: Any) -> tuple[jax.Array, tuple]:
+        return attention.attend(q, k, v, mask), ()
+
+    hidden_BLD, _ = model.hidden(
+        arch,
+        params,
+        rows.tokens_BL,
+        rows.position_BL,
+        attend,
+        dtype=dtype,
+        remat=remat,
+        placement=meshes.placement(mesh, "gather"),
+    )
+    hidden_BMD = jnp.take_along_axis(hidden_BLD, rows.parent_BM[:, :, None], axis=1)
+    table_VD = model.head_table(arch, params).astype(dtype)
+    return head_logps(hidden_BMD, table_VD, rows.target_BM, mesh, chunk)
+
+
+# --- the head ---------------------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def head_logps(hidden_BMD: jax.Array, table_VD: jax.Array, target_BM: jax.Array, mesh: Mesh, chunk: int) -> jax.Array:
+    """log softmax(hidden · tableᵀ)[target], float32 [B, M].
+
+    The vocabulary is split over the mesh axes that `mesh.LAYOUTS` gives it; hidden states are gathered over fsdp one
+    chunk
+    at a time where fsdp splits the vocabulary, and (max, sum-exp, target) are what crosses devices. The backward pass
+    recomputes each chunk's logits and accumulates the table's gradient in float32.
+    """
+    return _head_forward(hidden_BMD, table_VD, target_BM, mesh, chunk)[0]
+
+
+def _head_forward(hidden_BMD, table_VD, target_BM, mesh, chunk):
+    logp_BM, lse_BM = _sharded(_forward_chunks, mesh, table_VD.shape, chunk, outputs=2)(hidden_BMD, table_VD, target_BM)
+    return logp_BM, (hidden_BMD, table_VD, target_BM, lse_BM)
+
+
+def _head_backward(mesh, chunk, residuals, cotangent_BM):
+    hidden_BMD, table_VD, target_BM, lse_BM = residuals
+    backward = _sharded(_backward_chunks, mesh, table_VD.shape, chunk, outputs="gradients")
+    d_hidden, d_table = backward(hidden_BMD, table_VD, target_BM, lse_BM, cotangent_BM)
+    return d_hidden.astype(hidden_BMD.dtype), d_table.astype(table_VD.dtype), None
+
+
+head_logps.defvjp(_head_forward, _head_backward)
+
+
+def _sharded(body, mesh: Mesh, table_shape: tuple[int, int], chunk: int, outputs):
+    """`body` under shard_map: rows over (data, fsdp), the vocabulary over the axes that the layout table gives it."""
+    vocab_axes = meshes.spec(mesh, "train", ("vocab",), table_shape[:1])[0] or ()
+    rows, table = P(meshes.ROW_AXES), P(vocab_axes or None)
+    bound = functools.partial(body, vocab_axes=vocab_axes, chunk=chunk)
+    inputs, results = (
+        ((rows, table, rows), (rows, rows)) if outputs == 2 else ((rows, table, rows, rows, rows), (rows, table))
+    )
+    return jax.shard_map(bound, mesh=mesh, in_specs=inputs, out_specs=results, check_vma=False)
+
+
+def _chunks(array: jax.Array, chunk: int) -> jax.Array:
+    """[b, M, ...] → [M / chunk, b, chunk, ...], padded with zeros."""
+    b, m = array.shape[:2]
+    chunk = min(chunk, m)
+    count = -(-m // chunk)
+    padded = jnp.pad(array, ((0, 0), (0, count * chunk - m), *[(0, 0)] * (array.ndim - 2)))
+    return jnp.moveaxis(padded.reshape(b, count, chunk, *array.shape[2:]), 1, 0)
+
+
+def _joined(chunks: jax.Array, length: int) -> jax.Array:
+    """The inverse of `_chunks`."""
+    joined = jnp.moveaxis(chunks, 0, 1)
+    return joined.reshape(joined.shape[0], -1, *joined.shape[3:])[:, :length]
+
+
+def _gathered(array: jax.Array, vocab_axes: tuple[str, ...]) -> jax.Array:
+    """All rows of the devices that share a vocabulary split: fsdp splits rows too, tensor does not."""
+    return jax.lax.all_gather(array, "fsdp", axis=0, tiled=True) if "fsdp" in vocab_axes else array
+
+
+def _own(array: jax.Array, vocab_axes: tuple[str, ...], rows: int) -> jax.Array:
+    """This device's rows of a gathered array."""
+    if "fsdp" not in vocab_axes:
+        return array
+    return jax.lax.dynamic_slice_in_dim(array, jax.lax.axis_index("fsdp") * rows, rows, axis=0)
+
+
+def _local_target(target: jax.Array, vocab_axes: tuple[str, ...], size: int) -> tuple[jax.Array, jax.Array]:
+    """Target ids within this device's slice of the vocabulary, and whether they lie in it."""
+    start = jax.lax.axis_index(vocab_axes) * size if vocab_axes else 0
+    local = target - start
+    return jnp.clip(local, 0, size - 1), (local >= 0) & (local < size)
+
+
+def _logits(hidden: jax.Array, table: jax.Array) -> jax.Array:
+    return jnp.einsum("bmd,vd->bmv", hidden, table, preferred_element_type=jnp.float32)
+
+
+def _forward_chunks(hidden_bMD, table_vD, target_bM, *, vocab_axes, chunk):
+    rows, length = target_bM.shape
+    across = (lambda x: jax.lax.psum(x, vocab_axes)) if vocab_axes else (lambda x: x)
+
+    def body(_, inputs):
+        hidden, target = (_gathered(x, vocab_axes) for x in inputs)
+        logits = _logits(hidden, table_vD)
+        top = jnp.max(logits, axis=-1)
+        top = jax.lax.pmax(top, vocab_axes) if vocab_axes else top
+        lse = top + jnp.log(across(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1)))
+        local, here = _local_target(target, vocab_axes, table_vD.shape[0])
+        chosen = jnp.take_along_axis(logits, local[..., None], axis=-1)[..., 0]
+        chosen = across(jnp.where(here, chosen, 0.0))
+        return None, (_own(chosen - lse, vocab_axes, rows), _own(lse, vocab_axes, rows))
+
+    _, (logp, lse) = jax.lax.scan(body, None, (_chunks(hidden_bMD, chunk), _chunks(target_bM, chunk)))
+    return _joined(logp, length), _joined(lse, length)
+
+
+def _backward_chunks(hidden_bMD, table_vD, target_bM, lse_bM, cotangent_bM, *, vocab_axes, chunk):
+    length = target_bM.shape[1]
+
+    def body(d_table, inputs):
+        hidden, target, lse, cotangent = (_gathered(x, vocab_axes) for x in inputs)
+        local, here = _local_target(target, vocab_axes, table_vD.shape[0])
+        # d logp / d logits = onehot(target) - softmax
+        probability = jnp.exp(_logits(hidden, table_vD) - lse[..., None])
+        onehot = (jnp.arange(table_vD.shape[0])[None, None] == local[..., None]) & here[..., None]
+        d_logits = ((onehot - probability) * cotangent[..., None]).astype(hidden.dtype)
+        d_hidden = jnp.einsum("bmv,vd->bmd", d_logits, table_vD, preferred_element_type=jnp.float32)
+        if "fsdp" in vocab_axes:
+            d_hidden = jax.lax.psum_scatter(d_hidden, "fsdp", scatter_dimension=0, tiled=True)
+        if "tensor" in vocab_axes:
+            d_hidden = jax.lax.psum(d_hidden, "tensor")
+        d_table += jnp.einsum("bmv,bmd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
+        return d_table, d_hidden
+
+    inputs = tuple(_chunks(x, chunk) for x in (hidden_bMD, target_bM, lse_bM, cotangent_bM))
+    d_table, d_hidden = jax.lax.scan(body, jnp.zeros(table_vD.shape, jnp.float32), inputs)
+    # Row groups that this slice of the vocabulary has not seen yet.
+    other_rows = tuple(a for a in meshes.ROW_AXES if a not in vocab_axes)
+    return _joined(d_hidden, length), jax.lax.psum(d_table, other_rows)
+
+
+# --- a set of trees: the host's part ----------------------------------------------------------------------------------
+
+
+def set_logps(
+    trees: Sequence[Tree],
+    *,
+    tag: str,
+    ledger: Ledger,
+    load: Callable[[], Callable[[Rows], np.ndarray]],
+    plan: Plan,
+    chunk: int,
+    label: str,
+) -> np.ndarray:
+    """Log-probs of every branch of a set under one model, looked up in the ledger and computed where it has none.
+
+    The set is scored in fixed chunks of `chunk` trees, each packed on its own and written to the ledger at once: a run
+    that stops here goes on with the first chunk that is missing and packs it as an uninterrupted run would have.
+
+    Args:
+        tag: of the model. load: gives the scorer (rows of one microbatch → logp_BS); called only if something is
+        missing.
+        plan: holds every tree. label: for the progress line.
+
+    Returns:
+        float32 [F], by flat branch number (tree 0's branches, tree 1's, ..).
+
+    Raises:
+        ValueError: a log-prob is not finite.
+    """
+    keys = [branch_key(tree.prompt, branch) for tree in trees for branch in tree.branches]
+    first = np.concatenate(([0], np.cumsum([len(tree.branches) for tree in trees], dtype=np.int64)))
+    known = np.isfinite(ledger.look_up(tag, keys))
+    starts = [s for s in range(0, len(trees), chunk) if not known[first[s] : first[min(s + chunk, len(trees))]].all()]
+    if starts:
+        run = load()
+        for start in metrics.track(starts, total=len(starts), label=label, unit="chunks"):
+            stop = min(start + chunk, len(trees))
+            rows = rowlib.pack(trees[start:stop], plan)
+            stacked, count = rowlib.microbatches(rows, plan, len(rows.tokens_BL) // plan.rows)
+            logp_ABS = np.stack([run(jax.tree.map(lambda a, i=i: a[i], stacked)) for i in range(count)])
+            values = rowlib.unpack(logp_ABS, stacked.example_BS, int(first[stop] - first[start]))
+            ledger.append(tag, keys[first[start] : first[stop]], values)
+    return ledger.look_up(tag, keys)

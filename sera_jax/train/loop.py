@@ -1,0 +1,104 @@
+"""The walk: [SFT] → T × (score → select → sample → reward → pairs → update → save) → export."""
+
+import json
+import os
+import pathlib
+import sys
+import time
+from typing import Any
+
+import jax
+
+from sera_jax import config as configs
+from sera_jax import policies
+from sera_jax import run as runs
+from sera_jax.config import TrainConfig
+from sera_jax.policies import Live, Name
+from sera_jax.train import fresh, outcome, select, update
+from sera_jax.train import world as worlds
+from sera_jax.train.world import World
+
+
+def main(args: list[str] | None = None) -> None:
+    """Reads the config and runs; an error of the user's ends with one line."""
+    try:
+        train(configs.parse(TrainConfig, args))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+def train(config: TrainConfig) -> pathlib.Path:
+    """One run, from wherever its folder stands to the export.
+
+    Returns:
+        the exported Hugging Face folder.
+
+    Raises:
+        ValueError: of config, files, data or run folder, before any update; of scores, where they are found.
+    """
+    compilation_cache(config.run.compilation_cache)
+    # float32 means float32: accelerators would otherwise multiply it in fewer bits.
+    precision = "highest" if config.model.compute == "float32" else "default"
+    with jax.default_matmul_precision(precision):
+        world = worlds.prepare(config)
+        try:
+            return walk(world)
+        finally:
+            runs.close(world.run)
+
+
+def walk(world: World) -> pathlib.Path:
+    """Start, iterations, export; what an earlier process has done is not done again."""
+    live, moments = update.start(world), None
+    first = max(1, live.name.t)  # on resume the policy in memory is iterate `first`, as far as it was trained
+    summaries = [json.loads((worlds.folder(world, t) / "summary.json").read_text()) for t in range(1, first)]
+    for t in range(first, world.config.loop.iterations + 1):
+        live, moments, summary = iterate(world, t, live, moments)
+        summaries.append(summary)
+    return outcome.finish(world, live, summaries)
+
+
+def iterate(world: World, t: int, live: Live, moments: Any) -> tuple[Live, Any, dict]:
+    """Iteration t: score → select → sample → reward → pairs → update → save.
+
+    Args:
+        live: iterate t-1, or, on resume, the TrainState of iterate t as far as it was trained.
+        moments: of the optimiser, carried from iteration t-1; None = fresh.
+
+    Returns:
+        iterate t, its moments (None where they are not carried), and the iteration's summary.
+    """
+    config, began = world.config, time.monotonic()
+    resumed = live.name.t == t
+    # On resume, what the policy before said is in the ledger and in the files of the iteration.
+    scored = Live(Name("iterate", t - 1), None) if resumed else live
+    chosen = select.review(world, t, scored)
+    made = fresh.bootstrap_pairs(world, t, scored)
+    stage = update.training_set(world, t, scored, chosen, made)
+    outcome.write_pairs(world, t, chosen, made)
+    state = live.params if resumed else update.starting_state(world, live, moments)
+    del live, scored, moments  # the state's buffers are donated from here on
+    state = runs.run_stage(
+        world.run,
+        stage,
+        state,
+        world.update,
+        done=world.run.at.update if resumed else 0,
+        count=update.updates_before(world, t),
+        key=worlds.key(world, "update", t),
+        mesh=world.mesh,
+    )
+    live = Live(Name("iterate", t), state.params)
+    policies.save(world.policies, live, update.ema_decay(config))
+    summary = outcome.summarise(world, t, live, chosen, made, len(stage.trees))
+    summary["perf/seconds"] = time.monotonic() - began
+    outcome.write_summary(world, t, summary)
+    return live, state.moments if config.loop.optimizer_state == "carried" else None, summary
+
+
+def compilation_cache(folder: str) -> None:
+    """XLA's persistent cache: a program that any run compiled on this machine is not compiled again."""
+    if folder == "off":
+        return
+    path = pathlib.Path(folder or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "sera_jax", "xla"))
+    jax.config.update("jax_compilation_cache_dir", str(path.expanduser()))

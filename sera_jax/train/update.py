@@ -1,0 +1,176 @@
+"""What the updates of an iteration take: kept ∪ fresh pairs, their reference log-probs, the state; and the SFT stage."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import optax
+import pyarrow.parquet
+
+from sera_jax import data, policies, programs, sera, step
+from sera_jax import mesh as meshes
+from sera_jax import run as runs
+from sera_jax.config import TrainConfig
+from sera_jax.ledger import branch_key
+from sera_jax.policies import Live, Name
+from sera_jax.records import Tree
+from sera_jax.run import Stage
+from sera_jax.train import world as worlds
+from sera_jax.train.fresh import Made
+from sera_jax.train.select import Selection, loss_reference, pair_logps
+from sera_jax.train.world import SCORE_CHUNK, Given, World
+
+
+def start(world: World) -> Live:
+    """Iterate 0, or the policy at the latest checkpoint of an interrupted iteration."""
+    config, at = world.config, world.run.at
+    if at is not None and at.stage == "update":
+        state = world.run.checkpoints.restore(at.count, _abstract_state(world, world.transform))
+        return Live(Name("iterate", at.iteration), state)
+    if not config.sft.epochs:
+        return Live(Name("iterate", 0), policies.start_params(world.policies))
+    transform = worlds.adam(config.sft.optimizer, world.policies.arch)
+    if at is None:
+        params = policies.start_params(world.policies)
+        state = programs.fresh_state(world.policies.arch, world.mesh, transform)(params)
+    else:
+        state = world.run.checkpoints.restore(at.count, _abstract_state(world, transform))
+    state = _sft(world, transform, state, 0 if at is None else at.update)
+    live = Live(Name("iterate", 0), state.params)
+    policies.save(world.policies, live, 0.0)
+    return live
+
+
+def _sft(world: World, transform: optax.GradientTransformation, state: step.TrainState, done: int) -> step.TrainState:
+    """The supervised stage: iterate 0 is its result."""
+    config, optimizer = world.config, world.config.sft.optimizer
+    trees = world.given.sft
+    update = programs.sft_update(
+        world.policies.arch, world.mesh, world.policies.compute, transform, worlds.schedule(optimizer)
+    )
+    stage = Stage(
+        name="sft",
+        iteration=0,
+        batches=_batches(len(trees), optimizer.batch_size, config, 0, config.sft.epochs, len(trees)),
+        trees=trees,
+        reference_F=np.zeros(len(trees), np.float32),
+        weight_N=np.ones(len(trees), np.float32),
+        plan=worlds.plan(world, trees, optimizer),
+    )
+    return runs.run_stage(
+        world.run, stage, state, update, done=done, count=0, key=worlds.key(world, "sft", 0), mesh=world.mesh
+    )
+
+
+def _abstract_state(world: World, transform: optax.GradientTransformation) -> step.TrainState:
+    return programs.abstract_state(world.policies.arch, world.mesh, transform)
+
+
+def starting_state(world: World, live: Live, moments: Any) -> step.TrainState:
+    """The state that iteration t starts from."""
+    config = world.config
+    params = live.params
+    if config.loop.start == "initial" and live.name.t > 0:
+        params = policies.params(world.policies, Name("iterate", 0))
+    if moments is None:
+        return programs.fresh_state(world.policies.arch, world.mesh, world.transform)(params)
+    # The schedule restarts, the moments do not.
+    return step.TrainState(params, moments, meshes.put(np.int32(0), meshes.replicated(world.mesh)))
+
+
+def training_set(world: World, t: int, scored: Live, chosen: Selection | None, made: Made | None) -> Stage:
+    """Kept ∪ fresh pairs, their reference log-probs and weights; as many updates as all given pairs would take."""
+    config, given = world.config, world.given
+    trees, weight_N = _kept(config, given, chosen)
+    extra = [tree for tree, kept in zip(made.fresh.trees, made.fresh.kept_F) if kept] if made else []
+    if config.bootstrap.replay:
+        extra += [tree for earlier in range(1, t) for tree in _earlier_fresh(world, earlier)]
+    trees = [*trees, *extra]
+    if not trees:
+        raise ValueError(f"iteration {t} has nothing to train on: no given pair was kept and no fresh pair was made.")
+    weight_N = np.concatenate((weight_N, np.ones(len(extra), np.float32)))
+    reference = loss_reference(world, t)
+    given_logps = dict(
+        zip(
+            (branch_key(tree.prompt, b) for tree in given.trees for b in tree.branches),
+            pair_logps(world, reference, given.trees, scored).reshape(-1),
+        )
+    )
+    if extra:
+        flat = policies.logps(
+            world.policies,
+            reference,
+            extra,
+            live=scored,
+            plan=world.plan,
+            chunk=SCORE_CHUNK,
+            what="fresh pairs",
+        )
+        given_logps |= dict(zip((branch_key(tree.prompt, b) for tree in extra for b in tree.branches), flat))
+    reference_F = np.array(
+        [given_logps[branch_key(tree.prompt, b)] for tree in trees for b in tree.branches], np.float32
+    )
+    return Stage(
+        name="update",
+        iteration=t,
+        batches=_batches(len(trees), config.optimizer.batch_size, config, t, config.loop.epochs, len(given.trees)),
+        trees=trees,
+        reference_F=reference_F,
+        weight_N=weight_N,
+        plan=world.plan,
+    )
+
+
+def _kept(config: TrainConfig, given: Given, chosen: Selection | None) -> tuple[list[Tree], np.ndarray]:
+    """The given pairs an iteration trains on, and their weights."""
+    own_N = np.array([tree.weight for tree in given.trees], np.float32)
+    if chosen is None:
+        return list(given.trees), own_N
+    if config.select.unselected == "drop":
+        return [tree for tree, kept in zip(given.trees, chosen.mask_N) if kept], own_N[chosen.mask_N]
+    if config.select.unselected == "soft_weight":
+        return list(given.trees), own_N * np.asarray(sera.soft_weight(chosen.score_N), np.float32)
+    swapped = [
+        tree if kept else dataclasses.replace(tree, branches=tree.branches[::-1])
+        for tree, kept in zip(given.trees, chosen.mask_N)
+    ]
+    return swapped, own_N
+
+
+def _batches(n: int, size: int, config: TrainConfig, iteration: int, epochs: int, full: int) -> list[np.ndarray]:
+    """Example numbers of every update: `epochs` passes of as many updates as `full` examples take."""
+    updates = -(-full // size)
+    return [
+        batch
+        for epoch in range(epochs)
+        for batch in data.batches(n, size, seed=config.run.seed, iteration=iteration, epoch=epoch, updates=updates)
+    ]
+
+
+def updates_before(world: World, t: int) -> int:
+    """Updates of the run before iteration t."""
+    config = world.config
+    sft = config.sft.epochs * -(-len(world.given.sft) // config.sft.optimizer.batch_size)
+    return sft + (t - 1) * config.loop.epochs * -(-len(world.given.trees) // config.optimizer.batch_size)
+
+
+def _earlier_fresh(world: World, t: int) -> list[Tree]:
+    """The fresh pairs that iteration t trained on, with the ids that were sampled."""
+    path = worlds.folder(world, t) / "fresh.parquet"
+    if not path.is_file():
+        return []
+    columns = ["id", "prompt_tokens", "chosen_tokens", "rejected_tokens", "kept"]
+    return [
+        Tree(
+            row["id"],
+            np.array(row["prompt_tokens"], np.int32),
+            (np.array(row["chosen_tokens"], np.int32), np.array(row["rejected_tokens"], np.int32)),
+        )
+        for row in pyarrow.parquet.read_table(path, columns=columns).to_pylist()
+        if row["kept"]
+    ]
+
+
+def ema_decay(config: TrainConfig) -> float:
+    """Decay of the running mean of iterates, 0 where no reference asks for it."""
+    return config.reward.ema_decay if "ema" in (config.loss.reference, config.reward.reference) else 0.0

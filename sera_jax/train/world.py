@@ -1,0 +1,284 @@
+"""What a config becomes before the first update: files read, trees made, programs built. It does not change afterwards."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from sera_jax import config as configs
+from sera_jax import data, hf, losses, metrics, model, programs, step
+from sera_jax import mesh as meshes
+from sera_jax import rows as rowlib
+from sera_jax import run as runs
+from sera_jax.config import OptimizerConfig, TrainConfig
+from sera_jax.ledger import Ledger, branch_key, derived_tag, file_tag
+from sera_jax.losses import Loss
+from sera_jax.model import Arch
+from sera_jax.policies import Policies
+from sera_jax.programs import Compute
+from sera_jax.records import Pair, Prompt, Tree
+from sera_jax.rows import Plan
+from sera_jax.run import Run
+
+SCORE_CHUNK = 256  # trees scored, written to the ledger and, after a stop, possibly scored again at a time
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+KEYS = {"sft": 0, "sample": 1, "select": 2, "update": 3, "pairs": 4, "evaluate": 5}  # folded into run.seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """Text and trees, one to one: the given pairs (`held_out` only as trees), the prompts to sample from, those to
+    evaluate on; the trees of the SFT stage.
+    """
+
+    pairs: tuple[Pair, ...]
+    trees: tuple[Tree, ...]
+    held_out: tuple[Tree, ...]
+    prompts: tuple[Prompt, ...]
+    prompt_tokens: tuple[np.ndarray, ...]
+    sft: tuple[Tree, ...]
+    eval_prompts: tuple[Prompt, ...]
+    eval_tokens: tuple[np.ndarray, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """What does not change while a run walks."""
+
+    config: TrainConfig
+    run: Run
+    mesh: Mesh
+    tokenizer: Any
+    eos_ids: tuple[int, ...]
+    given: Given
+    policies: Policies
+    loss: Loss
+    loss_keys: dict[str, Any]
+    transform: optax.GradientTransformation
+    update: Callable
+    plan: Plan
+    score_plan: Plan
+
+
+def prepare(config: TrainConfig) -> World:
+    """Reads everything that can be wrong before the run folder is touched: tokenizer, data, architecture, mesh."""
+    tokenizer = data.load_tokenizer(config.model.path, config.data.chat_template)
+    eos_ids = data.eos_ids(config.model.path, tokenizer)
+    arch = hf.read_arch(config.model.path)
+    given = load(config, tokenizer, eos_ids)
+    mesh = meshes.make(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    compute = Compute(DTYPES[config.model.compute], config.model.remat, config.model.head_chunk)
+    content = (
+        file_tag(config.model.path) if config.model.weights == "pretrained" else f"random {config.run.seed} {arch}"
+    )
+    start_tag = derived_tag(content, config.model.compute)
+    run = runs.open_run(
+        configs.dump(config),
+        resume=config.run.resume,
+        keep=config.run.keep_checkpoints,
+        save_every=config.run.save_every,
+        log_every=config.run.log_every,
+        tensorboard=config.run.tensorboard,
+        wandb_project=config.run.wandb,
+    )
+    ledger = Ledger(config.run.ledger or run.path / "ledger")
+    where = Policies(
+        arch=arch,
+        mesh=mesh,
+        compute=compute,
+        start=config.model.path,
+        seed=config.run.seed if config.model.weights == "random" else None,
+        start_tag=start_tag,
+        trained_start=config.sft.epochs > 0,
+        fingerprint=_fingerprint(config, given),
+        folder=run.path / "iterates",
+        ledger=ledger,
+        scorer=programs.scorer(arch, mesh, compute),
+    )
+    loss = losses.mixture({config.loss.name: 1.0, **config.loss.mix}, config.loss.sft_weight)
+    loss_keys = {"beta": config.loss.beta, **{key: getattr(config.loss, key) for key in loss.keys}}
+    transform = adam(config.optimizer, arch)
+    lengths_N3 = np.concatenate((rowlib.measure(given.trees), _largest_fresh(config, given)))
+    world = World(
+        config=config,
+        run=run,
+        mesh=mesh,
+        tokenizer=tokenizer,
+        eos_ids=eos_ids,
+        given=given,
+        policies=where,
+        loss=loss,
+        loss_keys=loss_keys,
+        transform=transform,
+        update=programs.preference_update(arch, mesh, compute, transform, loss, loss_keys, schedule(config.optimizer)),
+        plan=_plan(lengths_N3, config.optimizer, mesh),
+        score_plan=score_plan([*given.trees, *given.held_out], mesh),
+    )
+    _describe(world)
+    return world
+
+
+def load(config: TrainConfig, tokenizer: Any, eos_ids: Sequence[int]) -> Given:
+    """Files → pairs → trees; says what was read and what could not be used."""
+    progress = lambda items, total, label: metrics.track(items, total=total, label=label, unit="rows")
+    cut = {
+        "max_length": config.data.max_length,
+        "max_prompt_length": config.data.max_prompt_length,
+        "truncation": config.data.truncation,
+        "progress": progress,
+    }
+
+    def told(result: tuple[list, Any]) -> list:
+        for line in result[1].lines():
+            metrics.say(line)
+        return result[0]
+
+    pairs = told(
+        data.load_pairs(
+            config.data.pairs,
+            format=config.data.format,
+            split=config.data.split,
+            limit=config.data.limit,
+            progress=progress,
+        )
+    )
+    pairs, held_out = data.split_validation(pairs, config.data.validation, config.run.seed)
+    trees = told(data.tokenise_pairs(pairs, tokenizer, eos_ids, **cut))
+    held_out = told(data.tokenise_pairs(held_out, tokenizer, eos_ids, **cut)) if held_out else []
+    if not trees:
+        raise ValueError(
+            "no pair is left after tokenising; expected at least one. See the counts above for the reasons."
+        )
+    by_id = {pair.id: pair for pair in pairs}
+    pairs = [by_id[tree.id] for tree in trees]
+    if config.data.prompts:
+        prompts = told(data.load_prompts(config.data.prompts, split=config.data.split, progress=progress))
+    else:
+        prompts = data.prompts_of(pairs)
+    prompts, prompt_tokens = sampled_prompts(prompts, tokenizer, config.data.max_prompt_length, config.data.truncation)
+    evaluated = told(data.load_prompts(config.evaluate.prompts, progress=progress)) if config.evaluate.prompts else []
+    evaluated = evaluated[: config.evaluate.limit or None]
+    eval_prompts, eval_tokens = sampled_prompts(
+        evaluated, tokenizer, config.data.max_prompt_length, config.data.truncation
+    )
+    sft = []
+    if config.sft.epochs:
+        texts = (
+            told(data.load_texts(config.sft.data, split=config.data.split, progress=progress))
+            if config.sft.data
+            else data.demonstrations_of(pairs)
+        )
+        sft = told(data.tokenise_texts(texts, tokenizer, eos_ids, **cut))
+    return Given(
+        pairs=tuple(pairs),
+        trees=tuple(trees),
+        held_out=tuple(held_out),
+        prompts=prompts,
+        prompt_tokens=prompt_tokens,
+        sft=tuple(sft),
+        eval_prompts=eval_prompts,
+        eval_tokens=eval_tokens,
+    )
+
+
+def sampled_prompts(
+    prompts: Sequence[Prompt], tokenizer: Any, longest: int, truncation: str
+) -> tuple[tuple[Prompt, ...], tuple[np.ndarray, ...]]:
+    """Prompts and their token ids, one to one; those without a token cannot be sampled from and are left out."""
+    trees, _ = data.tokenise_prompts(prompts, tokenizer, max_prompt_length=longest, truncation=truncation)
+    by_id = {prompt.id: prompt for prompt in prompts}
+    trees = [tree for tree in trees if len(tree.prompt)]
+    return tuple(by_id[tree.id] for tree in trees), tuple(tree.prompt for tree in trees)
+
+
+def _largest_fresh(config: TrainConfig, given: Given) -> np.ndarray:
+    """int [n, 3], a bound on the lengths of fresh pairs, so that one plan holds given and fresh ones alike."""
+    if not bootstraps(config):
+        return np.zeros((0, 3), np.int64)
+    new = config.bootstrap.max_new_tokens
+    return np.array([[max(map(len, given.prompt_tokens)) + 2 * new, 2 * new, 2]])
+
+
+def _fingerprint(config: TrainConfig, given: Given) -> str:
+    """Of everything that decides what the iterates become: config, data, devices, versions of the numerics."""
+    plain = dataclasses.asdict(config)
+    del plain["run"], plain["evaluate"]
+    content = [branch_key(t.prompt, b).hex() for t in (*given.trees, *given.sft) for b in t.branches]
+    prompts = [branch_key(tokens, ()).hex() for tokens in given.prompt_tokens]
+    devices = [str(d.device_kind) for d in jax.devices()]
+    return derived_tag(
+        json.dumps(plain, sort_keys=True, default=list), config.run.seed, *content, *prompts, *devices, jax.__version__
+    )
+
+
+def _describe(world: World) -> None:
+    """What will run, in a few lines."""
+    config, arch, plan = world.config, world.policies.arch, world.plan
+    size = sum(a.size for a in jax.tree.leaves(model.abstract(arch)))
+    metrics.say(
+        f"{arch.family}, {size / 1e6:.2f} M parameters, compute {config.model.compute}, "
+        f"mesh {'×'.join(f'{axis} {n}' for axis, n in world.mesh.shape.items())} ({jax.devices()[0].device_kind})"
+    )
+    metrics.say(
+        f"rows of {plan.length} tokens, {plan.rows} a microbatch; {len(world.given.trees)} pairs, "
+        f"{len(world.given.prompts)} prompts, {len(world.given.held_out)} held out; run folder {world.run.path}"
+    )
+
+
+def bootstraps(config: TrainConfig) -> bool:
+    """Does any iteration make fresh pairs?"""
+    return config.bootstrap.fresh > 0 and config.loop.iterations >= config.bootstrap.from_iteration
+
+
+def adam(optimizer: OptimizerConfig, arch: Arch) -> optax.GradientTransformation:
+    """The optimiser of a stage."""
+    return step.optimizer(
+        b1=optimizer.b1,
+        b2=optimizer.b2,
+        eps=optimizer.eps,
+        weight_decay=optimizer.weight_decay,
+        clip=optimizer.clip,
+        decays=programs.decaying(arch),
+    )
+
+
+def schedule(optimizer: OptimizerConfig) -> dict[str, Any]:
+    """Keywords of step.learning_rate."""
+    return {"peak": optimizer.learning_rate, "schedule": optimizer.schedule, "warmup": optimizer.warmup}
+
+
+def plan(world: World, trees: Sequence[Tree], optimizer: OptimizerConfig) -> Plan:
+    """Rows for the updates of a stage."""
+    return _plan(rowlib.measure(trees), optimizer, world.mesh)
+
+
+def _plan(lengths_N3: np.ndarray, optimizer: OptimizerConfig, mesh: Mesh) -> Plan:
+    return rowlib.plan(
+        lengths_N3,
+        batch=optimizer.batch_size,
+        shards=meshes.row_shards(mesh),
+        row_tokens=optimizer.row_tokens,
+        microbatch_rows=optimizer.microbatch_rows,
+    )
+
+
+def score_plan(trees: Sequence[Tree], mesh: Mesh) -> Plan:
+    """Rows for scoring a set in chunks."""
+    return rowlib.plan(rowlib.measure(trees), batch=min(SCORE_CHUNK, len(trees)), shards=meshes.row_shards(mesh))
+
+
+def key(world: World, use: str, t: int) -> jax.Array:
+    """The run's key folded by what it is for (KEYS) and by the iteration."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(world.config.run.seed), KEYS[use]), t)
+
+
+def folder(world: World, t: int) -> pathlib.Path:
+    """iterations/t of the run folder."""
+    return world.run.path / "iterations" / str(t)

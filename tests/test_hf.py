@@ -1,0 +1,490 @@
+"""Hugging Face folders: every number of config.json, weights bit for bit, every error's wording, and no half export.
+
+Files are read and written by the safetensors library as the witness.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+
+from sera_jax import hf, model, programs
+from sera_jax.model import Arch
+
+ARCH = Arch("LlamaForCausalLM", 24, 16, 3, 4, 2, 6, 12, 1e-5, 5e5, tied=False)
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 24,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "intermediate_size": 12,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 5e5,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+}
+NAMES = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"] + [
+    f"model.layers.{i}.{name}.weight"
+    for i in range(3)
+    for name in (
+        "input_layernorm post_attention_layernorm self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj "
+        "mlp.gate_proj mlp.up_proj mlp.down_proj"
+    ).split()
+]
+
+
+def write(path: pathlib.Path, config: dict = CONFIG, tensors: dict | None = None, **changes) -> pathlib.Path:
+    path.mkdir(exist_ok=True)
+    config = {key: value for key, value in (config | changes).items() if value != "absent"}
+    (path / "config.json").write_text(json.dumps(config))
+    if tensors is not None:
+        safetensors.numpy.save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+def tensors(dtype=np.float32, seed: int = 0) -> dict[str, np.ndarray]:
+    """Arbitrary numbers in the file's own names and shapes, written out by hand."""
+    rng = np.random.default_rng(seed)
+    q, k, d, f, v = 4 * 6, 2 * 6, 16, 12, 24
+    shapes = {"q_proj": (q, d), "k_proj": (k, d), "v_proj": (k, d), "o_proj": (d, q)}
+    shapes |= {"gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)}
+    shapes |= {"embed_tokens": (v, d), "lm_head": (v, d)}
+    return {name: rng.normal(size=shapes.get(name.split(".")[-2], (d,))).astype(dtype) for name in NAMES}
+
+
+def same_bits(a, b):
+    a, b = np.asarray(a), np.asarray(b)
+    assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
+
+
+def fails(*words: str):
+    return pytest.raises(ValueError, match="(?s)" + ".*".join(map(re.escape, words)))
+
+
+@pytest.fixture(scope="module")
+def params():
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda w: jnp.asarray(rng.normal(size=w.shape), w.dtype), model.abstract(ARCH))
+
+
+# --- config.json ------------------------------------------------------------------------------------------------------
+
+
+def test_every_number_is_read(tmp_path):
+    assert hf.read_arch(write(tmp_path)) == ARCH
+    changed = dict(
+        vocab_size=25, hidden_size=20, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4, head_dim=8,
+        intermediate_size=13, rms_norm_eps=1e-6, rope_theta=7, tie_word_embeddings=True, initializer_range=0.1,
+    )  # fmt: skip
+    assert hf.read_arch(write(tmp_path, **changed)) == Arch(
+        "LlamaForCausalLM", 25, 20, 4, 8, 4, 8, 13, 1e-6, 7.0, tied=True, init_std=0.1
+    )
+
+
+def test_what_is_left_out_has_the_value_transformers_gives_it(tmp_path):
+    optional = "num_key_value_heads head_dim rms_norm_eps rope_theta tie_word_embeddings initializer_range"
+    arch = hf.read_arch(write(tmp_path, **dict.fromkeys(optional.split(), "absent")))
+    assert arch == Arch("LlamaForCausalLM", 24, 16, 3, 4, 4, 4, 12, 1e-6, 1e4, tied=False)
+    assert hf.read_arch(write(tmp_path, architectures="absent")) == ARCH
+    mistral = dict(architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=None)
+    arch = hf.read_arch(write(tmp_path, num_attention_heads=16, num_key_value_heads="absent", **mistral))
+    assert (arch.family, arch.kv_heads) == ("MistralForCausalLM", 8)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"rope_theta": 5e5},
+        {"rope_theta": 5e5, "rope_scaling": None},
+        {"rope_theta": 5e5, "rope_scaling": {"type": "default"}},
+        {"rope_theta": "absent", "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {"rope_theta": 1.0, "rope_parameters": {"rope_theta": 5e5}},
+    ],
+)
+def test_rope_theta_is_read_in_both_layouts(tmp_path, keys):
+    assert hf.read_arch(write(tmp_path, **keys)).rope_theta == 5e5
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (
+            {"architectures": ["PhiForCausalLM"]},
+            ("'PhiForCausalLM'", "expected one of LlamaForCausalLM, MistralForCausalLM"),
+        ),
+        ({"architectures": "absent", "model_type": "phi"}, ("the architecture is 'phi'",)),
+        ({"attention_bias": True}, ("config.json: attention_bias is True, expected False",)),
+        ({"mlp_bias": True}, ("config.json: mlp_bias is True, expected False",)),
+        ({"hidden_act": "gelu"}, ("hidden_act is 'gelu', expected 'silu'",)),
+        ({"quantization_config": {"bits": 4}}, ("quantization_config is {'bits': 4}, expected None",)),
+        ({"partial_rotary_factor": 0.5}, ("partial_rotary_factor is 0.5, expected 1.0",)),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            ("rope_scaling has the type 'llama3', expected 'def",),
+        ),
+        ({"rope_scaling": {"type": "linear"}}, ("rope_scaling has the type 'linear'",)),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, ("rope_parameters has the type 'yarn'",)),
+        ({"rope_theta": "10000"}, ("rope_theta is '10000', expected a positive float",)),
+        (
+            {"sliding_window": 64, "max_position_embeddings": 128},
+            ("sliding_window is 64, less than", "(128), expected null"),
+        ),
+        ({"num_key_value_heads": 3}, ("num_key_value_heads is 3, expected a divisor", "(4)")),
+        ({"head_dim": 5}, ("head_dim is 5, expected an even number",)),
+        ({"head_dim": None, "hidden_size": 18}, ("hidden_size is 18, expected a multiple of num_attention_heads (4)",)),
+        ({"vocab_size": "absent"}, ("config.json: vocab_size is missing",)),
+        ({"vocab_size": "24"}, ("vocab_size is '24', expected a positive int",)),
+        ({"num_hidden_layers": 0}, ("num_hidden_layers is 0, expected a positive int",)),
+        ({"rms_norm_eps": None}, ("rms_norm_eps is None, expected a positive float",)),
+        ({"tie_word_embeddings": None}, ("tie_word_embeddings is None, expected a bool",)),
+    ],
+)
+def test_what_is_not_computed_is_an_error(tmp_path, changes, words):
+    with fails(str(tmp_path), *words):
+        hf.read_arch(write(tmp_path, **changes))
+
+
+def test_a_window_as_long_as_any_text_is_none(tmp_path):
+    assert hf.read_arch(write(tmp_path, sliding_window=128, max_position_embeddings=128)) == ARCH
+    mistral = dict(architectures=["MistralForCausalLM"], model_type="mistral")
+    with fails("sliding_window is 4096, less than max_position_embeddings (131072)"):  # its default
+        hf.read_arch(write(tmp_path, **mistral))
+
+
+def test_no_config_and_no_json(tmp_path):
+    with fails("config.json is missing, expected the config of a Hugging Face model folder"):
+        hf.read_arch(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with fails("config.json is no JSON"):
+        hf.read_arch(tmp_path)
+
+
+def test_a_written_config_reads_back_and_keeps_what_it_has_no_word_for(tmp_path):
+    for family in hf.FAMILIES:
+        arch = dataclasses.replace(ARCH, family=family, tied=True, init_std=0.5)
+        out = hf.write_config(tmp_path / family, arch, dtype=jnp.bfloat16, extra={"eos_token_id": [1, 2]})
+        assert hf.read_arch(out) == arch
+        text = json.loads((out / "config.json").read_text())
+        assert (text["eos_token_id"], text["torch_dtype"], text["architectures"]) == ([1, 2], "bfloat16", [family])
+    source = write(
+        tmp_path / "source", rope_theta="absent", rope_parameters={"rope_type": "default", "rope_theta": 3.0},
+        dtype="float16", max_position_embeddings=77, novelty=[1],
+    )  # fmt: skip
+    text = json.loads((hf.write_config(tmp_path / "b", ARCH, source=source) / "config.json").read_text())
+    assert text["rope_parameters"] == {"rope_type": "default", "rope_theta": 5e5} and "rope_theta" not in text
+    assert (text["dtype"], text["max_position_embeddings"], text["novelty"]) == ("float32", 77, [1])
+    assert "torch_dtype" not in text
+    with fails("the config to be written reads as", "check `source` and `extra`"):
+        hf.write_config(tmp_path / "c", ARCH, extra={"vocab_size": 5})
+    assert not (tmp_path / "c" / "config.json").exists()
+
+
+# --- weights in -------------------------------------------------------------------------------------------------------
+
+
+def test_weights_lie_where_the_names_say(tmp_path, one_device):
+    """Witness: the layouts written out by hand."""
+    got = hf.load(write(tmp_path, tensors=(file := tensors())), ARCH, one_device)
+    stack = lambda name, to: np.stack([to(file[f"model.layers.{i}.{name}.weight"]) for i in range(3)])
+    rows = lambda heads: lambda w: w.reshape(heads, 6, 16).transpose(2, 0, 1)
+    want = {
+        "embed": {"table": file["model.embed_tokens.weight"]},
+        "head": {"table": file["lm_head.weight"]},
+        "final_norm": {"scale": file["model.norm.weight"]},
+        "layers": {
+            "attention_norm": {"scale": stack("input_layernorm", lambda w: w)},
+            "attention": {
+                "query": stack("self_attn.q_proj", rows(4)),
+                "key": stack("self_attn.k_proj", rows(2)),
+                "value": stack("self_attn.v_proj", rows(2)),
+                "out": stack("self_attn.o_proj", lambda w: w.T.reshape(4, 6, 16)),
+            },
+            "mlp_norm": {"scale": stack("post_attention_layernorm", lambda w: w)},
+            "mlp": {n: stack(f"mlp.{n}_proj", lambda w: w.T) for n in ("gate", "up", "down")},
+        },
+    }
+    jax.tree.map(same_bits, got, want)
+
+
+@pytest.mark.parametrize("layout", ["train", "decode"])
+def test_eight_devices_hold_the_same_values_on_their_shardings(tmp_path, one_device, eight_devices, layout):
+    path = write(tmp_path, tensors=tensors())
+    got = hf.load(path, ARCH, eight_devices, layout=layout)
+    jax.tree.map(same_bits, got, hf.load(path, ARCH, one_device))
+    where = programs.param_shardings(ARCH, eight_devices, layout)
+    assert jax.tree.map(lambda a: a.sharding, got) == where
+    # Heads over tensor, width over fsdp: each device holds a quarter of a query weight in training.
+    assert got["layers"]["attention"]["query"].addressable_shards[0].data.size * 4 == 3 * 16 * 4 * 6
+
+
+def test_only_the_wanted_slices_are_read(tmp_path, one_device):
+    """The views that loading starts from do not copy: a slice of one touches the bytes of that slice."""
+    file = tmp_path / "model.safetensors"
+    write(tmp_path, tensors=tensors())
+    header = hf._header(file)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    array = hf._array(header[name], {file: np.memmap(file, np.uint8, mode="r")})
+    view = hf._view(hf._names(ARCH)[name][0], array, hf._sizes(ARCH))
+    assert view.shape == (16, 4, 6) and np.shares_memory(view, array)
+    got = hf.load(tmp_path, ARCH, one_device)["embed"]["table"]
+    before = np.array(got)
+    with open(file, "r+b") as stream:  # what was loaded is a copy, too
+        stream.seek(header["model.embed_tokens.weight"].begin)
+        stream.write(bytes(24 * 16 * 4))
+    same_bits(got, before)
+
+
+@pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("wanted", [np.float32, ml_dtypes.bfloat16])
+def test_dtypes(tmp_path, one_device, stored, wanted):
+    file = tensors(stored)
+    got = hf.load(write(tmp_path, tensors=file), ARCH, one_device, dtype=wanted)
+    same_bits(got["embed"]["table"], file["model.embed_tokens.weight"].astype(wanted))
+    same_bits(got["layers"]["mlp"]["up"][1], file["model.layers.1.mlp.up_proj.weight"].T.astype(wanted))
+
+
+def test_a_header_of_odd_length(tmp_path, one_device):
+    """Other writers do not align their tensors."""
+    for dtype in (np.float32, ml_dtypes.bfloat16):
+        file = tensors(dtype)
+        raw = (write(tmp_path, tensors=file) / "model.safetensors").read_bytes()
+        length = int.from_bytes(raw[:8], "little")
+        header = raw[8 : 8 + length].rstrip()
+        header += b" " * (1 - len(header) % 2)
+        (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + length :])
+        got = hf.load(tmp_path, ARCH, one_device, dtype=dtype)
+        assert len(header) % 2 == 1
+        same_bits(got["embed"]["table"], file["model.embed_tokens.weight"])
+
+
+def shard(path: pathlib.Path, tensors: dict, files: int = 3) -> dict[str, str]:
+    """Writes a sharded checkpoint by the library; returns its weight map."""
+    path.mkdir(exist_ok=True)
+    weight_map = {name: f"part-{i % files}.safetensors" for i, name in enumerate(tensors)}
+    for file in set(weight_map.values()):
+        safetensors.numpy.save_file({n: t for n, t in tensors.items() if weight_map[n] == file}, path / file)
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return weight_map
+
+
+def test_several_files_with_an_index(tmp_path, one_device):
+    file = tensors()
+    shard(tmp_path / "many", file)
+    one = hf.load(write(tmp_path / "one", tensors=file), ARCH, one_device)
+    jax.tree.map(same_bits, hf.load(tmp_path / "many", ARCH, one_device), one)
+    (tmp_path / "many" / "part-1.safetensors").unlink()
+    with fails("part-1.safetensors is missing; model.safetensors.index.json names it"):
+        hf.load(tmp_path / "many", ARCH, one_device)
+    weight_map = shard(tmp_path / "many", file)
+    index = {"weight_map": weight_map | {"lm_head.weight": weight_map["model.embed_tokens.weight"]}}
+    (tmp_path / "many" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with fails("index.json names tensors that are not in their files: lm_head.weight."):
+        hf.load(tmp_path / "many", ARCH, one_device)
+
+
+def test_a_tied_head_may_be_left_out_or_repeated(tmp_path, one_device):
+    tied = dataclasses.replace(ARCH, tied=True)
+    file = tensors()
+    del file["lm_head.weight"]
+    path = write(tmp_path, tensors=file)
+    without = hf.load(path, tied, one_device)
+    assert set(without) == {"embed", "layers", "final_norm"}
+    path = write(tmp_path, tensors=file | {"lm_head.weight": file["model.embed_tokens.weight"]})
+    jax.tree.map(same_bits, hf.load(path, tied, one_device), without)
+    path = write(tmp_path, tensors=tensors())
+    with fails(
+        "lm_head.weight differs from model.embed_tokens.weight", "tie_word_embeddings is true", "Set it to false"
+    ):
+        hf.load(path, tied, one_device)
+
+
+def test_old_rotary_buffers_are_passed_over(tmp_path, one_device):
+    file = tensors() | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32) for i in range(3)}
+    hf.load(write(tmp_path, tensors=file), ARCH, one_device)
+
+
+def test_no_safetensors(tmp_path, one_device):
+    write(tmp_path)
+    with fails(f"{tmp_path}: no model.safetensors and no model.safetensors.index.json (found: config.json)."):
+        hf.load(tmp_path, ARCH, one_device)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with fails("pytorch_model.bin: pickles are never loaded", "Convert them", "save_pretrained"):
+        hf.load(tmp_path, ARCH, one_device)
+    with fails("nowhere: no model.safetensors", "(found: no such folder)"):
+        hf.load(tmp_path / "nowhere", ARCH, one_device)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_a_truncated_file(tmp_path, one_device, keep):
+    file = write(tmp_path, tensors=tensors()) / "model.safetensors"
+    raw = file.read_bytes()
+    file.write_bytes(raw[:keep])
+    if keep == -1:
+        words = ("model.safetensors is truncated: it has", f"{len(raw) - 1} bytes, its header speaks of {len(raw)}.")
+    else:
+        words = ("model.safetensors has no complete safetensors header", f"({keep} bytes): it is truncated")
+    with fails(*words):
+        hf.load(tmp_path, ARCH, one_device)
+
+
+def test_another_kind_of_file(tmp_path, one_device):
+    (write(tmp_path) / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with fails("no complete safetensors header", "Git LFS pointer"):
+        hf.load(tmp_path, ARCH, one_device)
+
+
+def test_missing_unexpected_and_misshapen_tensors(tmp_path, one_device):
+    file = tensors()
+    without = {n: t for n, t in file.items() if not n.startswith("model.layers.2")}
+    with fails(
+        str(tmp_path), "9 of 30 tensors are missing: model.layers.2.", " and 1 more.", "with 3 layers and its own head"
+    ):
+        hf.load(write(tmp_path, tensors=without), ARCH, one_device)
+    more = file | {"model.layers.0.self_attn.q_proj.bias": np.ones(24, np.float32)}
+    with fails("1 tensors are unexpected: model.layers.0.self_attn.q_proj.bias. LlamaForCausalLM with 3 layers"):
+        hf.load(write(tmp_path, tensors=more), ARCH, one_device)
+    name = "model.layers.1.self_attn.k_proj.weight"
+    with fails(f"model.safetensors: {name} has shape [24, 16], expected [12, 16] from config.json."):
+        hf.load(write(tmp_path, tensors=file | {name: np.ones((24, 16), np.float32)}), ARCH, one_device)
+    with fails(f"model.safetensors: {name} has dtype I32, expected one of F32, F16, BF16."):
+        hf.load(write(tmp_path, tensors=file | {name: np.ones((12, 16), np.int32)}), ARCH, one_device)
+
+
+# --- weights out ------------------------------------------------------------------------------------------------------
+
+
+def bf16_bits(seed: int = 0) -> dict[str, np.ndarray]:
+    """Any bfloat16 but NaN: denormals, infinities, negative zeros."""
+    rng = np.random.default_rng(seed)
+
+    def draw(shape):
+        raw = rng.integers(0, 2**16, shape, np.uint16)
+        return np.where((raw & 0x7FFF) > 0x7F80, np.uint16(0x8000), raw).view(ml_dtypes.bfloat16)
+
+    return {name: draw(tensor.shape) for name, tensor in tensors().items()}
+
+
+def test_bfloat16_survives_bit_for_bit_on_eight_devices(tmp_path, eight_devices):
+    """Stored in bfloat16, or held in float32 in between. (XLA on CPU flushes denormals in arithmetic, not in casts.)"""
+    file = bf16_bits()
+    source = write(tmp_path / "in", tensors=file)
+    for dtype in (jnp.bfloat16, jnp.float32):
+        held = hf.load(source, ARCH, eight_devices, dtype=dtype)
+        out = hf.save(tmp_path / "out", ARCH, held, source=source, dtype=jnp.bfloat16)
+        again = safetensors.numpy.load_file(out / "model.safetensors")
+        assert again.keys() == file.keys()
+        for name in file:
+            same_bits(again[name], file[name])
+
+
+def test_the_file_is_one_the_library_would_have_written(tmp_path, params):
+    out = hf.save(tmp_path / "a", ARCH, params, dtype=jnp.float32)
+    assert sorted(f.name for f in out.iterdir()) == ["config.json", "model.safetensors"]
+    with safetensors.safe_open(out / "model.safetensors", "np") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert sorted(file.keys()) == sorted(NAMES)
+    raw = (out / "model.safetensors").read_bytes()
+    assert int.from_bytes(raw[:8], "little") % 8 == 0
+    assert hf.read_arch(out) == ARCH
+
+
+def test_shards_and_their_index(tmp_path, params, one_device):
+    out = hf.save(tmp_path / "many", ARCH, params, dtype=jnp.float32, max_shard_bytes=4000)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    files = sorted(f.name for f in out.glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    assert sorted(set(index["weight_map"].values())) == files
+    held = {f: safetensors.numpy.load_file(out / f) for f in files}
+    assert {name: file for file, part in held.items() for name in part} == index["weight_map"]
+    sizes = [sum(t.nbytes for t in part.values()) for part in held.values()]
+    assert max(sizes) <= 4000 and index["metadata"]["total_size"] == sum(sizes)
+    jax.tree.map(same_bits, hf.load(out, ARCH, one_device), params)
+
+
+def test_what_an_export_takes_from_its_source(tmp_path, params):
+    source = write(tmp_path / "source", max_position_embeddings=99, rope_theta=1.0)
+    for name in (
+        "tokenizer.json",
+        "generation_config.json",
+        "chat_template.jinja",
+        "LICENSE",
+        "README.md",
+        "other.txt",
+    ):
+        (source / name).write_text(name)
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool.jinja").write_text("tool")
+    (source / "pytorch_model.bin").write_text("pickle")
+    out = hf.save(tmp_path / "out", ARCH, params, source=source, dtype=jnp.float32, card=["# Model", "", "Two words."])
+    assert sorted(str(f.relative_to(out)) for f in out.rglob("*") if f.is_file()) == [
+        "LICENSE", "README.md", "additional_chat_templates/tool.jinja", "chat_template.jinja", "config.json",
+        "generation_config.json", "model.safetensors", "tokenizer.json",
+    ]  # fmt: skip
+    assert (out / "README.md").read_text() == "# Model\n\nTwo words.\n"
+    config = json.loads((out / "config.json").read_text())
+    assert (config["max_position_embeddings"], config["rope_theta"]) == (99, 5e5)
+
+
+def test_export_errors(tmp_path, params):
+    with fails("export dtype is int8, expected one of float32, float16, bfloat16"):
+        hf.save(tmp_path / "a", ARCH, params, dtype=np.int8)
+    with fails("a weight has shape (24, 16), expected (25, 16) from Arch("):
+        hf.save(tmp_path / "a", dataclasses.replace(ARCH, vocab=25), params, dtype=np.float32)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_earlier_export_is_replaced_whole(tmp_path, params, one_device):
+    out = hf.save(tmp_path / "a", ARCH, params, dtype=jnp.float32, max_shard_bytes=4000)
+    again = jax.tree.map(lambda w: w + 1, params)
+    hf.save(out, ARCH, again, source=out, dtype=jnp.float32)  # its own source
+    assert sorted(f.name for f in out.iterdir()) == ["config.json", "model.safetensors"]
+    jax.tree.map(same_bits, hf.load(out, ARCH, one_device), again)
+    assert [f.name for f in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize(
+    "moment, earlier",
+    [(m, e) for m in ("tensors", "copy", "last rename") for e in (False, True)] + [("first rename", True)],
+)
+def test_a_killed_export_leaves_the_earlier_one_or_nothing(tmp_path, params, one_device, monkeypatch, moment, earlier):
+    path = tmp_path / "export"
+    if earlier:
+        hf.save(path, ARCH, params, dtype=jnp.float32)
+    calls = {"tensors": 5, "copy": 1, "first rename": 1, "last rename": 2 if earlier else 1}
+
+    def kills(original):
+        def killer(*args):
+            calls[moment] -= 1
+            if calls[moment] == 0:
+                raise KeyboardInterrupt
+            return original(*args)
+
+        return killer
+
+    name = {"tensors": "_fetch", "copy": "_copy"}.get(moment, "rename")
+    owner = os if name == "rename" else hf
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, kills(getattr(owner, name)))
+        with pytest.raises(KeyboardInterrupt):
+            hf.save(path, ARCH, jax.tree.map(lambda w: w + 1, params), dtype=jnp.float32)
+    assert path.exists() == earlier
+    if earlier:
+        jax.tree.map(same_bits, hf.load(path, ARCH, one_device), params)
+    if moment in ("tensors", "copy"):
+        with fails("config.json is missing"):  # what lies beside it does not load either
+            hf.read_arch(tmp_path / "export.partial")
+    hf.save(path, ARCH, params, dtype=jnp.float32)  # and the next one succeeds
+    assert [f.name for f in tmp_path.iterdir()] == ["export"]

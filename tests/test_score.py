@@ -1,0 +1,177 @@
+"""log p(y|x) of packed rows: against a float64 NumPy decoder, and packed = unpacked in value and gradient."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sera_jax import mesh as meshes
+from sera_jax import model, score
+from sera_jax import rows as rowlib
+from sera_jax.model import Arch
+from sera_jax.records import Tree
+from sera_jax.rows import Plan
+
+ARCH = Arch("llama", 96, 32, 2, 4, 2, 8, 48, 1e-5, 1e4, tied=False, init_std=0.3)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.device_get(jax.jit(lambda key: model.init(ARCH, key))(jax.random.key(0)))
+
+
+def menagerie(seed: int = 0) -> list[Tree]:
+    """Three and more trees a row, one-token branches, unequal branches, a long one, an empty prompt."""
+    rng = np.random.default_rng(seed)
+    shapes = [(5, 7, 3), (1, 1, 9), (12, 1, 1), (3, 30, 2), (20, 4, 4), (8, 6, 25), (2, 2, 2)]
+    ids = lambda n: rng.integers(0, ARCH.vocab, n).astype(np.int32)
+    return [Tree(f"t{i}", ids(p), (ids(a), ids(b))) for i, (p, a, b) in enumerate(shapes)]
+
+
+def numpy_logp(params, prompt, response) -> float:
+    """Sum of log p(response | prompt), decoder written out in float64."""
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+    ids = np.concatenate((prompt, response))
+    norm = lambda x, s: x / np.sqrt((x * x).mean(-1, keepdims=True) + ARCH.norm_eps) * s
+    half = ARCH.head_dim // 2
+    angle = np.arange(len(ids))[:, None, None] * (ARCH.rope_theta ** (-np.arange(half) / half))
+
+    def rotate(x):
+        a, b = x[..., :half], x[..., half:]
+        return np.concatenate((a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)), -1)
+
+    x = p["embed"]["table"][ids]
+    for i in range(ARCH.layers):
+        w = jax.tree.map(lambda a, i=i: a[i], p["layers"])
+        y = norm(x, w["attention_norm"]["scale"])
+        q = rotate(np.einsum("ld,dnh->lnh", y, w["attention"]["query"]))
+        k = rotate(np.einsum("ld,dkh->lkh", y, w["attention"]["key"])).repeat(2, axis=1)
+        v = np.einsum("ld,dkh->lkh", y, w["attention"]["value"]).repeat(2, axis=1)
+        s = np.einsum("qnh,tnh->nqt", q, k) / np.sqrt(ARCH.head_dim)
+        s = np.where(np.tril(np.ones((len(ids), len(ids)), bool)), s, -np.inf)
+        a = np.exp(s - s.max(-1, keepdims=True))
+        a /= a.sum(-1, keepdims=True)
+        x = x + np.einsum("nqt,tnh,nhd->qd", a, v, w["attention"]["out"])
+        y = norm(x, w["mlp_norm"]["scale"])
+        gate = y @ w["mlp"]["gate"]
+        x = x + (gate / (1 + np.exp(-gate)) * (y @ w["mlp"]["up"])) @ w["mlp"]["down"]
+    logits = norm(x, p["final_norm"]["scale"]) @ p["head"]["table"].T
+    logits -= logits.max(-1, keepdims=True)
+    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return sum(logp[len(prompt) + t - 1, token] for t, token in enumerate(response))
+
+
+def logps(params, trees, plan, mesh, **kw) -> tuple[np.ndarray, np.ndarray]:
+    packed = rowlib.pack(trees, plan)
+    run = jax.jit(lambda p, r: score.row_logps(ARCH, p, r, mesh=mesh, dtype=jnp.float32, **kw))
+    logp, length = run(params, meshes.put(packed, meshes.rows_sharding(mesh)))
+    count = sum(len(t.branches) for t in trees)
+    return tuple(rowlib.unpack(np.asarray(a), packed.example_BS, count) for a in (logp, length))
+
+
+def test_log_probs_equal_a_float64_decoder(params, one_device):
+    trees = menagerie()
+    logp, length = logps(params, trees, Plan(128, 128, 8, 1), one_device)
+    want = [numpy_logp(params, t.prompt, b) for t in trees for b in t.branches]
+    # Measured floor: 3e-6 relative in float32.
+    np.testing.assert_allclose(logp, want, rtol=2e-5)
+    assert length.tolist() == [len(b) for t in trees for b in t.branches]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 48, 256])
+def test_the_head_gives_the_same_log_probs_and_gradients_at_any_chunk(params, one_device, chunk):
+    packed = rowlib.pack(menagerie(), Plan(128, 128, 8, 1))
+    packed = meshes.put(packed, meshes.rows_sharding(one_device))
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(2, 48, 32)), jnp.float32)
+    target = jnp.asarray(rng.integers(0, 96, (2, 48)))
+    weight = jnp.asarray(rng.normal(size=(2, 48)), jnp.float32)
+
+    def ours(h, w):
+        return (score.head_logps(h, w, target, one_device, chunk) * weight).sum()
+
+    def plain(h, w):
+        logits = jax.nn.log_softmax(jnp.einsum("bmd,vd->bmv", h, w))
+        return (jnp.take_along_axis(logits, target[..., None], -1)[..., 0] * weight).sum()
+
+    table = jnp.asarray(params["head"]["table"])
+    got, want = (jax.value_and_grad(f, argnums=(0, 1))(hidden, table) for f in (ours, plain))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, want)
+
+
+def test_packed_equals_unpacked_in_value_and_gradient(params, one_device):
+    """One tree a row against all trees in one row, through a nonlinear function of the log-probs."""
+    trees = menagerie(1)
+
+    def value_and_grad(plan):
+        packed = rowlib.pack(trees, plan)
+        sign = rowlib.spread(np.tile([1.0, -1.0], len(trees)), packed.example_BS)
+
+        def loss(p):
+            logp, _ = score.row_logps(ARCH, p, packed, mesh=one_device, dtype=jnp.float32)
+            margin = (logp * sign).reshape(-1, 2).sum(-1)
+            return jax.nn.softplus(-0.1 * margin).sum() - np.log(2) * ((sign.reshape(-1, 2) == 0).all(-1)).sum()
+
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    one = value_and_grad(Plan(128, 128, 2, 1))
+    many = value_and_grad(Plan(256, 256, 16, 1))
+    padded = value_and_grad(Plan(384, 256, 20, 3))
+    np.testing.assert_allclose(one[0], many[0], rtol=1e-6)
+    np.testing.assert_allclose(one[0], padded[0], rtol=1e-6)
+    for a, b, c in zip(*(jax.tree.leaves(x[1]) for x in (one, many, padded))):
+        np.testing.assert_allclose(a, b, atol=2e-6 * np.abs(a).max())
+        np.testing.assert_allclose(a, c, atol=2e-6 * np.abs(a).max())
+
+
+def test_a_branch_changes_no_other_log_prob(params, one_device):
+    trees = menagerie(2)
+    plan = Plan(256, 256, 16, 1)
+    before, _ = logps(params, trees, plan, one_device)
+    changed = dataclasses.replace(trees[3], branches=((trees[3].branches[0] + 1) % ARCH.vocab, trees[3].branches[1]))
+    after, _ = logps(params, [*trees[:3], changed, *trees[4:]], plan, one_device)
+    assert before[6] != after[6]
+    np.testing.assert_array_equal(np.delete(before, 6), np.delete(after, 6))
+
+
+def test_a_plain_text_scores_all_but_its_first_token(params, one_device):
+    text = np.arange(1, 12, dtype=np.int32)
+    logp, length = logps(params, [Tree("a", text[:0], (text,))], Plan(128, 128, 2, 1), one_device)
+    np.testing.assert_allclose(logp[0], numpy_logp(params, text[:1], text[1:]), rtol=2e-5)
+    assert length[0] == 10
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 8, 1), (8, 1, 1), (1, 1, 8), (1, 4, 2)])
+def test_any_mesh_gives_the_same_log_probs_and_gradients(params, one_device, shape):
+    trees = menagerie(3)
+
+    def value_and_grad(mesh):
+        packed = rowlib.pack(trees, Plan(128, 128, 4, 8))
+        packed = meshes.put(packed, meshes.rows_sharding(mesh))
+        where = meshes.shardings(mesh, "train", model.dims(ARCH), params)
+        placed = meshes.put(params, where)
+
+        def loss(p):
+            logp, _ = score.row_logps(ARCH, p, packed, mesh=mesh, dtype=jnp.float32, chunk=40)
+            return jnp.tanh(logp / 50).sum(), logp
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True), out_shardings=((None, None), where))(placed)
+
+    (_, want), want_grads = value_and_grad(one_device)
+    (_, got), got_grads = value_and_grad(meshes.make(*shape))
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-5)
+    for a, b in zip(jax.tree.leaves(got_grads), jax.tree.leaves(want_grads)):
+        np.testing.assert_allclose(a, b, atol=3e-6 * np.abs(b).max())
+
+
+def test_bfloat16_compute_keeps_float32_log_probs(params, one_device):
+    trees = menagerie(4)
+    exact, _ = logps(params, trees, Plan(128, 128, 8, 1), one_device)
+    packed = rowlib.pack(trees, Plan(128, 128, 8, 1))
+    logp, _ = score.row_logps(ARCH, params, packed, mesh=one_device, dtype=jnp.bfloat16)
+    assert logp.dtype == jnp.float32
+    got = rowlib.unpack(np.asarray(logp), packed.example_BS, len(exact))
+    np.testing.assert_allclose(got, exact, rtol=0.05)
+    assert np.unique(np.asarray(logp)[packed.example_BS >= 0].view(np.uint32) & 0xFFFF).size > 1
