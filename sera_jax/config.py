@@ -9,7 +9,7 @@ Values marked * are not published by the paper as far as we could establish: the
 import dataclasses
 import pathlib
 import sys
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jsonargparse
 import yaml
@@ -269,7 +269,7 @@ class LoopConfig:
     """The iterations.
 
     Args:
-        iterations: T; iteration 1 is plain training on all pairs.
+        iterations: T; iteration 1 is plain training on all pairs. 0 = the SFT stage alone.
         epochs: passes over the training set of an iteration.
         start: iteration t starts from the iterate before, or from the initial policy.
         optimizer_state: fresh moments and schedule each iteration, or carried moments.
@@ -321,7 +321,22 @@ class EvaluateConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """`python -m sera_jax.train`: everything a run depends on."""
+    """`python -m sera_jax.train`: everything a run depends on.
+
+    Args:
+        run: the run folder.
+        model: the checkpoint to start from.
+        data: the given pairs and prompts.
+        sft: the optional supervised stage.
+        loop: the iterations.
+        loss: what is trained with.
+        reward: who ranks.
+        select: which of the given pairs stay.
+        bootstrap: fresh pairs.
+        optimizer: of the iterations.
+        mesh: devices by axis.
+        evaluate: win rate while the run goes on.
+    """
 
     run: RunConfig
     model: ModelConfig
@@ -343,8 +358,9 @@ class GenerateConfig:
 
     Args:
         model: the policy.
-        prompts: files of prompts.
-        out: JSONL file to write: {"id", "prompt", "responses", "finished"} a line.
+        prompts: files of prompts, text or chat messages.
+        out: JSONL file to write, one line a prompt in their order: {"id", "prompt", "responses", "finished",
+            "lengths"}, lengths in tokens. It appears when complete; an interrupted command goes on where it stopped.
         candidates: responses a prompt.
         temperature: 0 = greedy.
         top_k: 0 = off.
@@ -381,7 +397,7 @@ class EvaluateDoorConfig:
     Args:
         policy: Hugging Face folder, or a JSONL that `sera_jax.generate` wrote for the same prompts.
         baseline: likewise.
-        evaluate: prompts, reward function and sampling.
+        evaluate: prompts, reward function, and how folders are sampled from.
         out: JSON file for the result; empty = print only.
         max_prompt_length: longer prompts keep their end.
         slots: responses decoded side by side.
@@ -407,11 +423,14 @@ class ReviewConfig:
 
     Args:
         policy: Hugging Face folder of an aligned model.
-        reference: Hugging Face folder of what it started from.
+        reference: Hugging Face folder of what it started from; not read where the loss has no reference.
         data: the pairs.
-        out: folder for review.parquet (margins, ranks, flags), kept.jsonl and report.html.
-        loss: whose implicit reward.
+        out: folder for review.parquet (margins, ranks, flags), kept.jsonl, report.html and the ledger, with which a
+            repetition scores nothing again.
+        loss: whose implicit reward; loss.reference none = log-probs in the place of log-ratios.
         select: which pairs are kept.
+        uninformative: a pair is called so where |margin| is below this share of the median |margin|.
+        long: a pair is called so where its longer response has more than this many times the median's tokens.
         batch_size: pairs scored at a time.
         compute: dtype of the matrix products.
         mesh: devices by axis.
@@ -423,6 +442,8 @@ class ReviewConfig:
     out: str
     loss: LossConfig = LossConfig()
     select: SelectConfig = SelectConfig()
+    uninformative: float = 0.1
+    long: float = 4.0
     batch_size: int = 64
     compute: Literal["float32", "bfloat16"] = "float32"
     mesh: MeshConfig = MeshConfig()
@@ -445,15 +466,28 @@ _RANGES: tuple[tuple[str, Any, str], ...] = (
     ("bootstrap.top_p", lambda v: 0 < v <= 1, "a share in (0, 1]"),
     ("bootstrap.min_p", lambda v: 0 <= v < 1, "0 <= min_p < 1"),
     ("bootstrap.max_new_tokens", lambda v: v >= 1, "at least 1"),
+    ("bootstrap.top_k", lambda v: v >= 0, "0 or more"),
     ("evaluate.temperature", lambda v: v >= 0, "a number >= 0"),
+    ("evaluate.top_p", lambda v: 0 < v <= 1, "a share in (0, 1]"),
+    ("evaluate.max_new_tokens", lambda v: v >= 1, "at least 1"),
+    ("evaluate.limit", lambda v: v >= 0, "0 or more"),
     ("temperature", lambda v: v >= 0, "a number >= 0"),
     ("top_p", lambda v: 0 < v <= 1, "a share in (0, 1]"),
+    ("min_p", lambda v: 0 <= v < 1, "0 <= min_p < 1"),
+    ("top_k", lambda v: v >= 0, "0 or more"),
+    ("limit", lambda v: v >= 0, "0 or more"),
     ("candidates", lambda v: v >= 1, "at least 1"),
     ("max_new_tokens", lambda v: v >= 1, "at least 1"),
+    ("max_prompt_length", lambda v: v >= 1, "at least 1 token"),
+    ("slots", lambda v: v >= 1, "at least 1"),
+    ("batch_size", lambda v: v >= 1, "at least 1"),
+    ("data.limit", lambda v: v >= 0, "0 or more"),
+    ("uninformative", lambda v: v >= 0, "a share >= 0"),
+    ("long", lambda v: v > 1, "a number > 1"),
     ("data.validation", lambda v: 0 <= v < 1, "a share in [0, 1)"),
     ("data.max_length", lambda v: v >= 2, "at least 2 tokens"),
     ("data.max_prompt_length", lambda v: v >= 1, "at least 1 token"),
-    ("loop.iterations", lambda v: v >= 1, "at least 1"),
+    ("loop.iterations", lambda v: v >= 0, "0 or more"),
     ("loop.epochs", lambda v: v >= 1, "at least 1"),
     ("sft.epochs", lambda v: v >= 0, "0 or more"),
     ("run.save_every", lambda v: v >= 1, "at least 1"),
@@ -468,6 +502,8 @@ _RANGES: tuple[tuple[str, Any, str], ...] = (
             ("warmup", lambda v: 0 <= v <= 1, "a share between 0 and 1"),
             ("b1", lambda v: 0 <= v < 1, "0 <= b1 < 1"),
             ("b2", lambda v: 0 <= v < 1, "0 <= b2 < 1"),
+            ("eps", lambda v: v > 0, "a number > 0"),
+            ("weight_decay", lambda v: v >= 0, "a number >= 0"),
             ("batch_size", lambda v: v >= 1, "at least 1"),
             ("clip", lambda v: v >= 0, "a number >= 0"),
             ("row_tokens", lambda v: v >= 0 and v % 128 == 0, "0 or a multiple of 128"),
@@ -512,6 +548,11 @@ def check(config: Any, where: str) -> None:
     loss = get(config, "loss")
     if loss is not None:
         names = {loss.name, *loss.mix}
+        strange = sorted(names - set(get_args(LossName)))  # the parser does not check the keys of a mapping
+        if strange:
+            raise ConfigError(
+                f"{where}: loss.mix names {strange[0]!r}, expected losses out of: {', '.join(get_args(LossName))}."
+            )
         for key, owners in _LOSS_KEYS:
             default = LossConfig.__dataclass_fields__[key].default
             if getattr(loss, key) != default and not names & set(owners):

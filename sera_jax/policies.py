@@ -13,11 +13,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sera_jax import checkpoint, hf, model, programs, score
-from sera_jax.ledger import Ledger, derived_tag
+from sera_jax import checkpoint, data, hf, model, programs, sample, score
+from sera_jax.ledger import Ledger, derived_tag, file_tag
 from sera_jax.model import Arch
 from sera_jax.programs import Compute
 from sera_jax.records import Rows, Tree
@@ -127,3 +128,87 @@ def logps(
 
 def _folder_name(name: Name) -> str:
     return str(name.t) if name.kind == "iterate" or name.t == 0 else f"{name.kind}-{name.t}"
+
+
+# --- one model folder, outside a run ----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """A Hugging Face folder as the doors beside `train` use it. Its weights are read when they are asked for.
+
+    tag: of its content and the compute dtype, the one that a run gives to the model it starts from.
+    """
+
+    path: str
+    arch: Arch
+    tokenizer: Any
+    eos_ids: tuple[int, ...]
+    mesh: Mesh
+    compute: Compute
+    tag: str
+    load: Callable[[], Any]
+
+
+def open_folder(
+    path: str, mesh: Mesh, *, compute: str, head_chunk: int = 256, chat_template: str = "auto", seed: int | None = None
+) -> Folder:
+    """Reads all but the weights.
+
+    Args:
+        compute: float32 or bfloat16. seed: draws the weights, None = they are read.
+
+    Raises:
+        ValueError: no such folder, or one that cannot be used.
+    """
+    tokenizer = data.load_tokenizer(path, chat_template)
+    arch = hf.read_arch(path)
+    if seed is None:
+        content, load = file_tag(path), lambda: hf.load(path, arch, mesh)
+    else:
+        content, load = f"random {seed} {arch}", lambda: programs.random_params(arch, mesh)(jax.random.key(seed))
+    return Folder(
+        path=path,
+        arch=arch,
+        tokenizer=tokenizer,
+        eos_ids=data.eos_ids(path, tokenizer),
+        mesh=mesh,
+        compute=Compute(jnp.dtype(compute), chunk=head_chunk),
+        tag=derived_tag(content, compute),
+        load=load,
+    )
+
+
+def same_tokens(one: Folder, other: Folder) -> bool:
+    """Do their token ids mean the same?"""
+    return one.tokenizer.get_vocab() == other.tokenizer.get_vocab() and one.eos_ids == other.eos_ids
+
+
+def folder_logps(
+    folder: Folder, trees: Sequence[Tree], *, ledger: Ledger, plan: Plan, chunk: int, label: str
+) -> np.ndarray:
+    """As `logps`, of one folder: float32 [F], by flat branch number."""
+
+    def load() -> Callable[[Rows], np.ndarray]:
+        scorer = programs.scorer(folder.arch, folder.mesh, folder.compute)
+        return programs.score_rows(scorer, folder.load(), folder.mesh)
+
+    return score.set_logps(trees, tag=folder.tag, ledger=ledger, load=load, plan=plan, chunk=chunk, label=label)
+
+
+def folder_sampler(folder: Folder, key: jax.Array, *, candidates: int, max_new_tokens: int, **values: Any) -> Callable:
+    """Prompts on the host → candidates on the host, as `bootstrap.sample_candidates` takes it.
+
+    Args:
+        values: temperature, top_k, top_p, min_p (`sample.sampling`).
+    """
+    return programs.sampler(
+        folder.arch,
+        folder.mesh,
+        folder.compute,
+        folder.load,
+        key,
+        sample.sampling(eos_ids=folder.eos_ids, **values),
+        candidates=candidates,
+        max_new_tokens=max_new_tokens,
+    )

@@ -1,11 +1,15 @@
 """Every jitted program of a run, from plain values: updates, scorer, sampler, selection, with shardings and donation.
 
-Each builder returns a jitted function; its shapes come with its arguments, so one function compiles once per shape. All
-doors take their programs from here, so that what is checked or benchmarked is what runs.
+Each builder returns a jitted function; its shapes come with its arguments, so one function compiles once per shape, and
+builders of plain values give the same function again. All doors take their programs from here, so that what is checked
+or benchmarked is what runs.
 """
 
+import contextlib
 import dataclasses
 import functools
+import os
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +40,23 @@ class Compute:
     chunk: int = 256
 
 
+def compilation_cache(folder: str = "") -> None:
+    """XLA's persistent cache: a program that any run compiled on this machine is not compiled again.
+
+    Args:
+        folder: of the cache; empty = ~/.cache/sera_jax/xla, "off" = leave JAX's own setting.
+    """
+    if folder != "off":
+        base = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+        path = pathlib.Path(folder or os.path.join(base, "sera_jax", "xla")).expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(path))
+
+
+def precision(compute: str) -> contextlib.AbstractContextManager:
+    """Under it, float32 matrix products are float32: accelerators would otherwise multiply in fewer bits."""
+    return jax.default_matmul_precision("highest" if compute == "float32" else "default")
+
+
 # --- weights and state ------------------------------------------------------------------------------------------------
 
 
@@ -44,11 +65,13 @@ def param_shardings(arch: Arch, mesh: Mesh, layout: str = "train") -> dict:
     return meshes.shardings(mesh, layout, model.dims(arch), model.abstract(arch))
 
 
+@functools.cache
 def random_params(arch: Arch, mesh: Mesh) -> Callable[[jax.Array], dict]:
     """key → float32 weights on the training layout, never whole on one device."""
     return jax.jit(lambda key: model.init(arch, key), out_shardings=param_shardings(arch, mesh))
 
 
+@functools.cache
 def to_decode(arch: Arch, mesh: Mesh, dtype: Any) -> Callable[[dict], dict]:
     """Weights on the training layout → `dtype` on the decode layout. Once a sampling stage."""
     return jax.jit(
@@ -93,6 +116,7 @@ def fresh_state(arch: Arch, mesh: Mesh, transform: optax.GradientTransformation)
     )
 
 
+@functools.cache
 def blend(arch: Arch, mesh: Mesh, dtype: Any) -> Callable[[dict, dict, jax.Array], dict]:
     """(a, b, share) → share·a + (1-share)·b in `dtype`: the next `ema` reference."""
 
@@ -107,6 +131,7 @@ def blend(arch: Arch, mesh: Mesh, dtype: Any) -> Callable[[dict, dict, jax.Array
 # --- scoring ----------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def scorer(arch: Arch, mesh: Mesh, compute: Compute) -> Callable[[dict, Rows], jax.Array]:
     """(params, rows of one microbatch) → logp_BS float32, on every process."""
 
@@ -207,11 +232,13 @@ def _update(arch: Arch, mesh: Mesh, transform: Any, gradients: Callable, schedul
 # --- sampling ---------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def prefiller(arch: Arch, mesh: Mesh, compute: Compute) -> Callable[[dict, jax.Array, jax.Array], Prefilled]:
     """(decode weights, tokens_PJ, length_P) → Prefilled."""
     return jax.jit(functools.partial(sample.prefill, arch, mesh=mesh, dtype=compute.dtype))
 
 
+@functools.cache
 def decoder(
     arch: Arch, mesh: Mesh, compute: Compute, *, candidates: int, max_new_tokens: int
 ) -> Callable[[dict, Prefilled, jax.Array, jax.Array, Sampling], tuple[jax.Array, jax.Array]]:
@@ -325,5 +352,31 @@ def sample_prompts(
     def run(tokens_PJ: Any, length_P: Any, hash_P2: Any) -> tuple[Any, Any]:
         start = prefill(weights, by_prompt(tokens_PJ), by_prompt(length_P))
         return meshes.get(decode(weights, start, by_prompt(hash_P2), key, values))
+
+    return run
+
+
+def sampler(
+    arch: Arch,
+    mesh: Mesh,
+    compute: Compute,
+    load: Callable[[], dict],
+    key: jax.Array,
+    sampling: Sampling,
+    *,
+    candidates: int,
+    max_new_tokens: int,
+) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
+    """`sample_prompts` with weights that nobody needs before the first prompt: `load` (→ weights on the training
+    layout) is called then, once, and they move to the decode layout."""
+    bound: list[Callable] = []
+
+    def run(*prompts: Any) -> tuple[Any, Any]:
+        if not bound:
+            weights = to_decode(arch, mesh, compute.dtype)(load())
+            prefill = prefiller(arch, mesh, compute)
+            decode = decoder(arch, mesh, compute, candidates=candidates, max_new_tokens=max_new_tokens)
+            bound.append(sample_prompts(prefill, decode, weights, key, sampling, mesh))
+        return bound[0](*prompts)
 
     return run

@@ -71,7 +71,7 @@ def load_function(spec: str) -> Callable[[Text, str], float]:
         sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:  # ValueError: the module has no name
         raise ValueError(
             f"reward function {spec!r} cannot be imported ({error}); expected 'module:function' with a module of this "
             f"environment or of {os.getcwd()}."

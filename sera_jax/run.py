@@ -82,7 +82,11 @@ def open_run(config_yaml: str, *, resume: str, keep: int, save_every: int, log_e
         raise RunError(f"{path} is not empty and run.resume is 'never'. Choose another run.dir, or resume with 'auto'.")
     if resume == "must" and not stored.is_file():
         raise RunError(f"{path} holds no config.yaml and run.resume is 'must'. Check run.dir, or start with 'auto'.")
-    if stored.is_file():
+    # A folder in which nothing was done yet (a wrong path was given, say) belongs to nobody.
+    worked = any((path / name).exists() for name in ("ledger", "iterations", "iterates")) or any(
+        (path / "checkpoints").glob("*")
+    )
+    if stored.is_file() and worked:
         differing = _differences(yaml.safe_load(stored.read_text(encoding="utf-8")), config)
         if differing:
             raise RunError(

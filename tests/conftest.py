@@ -22,7 +22,7 @@ from sera_jax import mesh as meshes
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), "sera_jax_test_xla"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 SHARED = pathlib.Path(os.environ.get("SERA_JAX_SHARED", pathlib.Path(__file__).parents[2] / "shared"))
 
@@ -46,3 +46,94 @@ def shared_data():
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder} (set SERA_JAX_SHARED)")
     return folder
+
+
+WORDS = "<unk> <s> </s> red blue green ball box cat dog sits runs sees the a on in big small and or it is was to".split()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder with a model (config.json, word tokenizer; weights are drawn), preference pairs, prompts, and a reward
+    function `tiny_reward:count` (different words of a response).
+    """
+    import json
+
+    import numpy as np
+    import tokenizers
+    import transformers
+
+    folder = tmp_path_factory.mktemp("tiny")
+    model = folder / "model"
+    model.mkdir()
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
+    )
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>"
+    ).save_pretrained(model)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": len(WORDS),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e4,
+        "hidden_act": "silu",
+        "tie_word_embeddings": True,
+        "initializer_range": 0.3,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    (model / "config.json").write_text(json.dumps(config))
+    rng = np.random.default_rng(0)
+    text = lambda low, high: " ".join(rng.choice(WORDS[3:], rng.integers(low, high)))
+    rows = lambda count, make: "".join(json.dumps(make(i)) + "\n" for i in range(count))
+    prompts = [text(3, 9) for _ in range(64)]
+    pair = lambda i: {"id": f"p{i}", "prompt": prompts[i], "chosen": text(3, 12), "rejected": text(1, 9)}
+    (folder / "pairs.jsonl").write_text(rows(44, pair))
+    (folder / "prompts.jsonl").write_text(rows(20, lambda i: {"id": f"q{i}", "prompt": prompts[i + 44]}))
+    (folder / "tiny_reward.py").write_text("def count(prompt, response):\n    return len(set(response.split()))\n")
+    return folder
+
+
+@pytest.fixture
+def tiny_config(tiny, tmp_path, monkeypatch):
+    """flags → TrainConfig of a small run in tmp_path on the tiny world, one device."""
+    from sera_jax import config as configs
+
+    monkeypatch.syspath_prepend(tiny)
+    of_devices = meshes.make
+    monkeypatch.setattr(meshes, "make", lambda d, f, t: of_devices(d, f, t, jax.devices()[: d * f * t]))
+
+    def make(*flags: str, run: str = "run"):
+        base = [
+            f"--run.dir={tmp_path / run}",
+            "--run.compilation_cache=off",
+            "--run.log_every=1",
+            "--run.save_every=2",
+            f"--model.path={tiny / 'model'}",
+            "--model.weights=random",
+            f"--data.pairs=[{tiny / 'pairs.jsonl'}]",
+            f"--data.prompts=[{tiny / 'prompts.jsonl'}]",
+            "--data.max_length=48",
+            "--data.max_prompt_length=24",
+            "--optimizer.batch_size=8",
+            "--optimizer.learning_rate=3e-3",
+            "--optimizer.row_tokens=128",
+            "--optimizer.microbatch_rows=1",
+            "--loop.iterations=2",
+            "--bootstrap.max_new_tokens=10",
+            "--bootstrap.slots=16",
+            "--bootstrap.unfinished=keep",
+            "--mesh.fsdp=1",
+        ]
+        return configs.parse(configs.TrainConfig, [*base, *flags])
+
+    return make

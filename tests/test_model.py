@@ -61,24 +61,20 @@ def test_what_a_token_does_not_see_changes_no_bit(params):
 
 def test_jit_changes_rounding_only(params):
     plain, jitted = run(params), jax.jit(run)(params)
-    np.testing.assert_allclose(plain, jitted, atol=2e-5)  # measured: 2e-6, values up to 4
+    np.testing.assert_allclose(plain, jitted, atol=1e-5)  # measured: 2e-7, values up to 3
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_remat_changes_no_gradient(params, dtype):
-    weight = jnp.asarray(np.random.default_rng(2).normal(size=(1, TREE.shape[1], ARCH.width)), dtype)
+def test_remat_changes_no_gradient(params):
+    weight = jnp.asarray(np.random.default_rng(2).normal(size=(1, TREE.shape[1], ARCH.width)), jnp.float32)
 
     def gradient(remat):
-        return jax.jit(jax.grad(lambda p: (run(p, dtype=dtype, remat=remat) * weight).astype(jnp.float32).sum()))(
-            params
-        )
+        return jax.jit(jax.grad(lambda p: (run(p, remat=remat) * weight).sum()))(params)
 
     assert set(model.REMAT) == {"none", "dots", "full"}
     none, dots, full = (gradient(remat) for remat in ("none", "dots", "full"))
     for a, b, c in zip(*(jax.tree.leaves(g) for g in (none, dots, full))):
-        tolerance = (1e-5 if dtype == jnp.float32 else 3e-2) * np.abs(a).max()
-        np.testing.assert_allclose(a, b, atol=tolerance)
-        np.testing.assert_allclose(a, c, atol=tolerance)
+        np.testing.assert_allclose(a, b, atol=1e-6 * np.abs(a).max())  # measured: equal bits
+        np.testing.assert_allclose(a, c, atol=1e-6 * np.abs(a).max())
 
 
 def test_full_remat_keeps_less(params):
@@ -165,7 +161,7 @@ def test_positions_are_relative(params):
     mask = attention.tree_mask(jnp.asarray(TREE), jnp.asarray(BRANCH), jnp.asarray(POSITION))
     attend = lambda q, k, v, _: (attention.attend(q, k, v, mask), ())
     far = model.hidden(ARCH, params, jnp.asarray(TOKENS), shifted, attend, dtype=jnp.float32)[0]
-    np.testing.assert_allclose(far, run(params), atol=2e-4)
+    np.testing.assert_allclose(far, run(params), atol=2e-5)  # measured: 1e-6
     assert np.abs(np.asarray(far) - np.asarray(run(params))).max() > 0
 
 

@@ -106,8 +106,7 @@ def test_greedy_decoding_is_the_arg_max_of_full_forward_passes(one, full_logits)
             ids.append(int(logits.argmax()))
         for candidate in candidates:
             assert candidate.tolist() == ids[len(prompt) :]
-    print("CLOSEST", closest)
-    assert closest > 1e-4  # no near-tie, so the test is not one of luck
+    assert closest > 1e-4  # measured: 6e-4: no near-tie, so the test is not one of luck
 
 
 def test_a_sampled_response_is_the_arg_max_of_full_logits_plus_its_noise(one, full_logits):
@@ -143,8 +142,7 @@ def test_bfloat16_decoding_follows_bfloat16_forward_passes(params, one_device):
     hidden, _ = model.hidden(ARCH, weights, jnp.asarray(ids), index, attend, dtype=jnp.bfloat16)
     logits = np.asarray((hidden @ model.head_table(ARCH, weights).T)[0, 4:], np.float32)
     regret = logits.max(-1) - logits[np.arange(TOKENS), out]
-    print("REGRET", regret.max(), logits.std())
-    assert regret.max() < 0.1 * logits.std()
+    assert regret.max() < 0.05 * logits.std()  # measured: 0
 
 
 # --- the promise of bits ----------------------------------------------------------------------------------------------
@@ -211,7 +209,7 @@ def test_eight_devices_give_equal_noise_and_tokens_up_to_a_near_tie(params, one,
         tokens[row, : len(p)] = p
     logits = np.asarray(eight.programs[0](placed(params, eight_devices), tokens, length).logits_PV)
     want_logits = np.stack([full_logits(p) for p in given])
-    assert np.abs(logits - want_logits).max() < 1e-4
+    assert np.abs(logits - want_logits).max() < 1e-4  # measured: 9e-6, standard deviation 2.3
 
     sampling = values(temperature=0.9)
     got, want = responses(eight(sampling, key), given), responses(one(sampling, key), given)
@@ -224,8 +222,7 @@ def test_eight_devices_give_equal_noise_and_tokens_up_to_a_near_tie(params, one,
             gumbel = np.asarray(jax.random.gumbel(jax.random.fold_in(keys[p, c], t), (ARCH.vocab,)))
             best = np.sort(full_logits([*given[p], *a[:t]]) / 0.9 + gumbel)[-2:]
             assert best[1] - best[0] < 1e-4
-    print("DIFFER", differ, np.abs(logits - want_logits).max(), want_logits.std())
-    assert differ <= 1
+    assert differ <= 1  # measured: 0
 
 
 # --- what is sampled --------------------------------------------------------------------------------------------------

@@ -183,6 +183,20 @@ def test_filler_dial_moves_length_and_not_gold():
     assert abs(reward[6.0] - reward[0.0]) < 0.1  # 0.03 is one standard error
 
 
+def test_the_authors_dials_reach_both_files(plain, tmp_path):
+    rows = {
+        "plain": plain[1],
+        **{k: world(tmp_path / k, **{k: v})[1] for k, v in (("knowledge", 1.0), ("filler", 9.0))},
+    }
+    reward = {k: [np.mean([gold(r["prompt"], r["completion"]) for r in w["sft"]])] for k, w in rows.items()}
+    words = {k: [np.mean([len(r["completion"].split()) for r in w["sft"]])] for k, w in rows.items()}
+    for k, w in rows.items():
+        reward[k].append(np.mean([r["gold_chosen"] for r in w["pairs"]]))
+        words[k].append(np.mean([len(r["chosen"].split()) for r in w["pairs"]]))
+    assert all(np.array(reward["knowledge"]) > np.array(reward["plain"]) + 0.1)
+    assert all(np.array(words["filler"]) > np.array(words["plain"]) + 5)
+
+
 # --- tokens and the model's folder ------------------------------------------------------------------------------------
 
 

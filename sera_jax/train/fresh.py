@@ -72,29 +72,29 @@ def bootstrap_pairs(world: World, t: int, scored: Live) -> Made | None:
 
 
 def sampler(world: World, live: Live, key: jax.Array, candidates: int, values: Any) -> Callable:
-    """Prompts on the host → candidates on the host; weights move to the decode layout at the first call, once."""
-    where, compute, mesh = world.policies, world.policies.compute, world.mesh
-    bound: list[Callable] = []
+    """Prompts on the host → candidates on the host (`bootstrap.sample_candidates`).
 
-    def run(*prompts: Any) -> Any:
-        if not bound:
-            params = live.params if live.params is not None else policies.params(where, live.name)
-            weights = programs.to_decode(where.arch, mesh, compute.dtype)(params)
-            prefill = programs.prefiller(where.arch, mesh, compute)
-            decode = programs.decoder(
-                where.arch, mesh, compute, candidates=candidates, max_new_tokens=values.max_new_tokens
-            )
-            sampling = sample.sampling(
-                temperature=values.temperature,
-                top_k=getattr(values, "top_k", 0),
-                top_p=values.top_p,
-                min_p=getattr(values, "min_p", 0.0),
-                eos_ids=world.eos_ids,
-            )
-            bound.append(programs.sample_prompts(prefill, decode, weights, key, sampling, mesh))
-        return bound[0](*prompts)
-
-    return run
+    Args:
+        live: samples; its weights are read if they are not in memory. values: BootstrapConfig or EvaluateConfig.
+    """
+    where = world.policies
+    sampling = sample.sampling(
+        temperature=values.temperature,
+        top_k=getattr(values, "top_k", 0),
+        top_p=values.top_p,
+        min_p=getattr(values, "min_p", 0.0),
+        eos_ids=world.eos_ids,
+    )
+    return programs.sampler(
+        where.arch,
+        world.mesh,
+        where.compute,
+        lambda: policies.params(where, live.name) if live.params is None else live.params,
+        key,
+        sampling,
+        candidates=candidates,
+        max_new_tokens=values.max_new_tokens,
+    )
 
 
 def candidate_logps(world: World, name: Name | None, candidates: Candidates, live: Live) -> np.ndarray:

@@ -1,16 +1,13 @@
 """The walk: [SFT] → T × (score → select → sample → reward → pairs → update → save) → export."""
 
 import json
-import os
 import pathlib
 import sys
 import time
 from typing import Any
 
-import jax
-
 from sera_jax import config as configs
-from sera_jax import policies
+from sera_jax import policies, programs
 from sera_jax import run as runs
 from sera_jax.config import TrainConfig
 from sera_jax.policies import Live, Name
@@ -36,10 +33,8 @@ def train(config: TrainConfig) -> pathlib.Path:
     Raises:
         ValueError: of config, files, data or run folder, before any update; of scores, where they are found.
     """
-    compilation_cache(config.run.compilation_cache)
-    # float32 means float32: accelerators would otherwise multiply it in fewer bits.
-    precision = "highest" if config.model.compute == "float32" else "default"
-    with jax.default_matmul_precision(precision):
+    programs.compilation_cache(config.run.compilation_cache)
+    with programs.precision(config.model.compute):
         world = worlds.prepare(config)
         try:
             return walk(world)
@@ -94,11 +89,3 @@ def iterate(world: World, t: int, live: Live, moments: Any) -> tuple[Live, Any, 
     summary["perf/seconds"] = time.monotonic() - began
     outcome.write_summary(world, t, summary)
     return live, state.moments if config.loop.optimizer_state == "carried" else None, summary
-
-
-def compilation_cache(folder: str) -> None:
-    """XLA's persistent cache: a program that any run compiled on this machine is not compiled again."""
-    if folder == "off":
-        return
-    path = pathlib.Path(folder or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "sera_jax", "xla"))
-    jax.config.update("jax_compilation_cache_dir", str(path.expanduser()))

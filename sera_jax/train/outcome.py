@@ -9,12 +9,13 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from sera_jax import bootstrap, hf, metrics, policies, report, rewards, winrate
+from sera_jax import bootstrap, hf, metrics, policies, report, rewards, selection, winrate
 from sera_jax.policies import Live, Name
 from sera_jax.records import Candidates
+from sera_jax.selection import Selection
 from sera_jax.train import world as worlds
 from sera_jax.train.fresh import Made, candidate_logps, sampler
-from sera_jax.train.select import Selection, pair_logps
+from sera_jax.train.select import pair_logps
 from sera_jax.train.world import World
 
 
@@ -23,22 +24,7 @@ def write_pairs(world: World, t: int, chosen: Selection | None, made: Made | Non
     folder = worlds.folder(world, t)
     folder.mkdir(parents=True, exist_ok=True)
     if chosen is not None:
-        pairs, trees = world.given.pairs, world.given.trees
-        rank_N = np.empty(len(trees), np.int64)
-        rank_N[np.argsort(-chosen.score_N, kind="stable")] = np.arange(len(trees))
-        columns = {
-            "id": [p.id for p in pairs],
-            "source": [p.source for p in pairs],
-            "prompt": [_shown(p.prompt) for p in pairs],
-            "chosen": [_shown(p.chosen) for p in pairs],
-            "rejected": [_shown(p.rejected) for p in pairs],
-            "margin": chosen.margin_N,
-            "score": chosen.score_N,
-            "kept": chosen.mask_N,
-            "rank": rank_N,
-            "length_chosen": [len(tree.branches[0]) for tree in trees],
-            "length_rejected": [len(tree.branches[1]) for tree in trees],
-        }
+        columns = selection.columns(world.given.pairs, world.given.trees, chosen)
         pyarrow.parquet.write_table(pyarrow.table(columns), folder / "kept.parquet")
     if made is not None:
         candidates, fresh = made.candidates, made.fresh
@@ -47,7 +33,7 @@ def write_pairs(world: World, t: int, chosen: Selection | None, made: Made | Non
         columns = {
             "id": [tree.id for tree in fresh.trees],
             "prompt_id": [candidates.ids[p] for p in fresh.prompt_F],
-            "prompt": [_shown(made.prompts[p].prompt) for p in fresh.prompt_F],
+            "prompt": [selection.shown(made.prompts[p].prompt) for p in fresh.prompt_F],
             "chosen": [text(p, c) for p, c, _ in picks],
             "rejected": [text(p, r) for p, _, r in picks],
             "reward_chosen": fresh.reward_F2[:, 0],
@@ -64,11 +50,6 @@ def write_pairs(world: World, t: int, chosen: Selection | None, made: Made | Non
         pyarrow.parquet.write_table(pyarrow.table(columns), folder / "fresh.parquet")
 
 
-def _shown(text: Any) -> str:
-    """Messages as JSON, text as it is."""
-    return text if isinstance(text, str) else json.dumps(list(text), ensure_ascii=False)
-
-
 # --- the summary of an iteration --------------------------------------------------------------------------------------
 
 
@@ -82,7 +63,7 @@ def summarise(
     summary |= _of_held_out(world, live)
     summary |= _of_evaluation(world, live)
     world.run.metrics.write({"stage": "iteration", "step": 0, **summary})
-    metrics.table(f"iteration {t}", ["", ""], [[k, v] for k, v in summary.items() if k != "iteration"])
+    metrics.table(f"iteration {t}", ["measure", "value"], [[k, v] for k, v in summary.items() if k != "iteration"])
     return summary
 
 
@@ -217,15 +198,17 @@ def finish(world: World, live: Live, summaries: list[dict]) -> pathlib.Path:
     """Exports the last (or the best) iterate as a Hugging Face folder, writes the report, says where they lie."""
     config, where = world.config, world.policies
     used = {key: name for key, name in COLUMNS.items() if any(key in s for s in summaries)}
-    metrics.table("the run", list(used.values()), [[s.get(key) for key in used] for s in summaries])
+    if summaries:
+        metrics.table("the run", list(used.values()), [[s.get(key) for key in used] for s in summaries])
     t = live.name.t
-    if config.loop.best:
+    if config.loop.best and summaries:
         t = max(summaries, key=lambda s: s["validation/accuracy"])["iteration"]
     params = live.params if t == live.name.t else policies.params(where, Name("iterate", t))
+    last = summaries[t - 1] if t else {}
     facts = [
         f"Trained with sera_jax from `{config.model.path}`: iterate {t} of {config.loop.iterations}, "
         f"loss {config.loss.name}, β {config.loss.beta}.",
-        *(f"- {key}: {value}" for key, value in summaries[t - 1].items() if not key.startswith("perf/")),
+        *(f"- {key}: {value}" for key, value in last.items() if not key.startswith("perf/")),
     ]
     export = hf.save(
         world.run.path / "export", where.arch, params, source=config.model.path, dtype=jnp.float32, card=facts

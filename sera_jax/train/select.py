@@ -1,73 +1,44 @@
 """score → margins → select: what the policy says of the given pairs, and which of them an iteration trains on."""
 
-import dataclasses
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 
-from sera_jax import losses, policies, programs, sera
-from sera_jax import mesh as meshes
+from sera_jax import losses, policies, selection, sera
 from sera_jax.policies import Live, Name
-from sera_jax.records import Pair, Tree
+from sera_jax.records import Tree
+from sera_jax.selection import Selection
 from sera_jax.train import world as worlds
-from sera_jax.train.world import SCORE_CHUNK, Given, World
+from sera_jax.train.world import SCORE_CHUNK, World
 
 MARGIN_SCORES = ("irm", "irm_per_token", "alignment_potential")  # built on the implicit reward of the policy
 
 
-@dataclasses.dataclass(frozen=True)
-class Selection:
-    """Iteration t's verdict on the given pairs: numbers by pair, NumPy."""
-
-    mask_N: np.ndarray
-    score_N: np.ndarray
-    margin_N: np.ndarray
-    logp_N2: np.ndarray
-
-
 def review(world: World, t: int, scored: Live) -> Selection | None:
     """Scores the given pairs under the policy and selects; None while all pairs are trained on."""
-    config = world.config
-    if t < config.select.from_iteration:
+    config, given = world.config.select, world.given
+    if t < config.from_iteration:
         return None
-    trees, n = world.given.trees, len(world.given.trees)
-    reference = reward_reference(world, scored)
     names, weights_E = ensemble(world, scored)
-    logp_EN2 = np.stack([pair_logps(world, name, trees, scored) for name in names])
-    padded = -(-n // meshes.row_shards(world.mesh)) * meshes.row_shards(world.mesh)
-    groups = _groups(world.given, config.select.stratify)
-    arrays = {
-        "logp_EN2": logp_EN2,
-        "reward_reference_N2": pair_logps(world, reference, trees, scored),
-        "loss_reference_N2": pair_logps(world, loss_reference(world, t), trees, scored),
-        "length_N2": np.array([[len(b) for b in tree.branches] for tree in trees], np.float32),
-        "gap_N": np.array([_gap(pair) for pair in world.given.pairs], np.float32),
-        "valid_N": np.ones(n, bool),
-        "group_N": groups,
-        "example_N": np.arange(n, dtype=np.int32),
-    }
-    arrays = {name: _pad(a, padded, axis=1 if name == "logp_EN2" else 0) for name, a in arrays.items()}
-    arrays["keep_G"] = sera.keep_counts(config.select.keep, groups, int(groups.max()) + 1)
-    arrays["weights_E"] = weights_E
-    where = programs.selector_shardings(world.mesh)
-    key = jax.device_put(worlds.key(world, "select", t), where["key"])
-    select = programs.selector(
-        world.mesh,
-        lambda logp, ref, length: world.loss.reward(logp, ref, length, **world.loss_keys),
-        world.loss,
-        world.loss_keys,
-        score_name=config.select.score,
-        rule=config.select.rule,
-        threshold=config.select.threshold,
+    reference = reward_reference(world, scored)
+    return selection.select(
+        given.pairs,
+        given.trees,
+        logp_EN2=np.stack([pair_logps(world, name, given.trees, scored) for name in names]),
+        weights_E=weights_E,
+        reward_reference_N2=pair_logps(world, reference, given.trees, scored),
+        loss_reference_N2=pair_logps(world, loss_reference(world, t), given.trees, scored),
+        selector=world.select,
+        mesh=world.mesh,
+        key=worlds.key(world, "select", t),
+        keep=config.keep,
+        stratify=config.stratify,
+        what=f"score {config.score} of iteration {t}",
     )
-    out = select(**{name: meshes.put(a, where[name]) for name, a in arrays.items()}, key=key)
-    out = {name: np.asarray(a) for name, a in meshes.get(out).items()}
-    sera.check_finite(out["bad"], [p.id for p in world.given.pairs], f"score {config.select.score} of iteration {t}")
-    return Selection(out["mask_N"][:n], out["score_N"][:n], out["margin_N"][:n], logp_EN2[-1])
 
 
 def pair_logps(world: World, name: Name | None, trees: Sequence[Tree], live: Live) -> np.ndarray:
+    """float32 [N, 2]: log-probs of pairs under a model of the run."""
     flat = policies.logps(
         world.policies, name, trees, live=live, plan=world.score_plan, chunk=SCORE_CHUNK, what="the pairs"
     )
@@ -110,25 +81,3 @@ def reward_reference(world: World, scored: Live) -> Name | None:
             policies.tag(world.policies, scored.name), policies.tag(world.policies, name), "reward.reference"
         )
     return name
-
-
-def _groups(given: Given, stratify: str) -> np.ndarray:
-    """int32 [N]: the stratum of each pair."""
-    lengths = np.array([tree.targets for tree in given.trees])
-    labels = {
-        "none": lambda: np.zeros(len(lengths)),
-        "source": lambda: np.array([pair.source for pair in given.pairs]),
-        "length": lambda: np.searchsorted(np.quantile(lengths, [0.25, 0.5, 0.75]), lengths),
-        "prompt": lambda: np.array([tree.prompt.tobytes() for tree in given.trees], object),
-    }[stratify]()
-    return np.unique(labels, return_inverse=True)[1].astype(np.int32)
-
-
-def _gap(pair: Pair) -> float:
-    return np.nan if pair.scores is None else pair.scores[0] - pair.scores[1]
-
-
-def _pad(array: np.ndarray, size: int, axis: int) -> np.ndarray:
-    widths = [(0, 0)] * array.ndim
-    widths[axis] = (0, size - array.shape[axis])
-    return np.pad(array, widths)

@@ -1,4 +1,4 @@
-"""What the updates of an iteration take: kept ∪ fresh pairs, their reference log-probs, the state; and the SFT stage."""
+"""What the updates of an iteration take: kept ∪ fresh pairs, reference log-probs, the state; and the SFT stage."""
 
 import dataclasses
 from typing import Any
@@ -15,9 +15,10 @@ from sera_jax.ledger import branch_key
 from sera_jax.policies import Live, Name
 from sera_jax.records import Tree
 from sera_jax.run import Stage
+from sera_jax.selection import Selection
 from sera_jax.train import world as worlds
 from sera_jax.train.fresh import Made
-from sera_jax.train.select import Selection, loss_reference, pair_logps
+from sera_jax.train.select import loss_reference, pair_logps
 from sera_jax.train.world import SCORE_CHUNK, Given, World
 
 

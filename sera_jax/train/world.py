@@ -1,4 +1,4 @@
-"""What a config becomes before the first update: files read, trees made, programs built. It does not change afterwards."""
+"""What a config becomes before the first update: files read, trees made, programs built; constant afterwards."""
 
 import dataclasses
 import json
@@ -63,6 +63,7 @@ class World:
     loss_keys: dict[str, Any]
     transform: optax.GradientTransformation
     update: Callable
+    select: Callable
     plan: Plan
     score_plan: Plan
 
@@ -117,6 +118,15 @@ def prepare(config: TrainConfig) -> World:
         loss=loss,
         loss_keys=loss_keys,
         transform=transform,
+        select=programs.selector(
+            mesh,
+            lambda logp, ref, length: loss.reward(logp, ref, length, **loss_keys),
+            loss,
+            loss_keys,
+            score_name=config.select.score,
+            rule=config.select.rule,
+            threshold=config.select.threshold,
+        ),
         update=programs.preference_update(arch, mesh, compute, transform, loss, loss_keys, schedule(config.optimizer)),
         plan=_plan(lengths_N3, config.optimizer, mesh),
         score_plan=score_plan([*given.trees, *given.held_out], mesh),
@@ -127,7 +137,10 @@ def prepare(config: TrainConfig) -> World:
 
 def load(config: TrainConfig, tokenizer: Any, eos_ids: Sequence[int]) -> Given:
     """Files → pairs → trees; says what was read and what could not be used."""
-    progress = lambda items, total, label: metrics.track(items, total=total, label=label, unit="rows")
+
+    def progress(items: Any, total: int | None, label: str) -> Any:
+        return metrics.track(items, total=total, label=label, unit="rows" if label.startswith("reading") else "chunks")
+
     cut = {
         "max_length": config.data.max_length,
         "max_prompt_length": config.data.max_prompt_length,
@@ -192,6 +205,8 @@ def sampled_prompts(
     prompts: Sequence[Prompt], tokenizer: Any, longest: int, truncation: str
 ) -> tuple[tuple[Prompt, ...], tuple[np.ndarray, ...]]:
     """Prompts and their token ids, one to one; those without a token cannot be sampled from and are left out."""
+    if not prompts:
+        return (), ()
     trees, _ = data.tokenise_prompts(prompts, tokenizer, max_prompt_length=longest, truncation=truncation)
     by_id = {prompt.id: prompt for prompt in prompts}
     trees = [tree for tree in trees if len(tree.prompt)]

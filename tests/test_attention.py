@@ -1,0 +1,122 @@
+"""The tree-attention rule against Python loops, attention against float64 NumPy, one decoding step against the rest."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sera_jax import attention
+from sera_jax import rows as rowlib
+from sera_jax.records import Tree
+from sera_jax.rows import Plan
+
+
+def packed(seed: int = 0):
+    """Two rows: several trees each, one-token branches, an empty prompt, a third branch, padding."""
+    rng = np.random.default_rng(seed)
+    ids = lambda n: rng.integers(0, 90, n).astype(np.int32)
+    shapes = [(5, 4, 3), (1, 1, 6), (0, 4, 2), (7, 1, 1, 5), (3, 9, 2), (2, 3, 3)]
+    trees = [Tree(f"t{i}", ids(p), tuple(map(ids, branches))) for i, (p, *branches) in enumerate(shapes)]
+    return rowlib.pack(trees, Plan(40, 40, 10, 2))
+
+
+def sees(rows, b: int, i: int, j: int, window: int | None) -> bool:
+    """The rule of the docstring, word for word."""
+    not_later = j <= i
+    same_tree = rows.tree_BL[b, i] == rows.tree_BL[b, j]
+    prompt_or_own = rows.branch_BL[b, j] == 0 or rows.branch_BL[b, i] == rows.branch_BL[b, j]
+    near = window is None or rows.position_BL[b, i] - rows.position_BL[b, j] < window
+    return bool(not_later and same_tree and prompt_or_own and near)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 6])
+def test_the_mask_is_the_rule(window):
+    rows = packed()
+    assert (rows.tree_BL.max(axis=1) >= 2).all() and (rows.tree_BL == 0).any()
+    mask = np.asarray(attention.tree_mask(rows.tree_BL, rows.branch_BL, rows.position_BL, window))
+    b, l = rows.tree_BL.shape
+    want = [[[sees(rows, r, i, j, window) for j in range(l)] for i in range(l)] for r in range(b)]
+    np.testing.assert_array_equal(mask, want)
+    assert mask.any(-1).all()  # padding sees padding: no softmax over nothing
+
+
+def test_a_window_counts_positions_not_indices():
+    """Prompt of 2, branches of 3 and 2: the second branch's first token stands 4 indices, but 1 position, behind the
+    prompt's last."""
+    tree, branch = np.ones((1, 7), int), np.array([[0, 0, 1, 1, 1, 2, 2]])
+    position = np.array([[0, 1, 2, 3, 4, 2, 3]])
+    mask = np.asarray(attention.tree_mask(tree, branch, position, window=2))[0]
+    assert np.flatnonzero(mask[5]).tolist() == [1, 5]
+    assert np.flatnonzero(mask[6]).tolist() == [5, 6]
+    assert np.flatnonzero(mask[4]).tolist() == [3, 4]
+
+
+def numpy_attend(q, k, v, mask):
+    """float64, head by head: query head n reads key/value head n // G."""
+    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
+    group = q.shape[2] // k.shape[2]
+    out = np.zeros(q.shape)
+    for b, i, n in np.ndindex(q.shape[:3]):
+        score = k[b, :, n // group] @ q[b, i, n] / np.sqrt(q.shape[3])
+        weight = np.where(mask[b, i], np.exp(score - score[mask[b, i]].max()), 0)
+        out[b, i, n] = weight / weight.sum() @ v[b, :, n // group]
+    return out
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(6, 6), (6, 2), (4, 1)])
+def test_attention_with_grouped_heads(heads, kv_heads):
+    rng = np.random.default_rng(1)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    q, k, v = draw(2, 5, heads, 8), draw(2, 9, kv_heads, 8), draw(2, 9, kv_heads, 8)
+    mask = rng.random((2, 5, 9)) < 0.5
+    mask[..., 0] = True
+    got = attention.attend(q, jnp.asarray(k), jnp.asarray(v), jnp.asarray(mask))
+    assert got.shape == q.shape and got.dtype == jnp.float32
+    np.testing.assert_allclose(got, numpy_attend(q, k, v, mask), atol=2e-6)  # measured: 3e-7
+
+
+def test_what_is_masked_is_not_read():
+    """Not even a huge value of a hidden key or value moves a bit."""
+    rng = np.random.default_rng(2)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 4, 2, 4)), jnp.float32) for _ in range(3))
+    mask = jnp.asarray(np.tril(np.ones((1, 4, 4), bool)))
+    before = attention.attend(q, k, v, mask)
+    after = attention.attend(q, k.at[0, 3].set(1e4), v.at[0, 3].set(1e30), mask)
+    np.testing.assert_array_equal(before[0, :3], after[0, :3])
+    assert not np.array_equal(before[0, 3], after[0, 3])
+
+
+def test_scores_and_softmax_are_float32_in_bfloat16():
+    """Two keys whose scores differ by less than bfloat16 can hold at that size still get different weights."""
+    q = jnp.full((1, 1, 1, 256), 1, jnp.bfloat16)
+    k = jnp.ones((1, 2, 1, 256), jnp.bfloat16).at[0, 1, 0, 0].set(1.5)
+    v = jnp.asarray([[[[1.0] + [0] * 255], [[0.0] * 256]]], jnp.bfloat16).reshape(1, 2, 1, 256)
+    out = attention.attend(q, k, v, jnp.ones((1, 1, 2), bool))
+    assert out.dtype == jnp.bfloat16
+    # Scores 16 and 16.03125; bfloat16 keeps 16 and 16: the weight would be 0.5 exactly.
+    np.testing.assert_allclose(float(out[0, 0, 0, 0]), 1 / (1 + np.exp(1 / 32)), atol=2e-3)
+    assert float(out[0, 0, 0, 0]) != 0.5
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_one_decoding_step_is_attention_over_all_blocks_laid_side_by_side(dtype):
+    rng = np.random.default_rng(3)
+    p, c, n, k, h, j, t = 2, 3, 6, 2, 4, 5, 7
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+    q, new = draw(p, c, n, h), (draw(p, c, k, h), draw(p, c, k, h))
+    prompt, own = (draw(p, k, j, h), draw(p, k, j, h)), (draw(p, c, k, t, h), draw(p, c, k, t, h))
+    prompt_mask = jnp.asarray(rng.random((p, c, j)) < 0.7)
+    own_mask = jnp.asarray(rng.random((p, c, t)) < 0.5).at[0, 0].set(False)  # a first step: no token of its own yet
+    got = attention.attend_decode(q, new, prompt, own, prompt_mask, own_mask)
+
+    def laid_out(which: int) -> jax.Array:
+        """[P·C, J+T+1, K, H]: the prompt's keys, then the candidate's own, then the newest."""
+        shared = jnp.broadcast_to(prompt[which].swapaxes(1, 2)[:, None], (p, c, j, k, h))
+        blocks = (shared, own[which].swapaxes(2, 3), new[which][:, :, None])
+        return jnp.concatenate(blocks, axis=2).reshape(p * c, j + t + 1, k, h)
+
+    mask = jnp.concatenate((prompt_mask, own_mask, jnp.ones((p, c, 1), bool)), axis=-1).reshape(p * c, 1, -1)
+    want = attention.attend(q.reshape(p * c, 1, n, h), laid_out(0), laid_out(1), mask).reshape(p, c, n, h)
+    assert got.dtype == dtype
+    tolerance = 2e-6 if dtype == jnp.float32 else 2e-2
+    np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(want, np.float32), atol=tolerance)

@@ -1,0 +1,225 @@
+"""Candidates on file, resumed wherever a run was killed; which of them may stand in a pair; the pairs of every rule."""
+
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from sera_jax import bootstrap, sample, sera
+from sera_jax.records import Candidates, Prompt
+
+ids = lambda *tokens: np.array(tokens, np.int32)
+C, SLOTS = 3, 6  # two prompts a sampling batch
+PROMPTS = tuple(Prompt(f"p{i}", f"prompt {i}") for i in range(7))
+TOKENS = [np.arange(1, 3 + 9 * i, dtype=np.int32) for i in range(7)]  # two buckets: 32 and 64
+decode = lambda tokens: " ".join(f"w{t}" for t in tokens if t)
+
+
+def sampler(fail_at: int | None = None):
+    """A stand-in for the device: a candidate is a function of its prompt's hash and its number. Fails at a call."""
+    calls = []
+
+    def run(tokens_PJ, length_P, hash_P2):
+        if len(calls) == fail_at:
+            raise RuntimeError("killed")
+        calls.append([int(n) for n in length_P])
+        out = np.full((len(length_P), C, 4), -1, np.int32)
+        for p, c in np.ndindex(len(length_P), C):
+            rng = np.random.default_rng([*map(int, hash_P2[p]), c])
+            out[p, c, : rng.integers(1, 5)] = rng.integers(0, 50, 4)[: rng.integers(1, 5)].max()
+        return out, (out[..., 0] % 3 > 0) & (length_P > 0)[:, None]
+
+    return run, calls
+
+
+def sampled(path, run, prompts=PROMPTS) -> Candidates:
+    return bootstrap.sample_candidates(
+        run, prompts, TOKENS[: len(prompts)], decode, candidates=C, slots=SLOTS, path=path, label="sampling"
+    )
+
+
+def same(a: Candidates, b: Candidates) -> None:
+    assert (a.ids, a.texts_PC) == (b.ids, b.texts_PC)
+    jax.tree.map(np.testing.assert_array_equal, (a.prompts, a.tokens_PC), (b.prompts, b.tokens_PC))
+    np.testing.assert_array_equal(a.finished_PC, b.finished_PC)
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """An uninterrupted run: its candidates, its file, and the calls of the sampler."""
+    run, calls = sampler()
+    path = tmp_path / "whole" / "candidates.jsonl"
+    return sampled(path, run), path.read_bytes(), calls
+
+
+# --- candidates on file -----------------------------------------------------------------------------------------------
+
+
+def test_candidates_stand_beside_their_prompts(whole):
+    got, stored, calls = whole
+    run, _ = sampler()
+    assert len(calls) == 4 and all(len(c) == SLOTS // C for c in calls)  # batches of the two buckets
+    assert got.ids == tuple(p.id for p in PROMPTS) and got.finished_PC.shape == (7, C)
+    for i, tokens in enumerate(TOKENS):
+        out, finished = run(None, np.array([len(tokens)]), sample.prompt_hash(tokens)[None])
+        for c in range(C):
+            np.testing.assert_array_equal(got.tokens_PC[i][c], out[0, c][out[0, c] >= 0])
+            assert got.texts_PC[i][c] == decode(got.tokens_PC[i][c])
+        assert got.finished_PC[i].tolist() == finished[0].tolist()
+    lines = [json.loads(line) for line in stored.splitlines()]
+    assert sorted(line["index"] for line in lines) == list(range(7))
+    assert all(line["responses"] == list(got.texts_PC[line["index"]]) for line in lines)
+
+
+@pytest.mark.parametrize("killed_at", range(4))
+@pytest.mark.parametrize("torn", [0, 1, 40])
+def test_an_interrupted_run_goes_on(tmp_path, whole, killed_at, torn):
+    """Killed in batch n, with the last line torn or not: only what is missing is sampled, and the result is the same."""
+    want, stored, _ = whole
+    path = tmp_path / "candidates.jsonl"
+    run, calls = sampler(fail_at=killed_at)
+    with pytest.raises(RuntimeError, match="killed"):
+        sampled(path, run)
+    assert len(calls) == killed_at
+    left = path.read_bytes()
+    assert stored.startswith(left) and left.count(b"\n") == min(2 * killed_at, 7)
+    path.write_bytes(left[: len(left) - torn])
+    again, more = sampler()
+    same(sampled(path, again), want)
+    assert len(more) == 4 - killed_at + (torn > 0 and killed_at > 0)  # a torn line costs its batch
+    for line in path.read_bytes().splitlines():
+        json.loads(line)
+    same(sampled(path, sampler(fail_at=0)[0]), want)  # and nothing is left to sample
+
+
+def test_a_file_of_other_prompts_is_refused(tmp_path, whole):
+    path = tmp_path / "candidates.jsonl"
+    path.write_bytes(whole[1])
+    others = (*PROMPTS[:2], Prompt("q", "another"), *PROMPTS[3:])
+    said = r"candidates.jsonl holds candidates of prompt 'p2' at place 2, expected another one: .* Remove the file"
+    with pytest.raises(ValueError, match=said):
+        sampled(path, sampler()[0], others)
+    with pytest.raises(ValueError, match="holds candidates of prompt 'p3' at place 3"):
+        sampled(path, sampler()[0], PROMPTS[:3])
+    assert path.read_bytes() == whole[1]
+
+
+def test_slots_fewer_than_candidates_take_a_prompt_at_a_time(tmp_path):
+    run, calls = sampler()
+    out = bootstrap.sample_candidates(
+        run, PROMPTS, TOKENS, decode, candidates=C, slots=1, path=tmp_path / "c", label="sampling"
+    )
+    assert len(calls) == 7 and len(out.ids) == 7
+
+
+# --- pairs ------------------------------------------------------------------------------------------------------------
+
+
+def candidates_of(tokens, finished=None, texts=None) -> Candidates:
+    texts = texts or tuple(tuple(decode(t) for t in row) for row in tokens)
+    finished = np.ones((len(tokens), len(tokens[0])), bool) if finished is None else np.array(finished)
+    names = tuple(f"p{i}" for i in range(len(tokens)))
+    return Candidates(names, tuple(ids(9, i) for i in range(len(tokens))), texts, tokens, finished)
+
+
+def test_empty_repeated_and_unfinished_candidates_are_not_valid():
+    tokens = (
+        (ids(1, 2), ids(1, 2), ids(1), ids(1, 2)),  # repetitions: the first one counts
+        (ids(), ids(3), ids(0), ids(4)),  # empty; nothing but special tokens
+        (ids(5), ids(6), ids(5), ids(7)),
+    )
+    made = candidates_of(tokens, [[True] * 4, [True] * 4, [False, True, True, False]])
+    kept = bootstrap.valid(made, keep_unfinished=True)
+    assert kept.tolist() == [[True, False, True, False], [False, True, False, True], [True, True, False, True]]
+    dropped = bootstrap.valid(made, keep_unfinished=False)
+    assert dropped.tolist() == [[True, False, True, False], [False, True, False, True], [False, True, False, False]]
+
+
+GRID = tuple(tuple(ids(10 * p + c + 1) for c in range(4)) for p in range(6))
+REWARDS = np.array(
+    [[3, 1, 2, 0], [1, 1, 1, 1], [0, 5, 9, 9], [2, 2, 8, 4], [7, 6, 5, 4], [1, 2, 3, 4]], np.float32
+)
+VALID = np.array([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 0], [1, 0, 0, 1], [0, 0, 1, 0], [1, 1, 1, 1]], bool)
+
+
+def pairs_of(rule: str, keep: int = 100, rewards=REWARDS, valid=VALID, seed: int = 0):
+    return bootstrap.fresh_pairs(candidates_of(GRID), rewards, valid, rule=rule, keep=keep, key=jax.random.key(seed))
+
+
+def allowed(rule: str, p: int) -> set[tuple[int, int]]:
+    """The pairs of valid candidates of prompt p that a rule may make, by search."""
+    live = np.flatnonzero(VALID[p])
+    unlike = {(a, b) for a, b in itertools.permutations(live, 2) if REWARDS[p, a] > REWARDS[p, b]}
+    best, worst = max(REWARDS[p, live]), min(REWARDS[p, live])
+    return {
+        "all_pairs": unlike,
+        "random": unlike,
+        "best_random": {(a, b) for a, b in unlike if REWARDS[p, a] == best},
+        "best_worst": {(a, b) for a, b in unlike if REWARDS[p, a] == best and REWARDS[p, b] == worst},
+    }[rule]
+
+
+@pytest.mark.parametrize("rule", sera.PAIR_RULES)
+def test_the_pairs_of_every_rule(rule):
+    fresh = pairs_of(rule)
+    found = {p: [tuple(map(int, pair)) for q, pair in zip(fresh.prompt_F, fresh.pair_F2) if q == p] for p in range(6)}
+    for p in range(6):
+        assert set(found[p]) <= allowed(rule, p)
+        assert len(found[p]) == (len(allowed(rule, p)) if rule == "all_pairs" else bool(allowed(rule, p)))
+    assert not found[1] and not found[4]  # ties make no pair, nor does one candidate alone
+    for tree, p, (a, b), reward, margin in zip(
+        fresh.trees, fresh.prompt_F, fresh.pair_F2, fresh.reward_F2, fresh.margin_F, strict=True
+    ):
+        assert tree.branches[0] is GRID[p][a] and tree.branches[1] is GRID[p][b]
+        assert tree.prompt.tolist() == [9, p] and tree.id == f"p{p}/{a}>{b}"
+        assert reward.tolist() == [REWARDS[p, a], REWARDS[p, b]] and margin == REWARDS[p, a] - REWARDS[p, b] > 0
+    assert len({t.id for t in fresh.trees}) == len(fresh.trees)
+    assert fresh.kept_F.all() and fresh.kept_F.dtype == bool
+
+
+@pytest.mark.parametrize("keep", [0, 1, 2, 3, 50])
+def test_the_largest_margins_are_kept(keep):
+    fresh = pairs_of("best_worst", keep)
+    assert fresh.margin_F.tolist() == [3, 9, 2, 3]
+    order = np.argsort(-fresh.margin_F, kind="stable")[:keep]
+    assert np.flatnonzero(fresh.kept_F).tolist() == sorted(order)
+
+
+def test_random_rules_draw_by_key():
+    draws = {tuple(map(tuple, pairs_of("random", seed=seed).pair_F2.tolist())) for seed in range(8)}
+    assert len(draws) > 3
+    again = pairs_of("random", seed=3)
+    np.testing.assert_array_equal(again.pair_F2, pairs_of("random", seed=3).pair_F2)
+
+
+def test_no_pairs_at_all():
+    fresh = pairs_of("best_worst", valid=np.zeros_like(VALID))
+    assert fresh.trees == () and fresh.pair_F2.shape == fresh.reward_F2.shape == (0, 2)
+    assert fresh.kept_F.shape == fresh.margin_F.shape == (0,)
+
+
+def test_a_reward_that_is_not_finite():
+    broken = REWARDS.copy()
+    broken[2, 3] = np.nan  # not valid: nobody asks
+    assert len(pairs_of("best_worst", rewards=broken).trees) == 4
+    broken[3, 3] = np.inf
+    said = r"candidate 3 of prompt 'p3' has reward inf, expected a finite number \(1 of 18 candidates\)"
+    with pytest.raises(ValueError, match=said):
+        pairs_of("best_worst", rewards=broken)
+
+
+def test_prompts_of_an_iteration():
+    draw = lambda share=0.25, seed=0, iteration=2: bootstrap.prompts_of_iteration(
+        200, share, seed=seed, iteration=iteration
+    )
+    first = draw()
+    assert len(first) == 50 and (np.diff(first) > 0).all() and first.min() >= 0 and first.max() < 200
+    np.testing.assert_array_equal(first, draw())
+    for other in (draw(iteration=3), draw(seed=1)):
+        assert len(set(first) & set(other)) < 30  # a quarter of a quarter is expected
+    np.testing.assert_array_equal(draw(share=1.0), np.arange(200))
+    assert len(bootstrap.prompts_of_iteration(3, 0.01, seed=0, iteration=1)) == 1
+    seen = set().union(*(draw(iteration=t).tolist() for t in range(1, 20)))
+    assert len(seen) > 190

@@ -1,0 +1,111 @@
+"""Who ranks: the implicit reward by hand, a Python function and every way it can go wrong, lengths and empty candidates."""
+
+import re
+
+import numpy as np
+import pytest
+
+from sera_jax import losses, rewards, sera
+from sera_jax.records import Candidates
+
+ids = lambda *tokens: np.array(tokens, np.int32)
+
+
+@pytest.fixture
+def candidates() -> Candidates:
+    """Three prompts of three candidates; the first has an empty one, the second nothing but empty ones."""
+    tokens = ((ids(1, 2), ids(), ids(3)), (ids(), ids(), ids()), (ids(4), ids(5, 6, 7), ids(8)))
+    texts = tuple(tuple(" ".join(map(str, t)) for t in row) for row in tokens)
+    return Candidates(("a", "b", "c"), (ids(9), ids(9, 9), ids(9, 8)), texts, tokens, np.ones((3, 3), bool))
+
+
+def test_the_implicit_reward_by_hand():
+    """Two iterates, γ = 0.25: 0.75·β·(current - ref) + 0.25·β·(previous - ref)."""
+    logp = np.array([[[-8.0, -4.0]], [[-6.0, -2.0]]], np.float32)  # E = 2, oldest first
+    reference, length = np.array([[-10.0, -2.0]], np.float32), np.array([[4, 2]])
+    weights = sera.ensemble_weights(2, "two_term", 0.25)
+    dpo = lambda logp, ref, length: losses.LOSSES["dpo"].reward(logp, ref, length, beta=0.5)
+    got = rewards.implicit(logp, reference, length, weights, dpo)
+    assert got.dtype == np.float32 and got.shape == (1, 2)
+    np.testing.assert_allclose(got, [[0.75 * 0.5 * 4 + 0.25 * 0.5 * 2, 0.25 * 0.5 * -2]], rtol=1e-6)
+    simpo = lambda logp, ref, length: losses.LOSSES["simpo"].reward(logp, ref, length, beta=2.0)
+    got = rewards.implicit(logp[1:], reference, length, np.ones(1, np.float32), simpo)
+    np.testing.assert_allclose(got, [[2 * -6 / 4, 2 * -2 / 2]], rtol=1e-6)
+
+
+def test_what_has_no_log_prob_has_no_reward():
+    logp = np.array([[[-1.0, np.nan]]], np.float32)
+    got = rewards.implicit(logp, logp[0], np.array([[1, 0]]), np.ones(1, np.float32), lambda l, r, n: l - r)
+    assert got[0, 0] == 0 and np.isnan(got[0, 1])
+
+
+def test_a_function_sees_prompt_and_response():
+    seen = []
+
+    def function(prompt, response):
+        seen.append((prompt, response))
+        return len(response) - len(prompt)
+
+    messages = ({"role": "user", "content": "hi"},)
+    got = rewards.by_function(function, ["pp", messages], [["a", "bbbb"], ["", "ccc"]], "ranking")
+    assert seen == [("pp", "a"), ("pp", "bbbb"), (messages, ""), (messages, "ccc")]
+    assert got.dtype == np.float32 and got.tolist() == [[-1, 2], [-1, 2]]
+    assert rewards.by_function(lambda p, r: np.float32(1.5), ["p"], [["r"]], "x").tolist() == [[1.5]]
+
+
+@pytest.mark.parametrize("value", [None, "0.5", float("nan"), float("inf"), [1.0]])
+def test_a_function_that_returns_no_number(value):
+    with pytest.raises(ValueError) as error:
+        rewards.by_function(lambda p, r: value if r == "bad" else 1, ["a", "b"], [["x", "y"], ["x", "bad"]], "r")
+    assert str(error.value) == (
+        f"the reward function returned {value!r} for prompt 1 and response 'bad', expected a finite number."
+    )
+
+
+def test_functions_are_found_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", ["/usr/lib"])  # not even the folder python started in
+    (tmp_path / "judge_of_mine.py").write_text("def score(prompt, response):\n    return 2.0\nnumber = 3\n")
+    assert rewards.load_function("judge_of_mine:score")("p", "r") == 2.0
+    assert rewards.load_function("os.path:basename")("a/b") == "b"
+    with pytest.raises(ValueError, match="reward function 'judge_of_mine:number' is a int, expected a function"):
+        rewards.load_function("judge_of_mine:number")
+
+
+@pytest.mark.parametrize(
+    "spec, reason",
+    [
+        ("nowhere_to_be_found:f", "No module named 'nowhere_to_be_found'"),
+        ("json:nothing", "no attribute 'nothing'"),
+        ("json", "no attribute ''"),
+        (":f", "Empty module name"),
+        ("", "Empty module name"),
+    ],
+)
+def test_functions_that_are_not_there(spec, reason):
+    said = f"reward function {spec!r} cannot be imported ("
+    with pytest.raises(ValueError, match=re.escape(said) + ".*" + re.escape(reason) + ".*expected 'module:function'"):
+        rewards.load_function(spec)
+
+
+def test_rewards_by_length():
+    value, length = np.array([[6.0, 6.0, np.nan]], np.float32), np.array([[2, 3, 0]])
+    adjusted = lambda penalty, normalise: rewards.adjusted(value, length, penalty=penalty, normalise=normalise)
+    np.testing.assert_array_equal(adjusted(0.0, False), value)
+    np.testing.assert_allclose(adjusted(0.5, False), [[5.0, 4.5, np.nan]])
+    np.testing.assert_allclose(adjusted(0.0, True), [[3.0, 2.0, np.nan]])
+    np.testing.assert_allclose(adjusted(0.5, True), [[2.0, 0.5, np.nan]])  # first per token, then the penalty
+    assert rewards.adjusted(np.ones((1, 1)), np.zeros((1, 1), int), penalty=1.0, normalise=True) == 1
+
+
+def test_empty_candidates_are_neither_scored_nor_shifted(candidates):
+    assert rewards.lengths(candidates).tolist() == [[2, 0, 1], [0, 0, 0], [1, 3, 1]]
+    trees = rewards.trees(candidates)
+    assert [t.id for t in trees] == ["a", "c"]
+    assert [[b.tolist() for b in t.branches] for t in trees] == [[[1, 2], [3]], [[4], [5, 6, 7], [8]]]
+    assert trees[1].prompt is candidates.prompts[2]
+    values = np.array([b.sum() for t in trees for b in t.branches], np.float32)
+    grid = rewards.on_grid(values, candidates)
+    nan = np.nan
+    assert grid.dtype == np.float32
+    np.testing.assert_array_equal(grid, [[3, nan, 3], [nan, nan, nan], [4, 18, 8]])
