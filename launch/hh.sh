@@ -7,4 +7,4 @@ PYTHON=${PYTHON:-python3}
     --data.pairs "[$DATA/hh_rlhf/helpful_train.jsonl.gz, $DATA/hh_rlhf/harmless_train.jsonl.gz]"
 "$PYTHON" -m sera_jax.review --policy runs/hh/sera/export --reference "$DATA/models/stories260K" --out runs/hh/review \
     --data.pairs "[$DATA/hh_rlhf/helpful_test.jsonl.gz, $DATA/hh_rlhf/harmless_test.jsonl.gz]" \
-    --data.max_length 512 --data.max_prompt_length 256
+    --data.max_length 256 --data.max_prompt_length 128

@@ -6,7 +6,7 @@ PYTHON=${PYTHON:-python3}
 R=runs/stories
 mkdir -p "$R"
 "$PYTHON" configs/stories_rule.py openings "$DATA/text/tinystories_train.txt.gz" "$R"
-"$PYTHON" -m sera_jax.generate --model.path "$DATA/models/stories260K" --prompts "[$R/train.jsonl]" --out "$R/candidates.jsonl" \
+[ -f "$R/candidates.jsonl" ] || "$PYTHON" -m sera_jax.generate --model.path "$DATA/models/stories260K" --prompts "[$R/train.jsonl]" --out "$R/candidates.jsonl" \
     --candidates 4 --temperature 1 --max_new_tokens 96 --slots 128
 "$PYTHON" configs/stories_rule.py pairs "$R/candidates.jsonl" "$R/pairs.jsonl"
 "$PYTHON" -m sera_jax.train --config configs/stories.yaml --model.path "$DATA/models/stories260K"

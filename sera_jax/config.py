@@ -480,7 +480,6 @@ _RANGES: tuple[tuple[str, Any, str], ...] = (
     ("max_new_tokens", lambda v: v >= 1, "at least 1"),
     ("max_prompt_length", lambda v: v >= 1, "at least 1 token"),
     ("slots", lambda v: v >= 1, "at least 1"),
-    ("batch_size", lambda v: v >= 1, "at least 1"),
     ("data.limit", lambda v: v >= 0, "0 or more"),
     ("uninformative", lambda v: v >= 0, "a share >= 0"),
     ("long", lambda v: v > 1, "a number > 1"),

@@ -20,15 +20,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sera_jax import bootstrap, data, metrics, policies, programs, rewards, rows, winrate
+from sera_jax import bootstrap, data, metrics, policies, programs, rewards, score, winrate
 from sera_jax import config as configs
 from sera_jax import mesh as meshes
 from sera_jax.config import ConfigError, EvaluateDoorConfig
 from sera_jax.ledger import Ledger
 from sera_jax.policies import Folder
 from sera_jax.records import Candidates, Prompt
-
-SCORE_CHUNK = 256  # trees scored at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,14 +225,10 @@ def _kl(policy: Side, baseline: Side) -> float | None:
     trees = rewards.trees(policy.candidates)
     if not trees:
         return None
-    plan = rows.plan(
-        rows.measure(trees), batch=min(SCORE_CHUNK, len(trees)), shards=meshes.row_shards(policy.folder.mesh)
-    )
+    plan = score.plan_for(trees, policy.folder.arch, policy.folder.mesh)
     with tempfile.TemporaryDirectory() as scratch:
         logps = [
-            policies.folder_logps(
-                folder, trees, ledger=Ledger(scratch), plan=plan, chunk=SCORE_CHUNK, label=f"scoring under the {name}"
-            )
+            policies.folder_logps(folder, trees, ledger=Ledger(scratch), plan=plan, label=f"scoring under the {name}")
             for name, folder in (("policy", policy.folder), ("baseline", baseline.folder))
         ]
     return float(np.mean(logps[0] - logps[1], dtype=np.float64))

@@ -24,6 +24,97 @@ from sera_jax.programs import Compute
 from sera_jax.records import Rows, Tree
 from sera_jax.rows import Plan
 
+# --- one model folder -------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """A Hugging Face folder, opened. Its weights are read when they are asked for.
+
+    tag: of its content and the compute dtype. load: → float32 weights on the training layout.
+    """
+
+    path: str
+    arch: Arch
+    tokenizer: Any
+    eos_ids: tuple[int, ...]
+    mesh: Mesh
+    compute: Compute
+    tag: str
+    load: Callable[[], Any]
+
+
+def open_folder(
+    path: str,
+    mesh: Mesh,
+    *,
+    compute: str,
+    remat: str = "full",
+    head_chunk: int = 256,
+    chat_template: str = "auto",
+    seed: int | None = None,
+) -> Folder:
+    """Reads all but the weights.
+
+    Args:
+        compute: float32 or bfloat16; remat, head_chunk: as programs.Compute. seed: draws the weights; None = read.
+
+    Raises:
+        ValueError: no such folder, or one that cannot be used.
+    """
+    tokenizer = data.load_tokenizer(path, chat_template)
+    arch = hf.read_arch(path)
+    if seed is None:
+        content, load = file_tag(path), lambda: hf.load(path, arch, mesh)
+    else:
+        content, load = f"random {seed} {arch}", lambda: programs.random_params(arch, mesh)(jax.random.key(seed))
+    return Folder(
+        path=path,
+        arch=arch,
+        tokenizer=tokenizer,
+        eos_ids=data.eos_ids(path, tokenizer),
+        mesh=mesh,
+        compute=Compute(jnp.dtype(compute), remat, head_chunk),
+        tag=derived_tag(content, compute),
+        load=load,
+    )
+
+
+def same_tokens(one: Folder, other: Folder) -> bool:
+    """Do their token ids mean the same?"""
+    return one.tokenizer.get_vocab() == other.tokenizer.get_vocab() and one.eos_ids == other.eos_ids
+
+
+def folder_logps(folder: Folder, trees: Sequence[Tree], *, ledger: Ledger, plan: Plan, label: str) -> np.ndarray:
+    """As `logps`, of one folder: float32 [F], by flat branch number."""
+
+    def load() -> Callable[[Rows], np.ndarray]:
+        scorer = programs.scorer(folder.arch, folder.mesh, folder.compute)
+        return programs.score_rows(scorer, folder.load(), folder.mesh)
+
+    return score.set_logps(trees, tag=folder.tag, ledger=ledger, load=load, plan=plan, label=label)
+
+
+def folder_sampler(folder: Folder, key: jax.Array, *, candidates: int, max_new_tokens: int, **values: Any) -> Callable:
+    """Prompts on the host → candidates on the host, as `bootstrap.sample_candidates` takes it.
+
+    Args:
+        values: temperature, top_k, top_p, min_p (`sample.sampling`).
+    """
+    return programs.sampler(
+        folder.arch,
+        folder.mesh,
+        folder.compute,
+        folder.load,
+        key,
+        sample.sampling(eos_ids=folder.eos_ids, **values),
+        candidates=candidates,
+        max_new_tokens=max_new_tokens,
+    )
+
+
+# --- the models of a run ----------------------------------------------------------------------------------------------
+
 
 @dataclasses.dataclass(frozen=True)
 class Name:
@@ -45,66 +136,68 @@ class Live:
 class Policies:
     """What is needed to find any model of a run.
 
-    start: Hugging Face folder that training started from; seed: draws the start's weights instead, None = they are
-    read.
-    start_tag: its model tag; trained_start: an SFT stage lies between it and iterate 0. fingerprint: of everything that
-    decides what the iterates become. folder: of the iterates. scorer: programs.scorer.
+    start: the folder that training started from; trained_start: an SFT stage lies between it and iterate 0.
+    fingerprint: of everything that decides what the iterates become. iterates: where they are stored.
     """
 
-    arch: Arch
-    mesh: Mesh
-    compute: Compute
-    start: str
-    seed: int | None
-    start_tag: str
+    start: Folder
     trained_start: bool
     fingerprint: str
-    folder: pathlib.Path
+    iterates: pathlib.Path
     ledger: Ledger
-    scorer: Callable[[dict, Rows], jax.Array]
+
+    @property
+    def arch(self) -> Arch:
+        return self.start.arch
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.start.mesh
+
+    @property
+    def compute(self) -> Compute:
+        return self.start.compute
 
 
 def tag(policies: Policies, name: Name) -> str:
     """The model's tag in the ledger: of its content for the start, of what determines it for the rest."""
     if name.t == 0 and not policies.trained_start:
-        return policies.start_tag
+        return policies.start.tag
     kind = "iterate" if name.t == 0 else name.kind  # before the first iteration the mean is iterate 0 itself
-    return derived_tag(policies.fingerprint, policies.start_tag, kind, name.t)
-
-
-def start_params(policies: Policies) -> Any:
-    """float32 weights that training starts from, on the training layout."""
-    if policies.seed is not None:
-        return programs.random_params(policies.arch, policies.mesh)(jax.random.key(policies.seed))
-    return hf.load(policies.start, policies.arch, policies.mesh)
+    return derived_tag(policies.fingerprint, policies.start.tag, kind, name.t)
 
 
 def params(policies: Policies, name: Name) -> Any:
     """The weights of a model that is not in memory, float32 on the training layout."""
     if name.t == 0 and not policies.trained_start:
-        return start_params(policies)
+        return policies.start.load()
     where = programs.param_shardings(policies.arch, policies.mesh)
     like = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), model.abstract(policies.arch), where
     )
-    return checkpoint.load_iterate(policies.folder, _folder_name(name), like)
+    return checkpoint.load_iterate(policies.iterates, _folder_name(name), like)
 
 
 def save(policies: Policies, live: Live, ema_decay: float) -> None:
-    """Stores an iterate, and the running mean up to it: ema_t = decay·ema_{t-1} + (1-decay)·iterate_t, ema_0 =
-    iterate_0.
-    """
+    """Stores an iterate, and the running mean up to it: ema_t = decay·ema_{t-1} + (1-decay)·iterate_t."""
     t, dtype = live.name.t, policies.compute.dtype
     stored = jax.jit(lambda p: jax.tree.map(lambda w: w.astype(dtype), p))(live.params)
-    checkpoint.save_iterate(policies.folder, _folder_name(live.name), stored)
+    checkpoint.save_iterate(policies.iterates, _folder_name(live.name), stored)
     if ema_decay and t > 0:
         before = params(policies, Name("ema", t - 1))
         mean = programs.blend(policies.arch, policies.mesh, dtype)(before, stored, ema_decay)
-        checkpoint.save_iterate(policies.folder, _folder_name(Name("ema", t)), mean)
+        checkpoint.save_iterate(policies.iterates, _folder_name(Name("ema", t)), mean)
 
 
 def logps(
-    policies: Policies, name: Name | None, trees: Sequence[Tree], *, live: Live, plan: Plan, chunk: int, what: str
+    policies: Policies,
+    name: Name | None,
+    trees: Sequence[Tree],
+    *,
+    live: Live,
+    plan: Plan,
+    what: str,
+    chunk: int = score.CHUNK,
 ) -> np.ndarray:
     """Log-probs of every branch of a set under a model, through the ledger; zeros for no model (reference-free).
 
@@ -118,7 +211,8 @@ def logps(
     def load() -> Callable[[Rows], np.ndarray]:
         same = tag(policies, name) == tag(policies, live.name)
         weights = live.params if same else params(policies, name)
-        return programs.score_rows(policies.scorer, weights, policies.mesh)
+        scorer = programs.scorer(policies.arch, policies.mesh, policies.compute)
+        return programs.score_rows(scorer, weights, policies.mesh)
 
     label = f"scoring {what} under {name.kind} {name.t}"
     return score.set_logps(
@@ -128,87 +222,3 @@ def logps(
 
 def _folder_name(name: Name) -> str:
     return str(name.t) if name.kind == "iterate" or name.t == 0 else f"{name.kind}-{name.t}"
-
-
-# --- one model folder, outside a run ----------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Folder:
-    """A Hugging Face folder as the doors beside `train` use it. Its weights are read when they are asked for.
-
-    tag: of its content and the compute dtype, the one that a run gives to the model it starts from.
-    """
-
-    path: str
-    arch: Arch
-    tokenizer: Any
-    eos_ids: tuple[int, ...]
-    mesh: Mesh
-    compute: Compute
-    tag: str
-    load: Callable[[], Any]
-
-
-def open_folder(
-    path: str, mesh: Mesh, *, compute: str, head_chunk: int = 256, chat_template: str = "auto", seed: int | None = None
-) -> Folder:
-    """Reads all but the weights.
-
-    Args:
-        compute: float32 or bfloat16. seed: draws the weights, None = they are read.
-
-    Raises:
-        ValueError: no such folder, or one that cannot be used.
-    """
-    tokenizer = data.load_tokenizer(path, chat_template)
-    arch = hf.read_arch(path)
-    if seed is None:
-        content, load = file_tag(path), lambda: hf.load(path, arch, mesh)
-    else:
-        content, load = f"random {seed} {arch}", lambda: programs.random_params(arch, mesh)(jax.random.key(seed))
-    return Folder(
-        path=path,
-        arch=arch,
-        tokenizer=tokenizer,
-        eos_ids=data.eos_ids(path, tokenizer),
-        mesh=mesh,
-        compute=Compute(jnp.dtype(compute), chunk=head_chunk),
-        tag=derived_tag(content, compute),
-        load=load,
-    )
-
-
-def same_tokens(one: Folder, other: Folder) -> bool:
-    """Do their token ids mean the same?"""
-    return one.tokenizer.get_vocab() == other.tokenizer.get_vocab() and one.eos_ids == other.eos_ids
-
-
-def folder_logps(
-    folder: Folder, trees: Sequence[Tree], *, ledger: Ledger, plan: Plan, chunk: int, label: str
-) -> np.ndarray:
-    """As `logps`, of one folder: float32 [F], by flat branch number."""
-
-    def load() -> Callable[[Rows], np.ndarray]:
-        scorer = programs.scorer(folder.arch, folder.mesh, folder.compute)
-        return programs.score_rows(scorer, folder.load(), folder.mesh)
-
-    return score.set_logps(trees, tag=folder.tag, ledger=ledger, load=load, plan=plan, chunk=chunk, label=label)
-
-
-def folder_sampler(folder: Folder, key: jax.Array, *, candidates: int, max_new_tokens: int, **values: Any) -> Callable:
-    """Prompts on the host → candidates on the host, as `bootstrap.sample_candidates` takes it.
-
-    Args:
-        values: temperature, top_k, top_p, min_p (`sample.sampling`).
-    """
-    return programs.sampler(
-        folder.arch,
-        folder.mesh,
-        folder.compute,
-        folder.load,
-        key,
-        sample.sampling(eos_ids=folder.eos_ids, **values),
-        candidates=candidates,
-        max_new_tokens=max_new_tokens,
-    )

@@ -30,7 +30,7 @@ import pyarrow
 import pyarrow.parquet
 
 from sera_jax import config as configs
-from sera_jax import data, losses, metrics, policies, programs, report, rows, selection, sera
+from sera_jax import data, losses, metrics, policies, programs, report, score, selection, sera
 from sera_jax import mesh as meshes
 from sera_jax.config import ConfigError, ReviewConfig
 from sera_jax.ledger import Ledger
@@ -121,13 +121,12 @@ def _select(
     config: ReviewConfig, policy: Folder, reference: Folder | None, loss: Loss, pairs: list[Pair], trees: list[Tree]
 ) -> Selection:
     """score → margins → select, through the ledger."""
-    mesh, chunk = policy.mesh, min(config.batch_size, len(trees))
-    plan = rows.plan(rows.measure(trees), batch=chunk, shards=meshes.row_shards(mesh))
+    mesh, plan = policy.mesh, score.plan_for(trees, policy.arch, policy.mesh)
     ledger = Ledger(pathlib.Path(config.out) / "ledger")
 
     def logp_N2(name: str, folder: Folder) -> np.ndarray:
         label = f"scoring the pairs under the {name}"
-        flat = policies.folder_logps(folder, trees, ledger=ledger, plan=plan, chunk=config.batch_size, label=label)
+        flat = policies.folder_logps(folder, trees, ledger=ledger, plan=plan, label=label)
         return flat.reshape(-1, 2)
 
     reference_N2 = np.zeros((len(trees), 2), np.float32) if reference is None else logp_N2("reference", reference)

@@ -41,6 +41,7 @@ def plan(
     lengths_N3: np.ndarray,
     *,
     batch: int,
+    width: int,
     shards: int,
     row_tokens: int = 0,
     microbatch_rows: int = 0,
@@ -48,16 +49,17 @@ def plan(
 ) -> Plan:
     """Chooses L, M, S and B from measured lengths.
 
-    L and B: of the shapes tried (multiples of 128 from the longest tree on; 1 row a device up to `device_tokens`
-    tokens),
-    packed for batches in a fixed random order, the shortest and then the highest whose useful share is within 3 % of
-    the
-    best: longer rows pack better but their attention costs more. M and S: the most that such a row needs.
+    L and B: the cheapest of the shapes tried (multiples of 128 from the longest tree on; 1 row a device up to
+    `device_tokens` tokens), packed for batches in a fixed random order. Longer rows pack better, but dense attention
+    over a row costs about L / (6 D) of its matrix products in FLOPs, and three times that where memory bounds it: a
+    padded token costs 1 + L / (2 D). Within 2 % of the cheapest, shorter rows and then more of them win. M and S: the
+    most that such a row needs.
 
     Args:
         lengths_N3: int [N, 3], for each tree its length, targets and branches. May hold made-up trees for what is not
             known yet (fresh pairs): they only have to bound the real ones.
         batch: trees in a batch.
+        width: D of the model.
         shards: ways in which rows are split over devices; B is a multiple of it.
         row_tokens, microbatch_rows: L, and B / shards, where the caller has chosen; 0 = planned.
 
@@ -74,9 +76,8 @@ def plan(
         )
     order = np.random.Generator(np.random.Philox(key=0)).permutation(len(lengths_N3))[: 16 * batch]
     batches = [lengths_N3[order[i : i + batch]] for i in range(0, len(order), batch)]
-    useful = sum(int(b[:, 0].sum()) for b in batches)
 
-    choices = []  # (share of useful tokens, L, rows a device, row of each tree)
+    choices = []  # (cost, L, rows a device, row of each tree)
     for length in (
         [row_tokens] if row_tokens else sorted({_round_up(longest * f, QUANTUM) for f in (1, 1.25, 1.5, 2, 3, 4)})
     ):
@@ -85,10 +86,9 @@ def plan(
         most = max(1, min(device_tokens // length, math.ceil(counts.max() / shards)))
         for per_device in [microbatch_rows] if microbatch_rows else range(most, 0, -1):
             padded = length * sum(_round_up(c, per_device * shards) for c in counts)
-            choices.append((useful / padded, length, per_device, packed))
-    fullest = max(c[0] for c in choices)
-    # Shorter rows first (attention), then more rows at once (fewer, larger matrix products).
-    _, length, per_device, packed = min((c for c in choices if c[0] >= 0.97 * fullest), key=lambda c: (c[1], -c[2]))
+            choices.append((padded * (1 + length / (2 * width)), length, per_device, packed))
+    cheapest = min(c[0] for c in choices)
+    _, length, per_device, packed = min((c for c in choices if c[0] <= 1.02 * cheapest), key=lambda c: (c[1], -c[2]))
     targets, slots = (
         int(max(np.bincount(r, weights=b[:, column]).max() for b, r in zip(batches, packed))) for column in (1, 2)
     )

@@ -194,6 +194,15 @@ def _backward_chunks(hidden_bMD, table_vD, target_bM, lse_bM, cotangent_bM, *, v
 # --- a set of trees: the host's part ----------------------------------------------------------------------------------
 
 
+CHUNK = 256  # trees packed, scored, written to the ledger and, after a stop, possibly scored again at a time
+
+
+def plan_for(trees: Sequence[Tree], arch: Arch, mesh: Mesh) -> Plan:
+    """Rows for scoring a set in chunks."""
+    batch = min(CHUNK, len(trees))
+    return rowlib.plan(rowlib.measure(trees), batch=batch, width=arch.width, shards=meshes.row_shards(mesh))
+
+
 def set_logps(
     trees: Sequence[Tree],
     *,
@@ -201,8 +210,8 @@ def set_logps(
     ledger: Ledger,
     load: Callable[[], Callable[[Rows], np.ndarray]],
     plan: Plan,
-    chunk: int,
     label: str,
+    chunk: int = CHUNK,
 ) -> np.ndarray:
     """Log-probs of every branch of a set under one model, looked up in the ledger and computed where it has none.
 

@@ -48,7 +48,9 @@ def shared_data():
     return folder
 
 
-WORDS = "<unk> <s> </s> red blue green ball box cat dog sits runs sees the a on in big small and or it is was to".split()
+WORDS = (
+    "<unk> <s> </s> red blue green ball box cat dog sits runs sees the a on in big small and or it is was to".split()
+)
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +112,9 @@ def tiny_config(tiny, tmp_path, monkeypatch):
 
     monkeypatch.syspath_prepend(tiny)
     of_devices = meshes.make
-    monkeypatch.setattr(meshes, "make", lambda d, f, t: of_devices(d, f, t, jax.devices()[: d * f * t]))
+    monkeypatch.setattr(
+        meshes, "make", lambda d, f, t, devices=None: of_devices(d, f, t, devices or jax.devices()[: d * f * t])
+    )
 
     def make(*flags: str, run: str = "run"):
         base = [

@@ -76,7 +76,7 @@ def test_candidates_stand_beside_their_prompts(whole):
 @pytest.mark.parametrize("killed_at", range(4))
 @pytest.mark.parametrize("torn", [0, 1, 40])
 def test_an_interrupted_run_goes_on(tmp_path, whole, killed_at, torn):
-    """Killed in batch n, with the last line torn or not: only what is missing is sampled, and the result is the same."""
+    """Killed in batch n, with the last line torn or not: only what is missing is sampled; the result is the same."""
     want, stored, _ = whole
     path = tmp_path / "candidates.jsonl"
     run, calls = sampler(fail_at=killed_at)
@@ -138,9 +138,7 @@ def test_empty_repeated_and_unfinished_candidates_are_not_valid():
 
 
 GRID = tuple(tuple(ids(10 * p + c + 1) for c in range(4)) for p in range(6))
-REWARDS = np.array(
-    [[3, 1, 2, 0], [1, 1, 1, 1], [0, 5, 9, 9], [2, 2, 8, 4], [7, 6, 5, 4], [1, 2, 3, 4]], np.float32
-)
+REWARDS = np.array([[3, 1, 2, 0], [1, 1, 1, 1], [0, 5, 9, 9], [2, 2, 8, 4], [7, 6, 5, 4], [1, 2, 3, 4]], np.float32)
 VALID = np.array([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 0], [1, 0, 0, 1], [0, 0, 1, 0], [1, 1, 1, 1]], bool)
 
 

@@ -44,7 +44,8 @@ def test_dimensions_that_do_not_divide_fall_back_to_fewer_axes():
     assert vocab(6) == P(("fsdp",))  # 2 divides it, 8 does not
     assert vocab(7) == P(None)
     assert meshes.spec(meshes.make(1, 4, 2), "train", ("vocab",), (6,)) == P(("tensor",))
-    assert meshes.spec(meshes.make(8, 1, 1), "train", ("vocab", "embed"), (16, 16)) == P(None, None)  # axes of one device
+    one_each = meshes.make(8, 1, 1)  # fsdp and tensor are axes of one device
+    assert meshes.spec(one_each, "train", ("vocab", "embed"), (16, 16)) == P(None, None)
 
 
 def test_an_axis_is_used_once_in_an_array():

@@ -22,7 +22,7 @@ from sera_jax.rows import Plan
 from sera_jax.step import TrainState
 
 ARCH = Arch("llama", 48, 16, 2, 4, 2, 4, 24, 1e-5, 1e4, tied=False, init_std=0.3)
-COMPUTE = Compute(jnp.float32, "full", 24)
+COMPUTE = Compute(jnp.float32, "none", 24)  # rematerialisation is tested with the model; the last tests have it
 SCHEDULE = {"peak": 0.1, "schedule": "constant", "warmup": 0.0}
 # Its state is the gradient itself.
 GRADIENT = optax.trace(decay=0.0)
@@ -42,7 +42,7 @@ LOSSES = {
 LAYOUTS = {
     "all in one row": (1, Plan(160, 160, 16, 2), "packed"),  # one microbatch: all trees in a row, and an empty row
     "one tree a row": (1, Plan(160, 160, 16, 2), "apart"),  # four microbatches of two rows, the last row empty
-    "eight devices": (8, Plan(96, 96, 8, 4), "packed"),  # rows of several trees, two of four rows empty
+    "eight devices": (8, Plan(96, 96, 10, 4), "packed"),  # rows of several trees, two of four rows empty
 }
 
 
@@ -55,7 +55,8 @@ def trees_of(branches: int = 2, seed: int = 0) -> list[Tree]:
 
 
 TREES = trees_of()
-REFERENCE_F = -3.0 * np.array([n for t in TREES for n in map(len, t.branches)], np.float32) + np.arange(14) % 3
+# Somewhat below the policy's log-probs, so that the KL estimates of kto_pair are not cut off at 0.
+REFERENCE_F = -5.2 * np.array([n for t in TREES for n in map(len, t.branches)], np.float32) + np.arange(14) % 3 - 1
 WEIGHT_N = np.array([1, 0.5, 2, 1, 1, 0.25, 1], np.float32)
 
 
@@ -150,7 +151,10 @@ def test_any_split_of_a_batch_gives_the_same_update(name, layout):
         np.testing.assert_allclose(b, a, rtol=1e-6, atol=SCHEDULE["peak"] * 5e-6 * largest)
 
 
-def direct(params, plan=Plan(48, 48, 2, 1), trees=TREES) -> tuple[jax.Array, jax.Array]:
+ALONE = Plan(48, 48, 2, 1)
+
+
+def direct(params, plan=ALONE, trees=TREES) -> tuple[jax.Array, jax.Array]:
     """logp and length of every branch by flat number, all rows in one forward pass."""
     packed = rowlib.pack(trees, plan)
     logp, length = score.row_logps(ARCH, params, packed, mesh=mesh_of(1), dtype=jnp.float32)
@@ -172,6 +176,7 @@ def test_the_update_follows_the_gradient_of_the_global_loss(name):
 
     (value, (logp_P2, reward_P2)), want = jax.jit(jax.value_and_grad(whole, has_aux=True))(host_params())
     grads, params, metrics = updated(name, "one tree a row")
+    assert (np.mean(logp_P2 - REFERENCE_F.reshape(-1, 2), axis=0) > 0.5).all()
     mean = lambda value_P: float(np.average(value_P, weights=WEIGHT_N))
     assert metrics == pytest.approx(
         {
@@ -278,7 +283,9 @@ def test_weights_move_to_the_decode_layout(eight_devices):
     jax.tree.map(lambda a, s: a.sharding.is_equivalent_to(s, a.ndim) or pytest.fail(f"{a.sharding} {s}"), got, where)
     assert where["head"]["table"] != programs.param_shardings(ARCH, eight_devices)["layers"]["mlp"]["up"]
     jax.tree.map(
-        lambda a, b: np.testing.assert_array_equal(np.asarray(a), b.astype(jnp.bfloat16)), meshes.get(got), host_params()
+        lambda a, b: np.testing.assert_array_equal(np.asarray(a), b.astype(jnp.bfloat16)),
+        meshes.get(got),
+        host_params(),
     )
 
 
@@ -334,9 +341,7 @@ def placed(mesh, changes: dict | None = None) -> dict[str, jax.Array]:
 def select(devices: int, score_name: str, rule: str):
     loss, keys = LOSSES["dpo"]
     reward = lambda logp, ref, length: loss.reward(logp, ref, length, **keys)
-    return programs.selector(
-        mesh_of(devices), reward, loss, keys, score_name=score_name, rule=rule, threshold=0.1
-    )
+    return programs.selector(mesh_of(devices), reward, loss, keys, score_name=score_name, rule=rule, threshold=0.1)
 
 
 @pytest.mark.parametrize("score_name, rule", [*((s, "top_k") for s in sera.SCORES), ("irm", "middle"), ("irm", "all")])
@@ -366,7 +371,7 @@ def test_one_and_eight_devices_select_the_same(score_name, rule):
 
 
 def test_the_guard_sees_a_transfer():
-    arrays = placed(mesh_of(8)) | {"gap_N": signals()["gap_N"]}
+    arrays = placed(mesh_of(8)) | {"valid_N": signals()["valid_N"]}  # on the host
     with jax.transfer_guard("disallow"), pytest.raises(Exception, match="[Dd]isallowed"):
         select(8, "irm", "top_k")(**arrays)
 
@@ -385,8 +390,9 @@ def test_scores_that_are_not_finite_are_reported():
     for devices in (1, 8):
         got = meshes.get(select(devices, "annotator_gap", "top_k")(**placed(mesh_of(devices), {"gap_N": gap})))
         assert got["bad"].tolist() == [2, 11]
-        got = meshes.get(select(devices, "irm", "all")(**placed(mesh_of(devices), {"gap_N": gap})))
-        assert got["bad"].tolist() == [0, 64]
+        # Where all are kept nobody ranks: only the margins have to be finite.
+        got = meshes.get(select(devices, "annotator_gap", "all")(**placed(mesh_of(devices), {"gap_N": gap})))
+        assert got["bad"].tolist() == [0, 64] and got["mask_N"].sum() == 59
     logp = signals()["logp_EN2"].copy()
     logp[0, 7, 1] = np.inf
     assert meshes.get(select(1, "irm", "all")(**placed(mesh_of(1), {"logp_EN2": logp})))["bad"].tolist() == [1, 7]

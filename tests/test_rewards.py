@@ -1,4 +1,4 @@
-"""Who ranks: the implicit reward by hand, a Python function and every way it can go wrong, lengths and empty candidates."""
+"""Who ranks: the implicit reward by hand, a Python function and all that can go wrong, lengths, empty candidates."""
 
 import re
 

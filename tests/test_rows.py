@@ -71,12 +71,19 @@ def test_pairs_start_at_even_slots():
 
 def test_plan_holds_every_tree_and_fills_rows():
     trees = trees_of(1, 400, prompt=(5, 60), branch=(2, 60))
-    plan = rowlib.plan(rowlib.measure(trees), batch=64, shards=4)
+    plan = rowlib.plan(rowlib.measure(trees), batch=64, width=512, shards=4)
     assert plan.length % 128 == 0 and plan.targets % 128 == 0 and plan.rows % 4 == 0
     packed = [rowlib.pack(trees[i : i + 64], plan) for i in range(0, 320, 64)]
     useful = sum(rowlib.fill(p).useful for p in packed)
     assert useful == sum(t.length for t in trees[:320])
     assert useful / sum(rowlib.fill(p).padded for p in packed) > 0.85
+
+
+def test_narrow_models_get_short_rows():
+    """Trees of 400 tokens: five fit 2048 almost without padding, but attention over 2048 costs a narrow model more."""
+    lengths = np.tile([400, 380, 4], (256, 1))
+    plans = {width: rowlib.plan(lengths, batch=64, width=width, shards=1) for width in (64, 8192)}
+    assert plans[64].length == 512 and plans[8192].length == 2048
 
 
 def test_microbatches_pad_only_the_last():
@@ -103,6 +110,6 @@ def test_errors_say_what_was_got_and_expected():
     with pytest.raises(ValueError, match="tree 'x' has an empty branch"):
         rowlib.pack([Tree("x", np.array([1]), (np.array([2]), np.array([], np.int32)))], Plan(128, 128, 2, 1))
     with pytest.raises(ValueError, match="longest prompt tree .* has 90 tokens. Raise optimizer.row_tokens"):
-        rowlib.plan(np.array([[90, 4, 2]]), batch=4, shards=1, row_tokens=64)
+        rowlib.plan(np.array([[90, 4, 2]]), batch=4, width=64, shards=1, row_tokens=64)
     with pytest.raises(ValueError, match="got no trees"):
-        rowlib.plan(np.zeros((0, 3), int), batch=4, shards=1)
+        rowlib.plan(np.zeros((0, 3), int), batch=4, width=64, shards=1)

@@ -1,4 +1,4 @@
-"""One update: microbatches against the whole batch, schedules against their formulas, AdamW against NumPy in float64."""
+"""One update: microbatches against the whole batch, schedules against their formulas, AdamW against float64 NumPy."""
 
 import jax
 import jax.numpy as jnp

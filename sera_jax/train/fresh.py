@@ -7,13 +7,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from sera_jax import bootstrap, policies, programs, rewards, sample
+from sera_jax import bootstrap, policies, programs, rewards, sample, score
 from sera_jax.bootstrap import Fresh
 from sera_jax.policies import Live, Name
 from sera_jax.records import Candidates, Prompt
 from sera_jax.train import world as worlds
 from sera_jax.train.select import ensemble, reward_reference
-from sera_jax.train.world import SCORE_CHUNK, World
+from sera_jax.train.world import World
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ def bootstrap_pairs(world: World, t: int, scored: Live) -> Made | None:
         sampler(world, scored, worlds.key(world, "sample", t), b.candidates, b),
         prompts,
         [given.prompt_tokens[i] for i in drawn],
-        lambda ids: world.tokenizer.decode(ids, skip_special_tokens=True),
+        lambda ids: world.policies.start.tokenizer.decode(ids, skip_special_tokens=True),
         candidates=b.candidates,
         slots=b.slots,
         path=worlds.folder(world, t) / "candidates.jsonl",
@@ -83,7 +83,7 @@ def sampler(world: World, live: Live, key: jax.Array, candidates: int, values: A
         top_k=getattr(values, "top_k", 0),
         top_p=values.top_p,
         min_p=getattr(values, "min_p", 0.0),
-        eos_ids=world.eos_ids,
+        eos_ids=world.policies.start.eos_ids,
     )
     return programs.sampler(
         where.arch,
@@ -100,8 +100,8 @@ def sampler(world: World, live: Live, key: jax.Array, candidates: int, values: A
 def candidate_logps(world: World, name: Name | None, candidates: Candidates, live: Live) -> np.ndarray:
     """float32 [P, C] log-probs of candidates under a model, NaN for empty ones."""
     trees = rewards.trees(candidates)
-    plan = worlds.score_plan(trees, world.mesh)
-    flat = policies.logps(world.policies, name, trees, live=live, plan=plan, chunk=SCORE_CHUNK, what="candidates")
+    plan = score.plan_for(trees, world.policies.arch, world.mesh)
+    flat = policies.logps(world.policies, name, trees, live=live, plan=plan, what="candidates")
     return rewards.on_grid(flat, candidates)
 
 

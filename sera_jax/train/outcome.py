@@ -164,7 +164,7 @@ def _responses(world: World, live: Live) -> Candidates:
         sampler(world, live, worlds.key(world, "evaluate", 0), 1, config.evaluate),
         world.given.eval_prompts,
         world.given.eval_tokens,
-        lambda ids: world.tokenizer.decode(ids, skip_special_tokens=True),
+        lambda ids: world.policies.start.tokenizer.decode(ids, skip_special_tokens=True),
         candidates=1,
         slots=config.bootstrap.slots,
         path=world.run.path / "evaluation" / f"{live.name.t}.jsonl",

@@ -9,7 +9,7 @@ from sera_jax.policies import Live, Name
 from sera_jax.records import Tree
 from sera_jax.selection import Selection
 from sera_jax.train import world as worlds
-from sera_jax.train.world import SCORE_CHUNK, World
+from sera_jax.train.world import World
 
 MARGIN_SCORES = ("irm", "irm_per_token", "alignment_potential")  # built on the implicit reward of the policy
 
@@ -39,9 +39,7 @@ def review(world: World, t: int, scored: Live) -> Selection | None:
 
 def pair_logps(world: World, name: Name | None, trees: Sequence[Tree], live: Live) -> np.ndarray:
     """float32 [N, 2]: log-probs of pairs under a model of the run."""
-    flat = policies.logps(
-        world.policies, name, trees, live=live, plan=world.score_plan, chunk=SCORE_CHUNK, what="the pairs"
-    )
+    flat = policies.logps(world.policies, name, trees, live=live, plan=world.score_plan, what="the pairs")
     return flat.reshape(-1, 2)
 
 

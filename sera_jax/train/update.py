@@ -9,6 +9,7 @@ import pyarrow.parquet
 
 from sera_jax import data, policies, programs, sera, step
 from sera_jax import mesh as meshes
+from sera_jax import rows as rowlib
 from sera_jax import run as runs
 from sera_jax.config import TrainConfig
 from sera_jax.ledger import branch_key
@@ -19,7 +20,7 @@ from sera_jax.selection import Selection
 from sera_jax.train import world as worlds
 from sera_jax.train.fresh import Made
 from sera_jax.train.select import loss_reference, pair_logps
-from sera_jax.train.world import SCORE_CHUNK, Given, World
+from sera_jax.train.world import Given, World
 
 
 def start(world: World) -> Live:
@@ -29,10 +30,10 @@ def start(world: World) -> Live:
         state = world.run.checkpoints.restore(at.count, _abstract_state(world, world.transform))
         return Live(Name("iterate", at.iteration), state)
     if not config.sft.epochs:
-        return Live(Name("iterate", 0), policies.start_params(world.policies))
+        return Live(Name("iterate", 0), world.policies.start.load())
     transform = worlds.adam(config.sft.optimizer, world.policies.arch)
     if at is None:
-        params = policies.start_params(world.policies)
+        params = world.policies.start.load()
         state = programs.fresh_state(world.policies.arch, world.mesh, transform)(params)
     else:
         state = world.run.checkpoints.restore(at.count, _abstract_state(world, transform))
@@ -56,7 +57,7 @@ def _sft(world: World, transform: optax.GradientTransformation, state: step.Trai
         trees=trees,
         reference_F=np.zeros(len(trees), np.float32),
         weight_N=np.ones(len(trees), np.float32),
-        plan=worlds.plan(world, trees, optimizer),
+        plan=worlds.update_plan(rowlib.measure(trees), optimizer, world.policies.arch, world.mesh),
     )
     return runs.run_stage(
         world.run, stage, state, update, done=done, count=0, key=worlds.key(world, "sft", 0), mesh=world.mesh
@@ -104,7 +105,6 @@ def training_set(world: World, t: int, scored: Live, chosen: Selection | None, m
             extra,
             live=scored,
             plan=world.plan,
-            chunk=SCORE_CHUNK,
             what="fresh pairs",
         )
         given_logps |= dict(zip((branch_key(tree.prompt, b) for tree in extra for b in tree.branches), flat))

@@ -7,28 +7,24 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from sera_jax import config as configs
-from sera_jax import data, hf, losses, metrics, model, programs, step
+from sera_jax import data, losses, metrics, model, policies, programs, score, step
 from sera_jax import mesh as meshes
 from sera_jax import rows as rowlib
 from sera_jax import run as runs
 from sera_jax.config import OptimizerConfig, TrainConfig
-from sera_jax.ledger import Ledger, branch_key, derived_tag, file_tag
+from sera_jax.ledger import Ledger, branch_key, derived_tag
 from sera_jax.losses import Loss
 from sera_jax.model import Arch
-from sera_jax.policies import Policies
-from sera_jax.programs import Compute
+from sera_jax.policies import Folder, Policies
 from sera_jax.records import Pair, Prompt, Tree
 from sera_jax.rows import Plan
 from sera_jax.run import Run
 
-SCORE_CHUNK = 256  # trees scored, written to the ledger and, after a stop, possibly scored again at a time
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 KEYS = {"sft": 0, "sample": 1, "select": 2, "update": 3, "pairs": 4, "evaluate": 5}  # folded into run.seed
 
 
@@ -55,8 +51,6 @@ class World:
     config: TrainConfig
     run: Run
     mesh: Mesh
-    tokenizer: Any
-    eos_ids: tuple[int, ...]
     given: Given
     policies: Policies
     loss: Loss
@@ -70,16 +64,18 @@ class World:
 
 def prepare(config: TrainConfig) -> World:
     """Reads everything that can be wrong before the run folder is touched: tokenizer, data, architecture, mesh."""
-    tokenizer = data.load_tokenizer(config.model.path, config.data.chat_template)
-    eos_ids = data.eos_ids(config.model.path, tokenizer)
-    arch = hf.read_arch(config.model.path)
-    given = load(config, tokenizer, eos_ids)
     mesh = meshes.make(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    compute = Compute(DTYPES[config.model.compute], config.model.remat, config.model.head_chunk)
-    content = (
-        file_tag(config.model.path) if config.model.weights == "pretrained" else f"random {config.run.seed} {arch}"
+    start = policies.open_folder(
+        config.model.path,
+        mesh,
+        compute=config.model.compute,
+        remat=config.model.remat,
+        head_chunk=config.model.head_chunk,
+        chat_template=config.data.chat_template,
+        seed=config.run.seed if config.model.weights == "random" else None,
     )
-    start_tag = derived_tag(content, config.model.compute)
+    arch, compute = start.arch, start.compute
+    given = load(config, start)
     run = runs.open_run(
         configs.dump(config),
         resume=config.run.resume,
@@ -89,19 +85,12 @@ def prepare(config: TrainConfig) -> World:
         tensorboard=config.run.tensorboard,
         wandb_project=config.run.wandb,
     )
-    ledger = Ledger(config.run.ledger or run.path / "ledger")
     where = Policies(
-        arch=arch,
-        mesh=mesh,
-        compute=compute,
-        start=config.model.path,
-        seed=config.run.seed if config.model.weights == "random" else None,
-        start_tag=start_tag,
+        start=start,
         trained_start=config.sft.epochs > 0,
         fingerprint=_fingerprint(config, given),
-        folder=run.path / "iterates",
-        ledger=ledger,
-        scorer=programs.scorer(arch, mesh, compute),
+        iterates=run.path / "iterates",
+        ledger=Ledger(config.run.ledger or run.path / "ledger"),
     )
     loss = losses.mixture({config.loss.name: 1.0, **config.loss.mix}, config.loss.sft_weight)
     loss_keys = {"beta": config.loss.beta, **{key: getattr(config.loss, key) for key in loss.keys}}
@@ -111,8 +100,6 @@ def prepare(config: TrainConfig) -> World:
         config=config,
         run=run,
         mesh=mesh,
-        tokenizer=tokenizer,
-        eos_ids=eos_ids,
         given=given,
         policies=where,
         loss=loss,
@@ -128,15 +115,16 @@ def prepare(config: TrainConfig) -> World:
             threshold=config.select.threshold,
         ),
         update=programs.preference_update(arch, mesh, compute, transform, loss, loss_keys, schedule(config.optimizer)),
-        plan=_plan(lengths_N3, config.optimizer, mesh),
-        score_plan=score_plan([*given.trees, *given.held_out], mesh),
+        plan=update_plan(lengths_N3, config.optimizer, arch, mesh),
+        score_plan=score.plan_for([*given.trees, *given.held_out], arch, mesh),
     )
     _describe(world)
     return world
 
 
-def load(config: TrainConfig, tokenizer: Any, eos_ids: Sequence[int]) -> Given:
+def load(config: TrainConfig, start: Folder) -> Given:
     """Files → pairs → trees; says what was read and what could not be used."""
+    tokenizer, eos_ids = start.tokenizer, start.eos_ids
 
     def progress(items: Any, total: int | None, label: str) -> Any:
         return metrics.track(items, total=total, label=label, unit="rows" if label.startswith("reading") else "chunks")
@@ -269,24 +257,16 @@ def schedule(optimizer: OptimizerConfig) -> dict[str, Any]:
     return {"peak": optimizer.learning_rate, "schedule": optimizer.schedule, "warmup": optimizer.warmup}
 
 
-def plan(world: World, trees: Sequence[Tree], optimizer: OptimizerConfig) -> Plan:
-    """Rows for the updates of a stage."""
-    return _plan(rowlib.measure(trees), optimizer, world.mesh)
-
-
-def _plan(lengths_N3: np.ndarray, optimizer: OptimizerConfig, mesh: Mesh) -> Plan:
+def update_plan(lengths_N3: np.ndarray, optimizer: OptimizerConfig, arch: Arch, mesh: Mesh) -> Plan:
+    """Rows for the updates of a stage; lengths as rows.measure gives them."""
     return rowlib.plan(
         lengths_N3,
         batch=optimizer.batch_size,
+        width=arch.width,
         shards=meshes.row_shards(mesh),
         row_tokens=optimizer.row_tokens,
         microbatch_rows=optimizer.microbatch_rows,
     )
-
-
-def score_plan(trees: Sequence[Tree], mesh: Mesh) -> Plan:
-    """Rows for scoring a set in chunks."""
-    return rowlib.plan(rowlib.measure(trees), batch=min(SCORE_CHUNK, len(trees)), shards=meshes.row_shards(mesh))
 
 
 def key(world: World, use: str, t: int) -> jax.Array:
