@@ -1,9 +1,8 @@
 """The attention rule of prompt trees (README, "Rows"), dense on XLA.
 
 A query sees a key that is not later in the row, is in the same tree, and is in the prompt or in its own branch. A
-sliding
-window counts positions, not indices: the second branch of a tree stands far from its prompt in the row, but not in the
-text.
+sliding window counts positions, not indices: the second branch of a tree stands far from its prompt in the row, but not
+in the text.
 
 Letters: N query heads, K key/value heads (N = K·G), H head size, Q queries, T keys.
 """

@@ -20,8 +20,7 @@ class Fresh:
     """Pairs made of candidates, best margins first cut off at K̃ or not (`kept`).
 
     trees: prompt, (chosen, rejected) with the sampled ids. pair_F2: candidate numbers (chosen, rejected); prompt_F:
-    index
-    into the candidates. reward_F2, margin_F float32. kept_F bool: among the K̃ of the largest margin.
+    index into the candidates. reward_F2, margin_F float32. kept_F bool: among the K̃ of the largest margin.
     """
 
     trees: tuple[Tree, ...]

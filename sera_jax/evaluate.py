@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sera_jax import bootstrap, data, metrics, policies, programs, rewards, score, winrate
+from sera_jax import bootstrap, data, metrics, policies, programs, rewards, sample, score, winrate
 from sera_jax import config as configs
 from sera_jax import mesh as meshes
 from sera_jax.config import ConfigError, EvaluateDoorConfig
@@ -140,7 +140,7 @@ def _sampled(config: EvaluateDoorConfig, folder: Folder, name: str, prompts: Seq
         )
     run = policies.folder_sampler(
         folder,
-        jax.random.key(config.seed),
+        sample.seeded(config.seed),
         candidates=1,
         max_new_tokens=values.max_new_tokens,
         temperature=values.temperature,

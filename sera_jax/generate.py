@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sera_jax import bootstrap, data, ledger, metrics, policies, programs, rewards
+from sera_jax import bootstrap, data, ledger, metrics, policies, programs, rewards, sample
 from sera_jax import config as configs
 from sera_jax import mesh as meshes
 from sera_jax.config import ConfigError, GenerateConfig
@@ -68,7 +68,7 @@ def generate(config: GenerateConfig) -> pathlib.Path:
         run, spent = _timed(
             policies.folder_sampler(
                 folder,
-                jax.random.key(config.seed),
+                sample.seeded(config.seed),
                 candidates=config.candidates,
                 max_new_tokens=config.max_new_tokens,
                 temperature=config.temperature,

@@ -142,8 +142,7 @@ class Placement:
     """What the model needs to know of the mesh while it computes: two functions that pin arrays to it.
 
     activations: [rows, ...] → the same, split by rows. weights: (a layer's weights, their logical dimensions) → the
-    same,
-    gathered as the layout says. Both are the identity without a mesh.
+    same, gathered as the layout says. Both are the identity without a mesh.
     """
 
     activations: Callable[[jax.Array], jax.Array] = lambda x: x

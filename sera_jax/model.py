@@ -2,9 +2,9 @@
 
 Outside, a model is a plain nested dict of arrays with the layers stacked on a leading axis:
 
-    embed.table [V, D] · layers.{attention_norm.scale [D], attention.{query [D, N, H], key, value [D, K, H], out [N, H,
-    D]},
-    mlp_norm.scale [D], mlp.{gate, up [D, F], down [F, D]}} · final_norm.scale [D] · head.table [V, D] unless tied
+    embed.table [V, D] · final_norm.scale [D] · head.table [V, D] unless tied · layers.{
+        attention_norm.scale [D], attention.{query [D, N, H], key, value [D, K, H], out [N, H, D]},
+        mlp_norm.scale [D], mlp.{gate, up [D, F], down [F, D]}}
 
 Letters: B rows, L tokens, D width, N heads, K key/value heads, H head size, F hidden units, V vocabulary.
 """
@@ -163,8 +163,7 @@ def hidden(
     Args:
         params: float32 weights, cast to `dtype` layer by layer. Weights that were stored in `dtype` give the same bits.
         attend: (q_BLNH, k_BLKH, v_BLKH, the layer's slice of `cache`) → (out_BLNH, what to keep of this layer). The
-        caller
-            owns masks and caches; keys arrive rotated.
+            caller owns masks and caches; keys arrive rotated.
         dtype: of the matrix products.
         remat: a key of REMAT.
         placement: pins activations and gathered weights to the mesh.

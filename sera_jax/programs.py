@@ -270,8 +270,7 @@ def selector(
         length_N2 · gap_N (NaN where unknown) · valid_N bool · group_N int32 · example_N int32 · keep_G int32 ·
         weights_E float32 · key
     and returns {"mask_N", "score_N", "margin_N", "reward_N2", "bad"}; bad as in sera.non_finite, of the scores, or of
-    the
-    margins where the rule keeps all.
+    the margins where the rule keeps all.
 
     Args:
         reward: implicit reward, elementwise (logp, reference, length) → reward. loss, loss_keys: for the score "loss".

@@ -1,14 +1,12 @@
 """C candidate responses to each prompt, on device. The only room that knows the cache's layout and writes to it.
 
-A prompt is computed once; its cache is shared by its candidates. The loop leaves early when every candidate has
-emitted an
-end-of-text token. Prompts are padded on the right, as everywhere. The log-probs of this room are never used as rewards:
-candidates are rescored by the training forward pass (`score`).
+A prompt is computed once; its cache is shared by its candidates. The loop leaves early when every candidate has emitted
+an end-of-text token. Prompts are padded on the right, as everywhere. The log-probs of this room are never used as
+rewards: candidates are rescored by the training forward pass (`score`).
 
 Noise: threefry, folded by (iteration: the caller's key) → 64-bit hash of the prompt → candidate → response position.
-The
-number of slots is constant and the padded length of a prompt depends on the prompt alone, so on one kind of machine and
-device count a candidate is the same bit for bit whatever prompts it shares a batch with.
+The number of slots is constant and the padded length of a prompt depends on the prompt alone, so on one kind of machine
+and device count a candidate is the same bit for bit whatever prompts it shares a batch with.
 
 Letters: P prompts, C candidates, T response positions, J prompt positions, K key/value heads, H head size, V
 vocabulary.
@@ -182,6 +180,11 @@ def _logits(arch: Arch, params: dict, hidden: jax.Array, dtype: Any) -> jax.Arra
 
 
 # --- prompts in, candidates out: the host's part ----------------------------------------------------------------------
+
+
+def seeded(seed: int) -> jax.Array:
+    """The run's key: threefry, whatever JAX's default is, because it gives the same noise on every device count."""
+    return jax.random.key(seed, impl="threefry2x32")
 
 
 def prompt_hash(tokens: np.ndarray) -> np.ndarray:

@@ -76,9 +76,8 @@ def head_logps(hidden_BMD: jax.Array, table_VD: jax.Array, target_BM: jax.Array,
     """log softmax(hidden · tableᵀ)[target], float32 [B, M].
 
     The vocabulary is split over the mesh axes that `mesh.LAYOUTS` gives it; hidden states are gathered over fsdp one
-    chunk
-    at a time where fsdp splits the vocabulary, and (max, sum-exp, target) are what crosses devices. The backward pass
-    recomputes each chunk's logits and accumulates the table's gradient in float32.
+    chunk at a time where fsdp splits the vocabulary, and (max, sum-exp, target) are what crosses devices. The backward
+    pass recomputes each chunk's logits and accumulates the table's gradient in float32.
     """
     return _head_forward(hidden_BMD, table_VD, target_BM, mesh, chunk)[0]
 

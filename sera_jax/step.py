@@ -109,8 +109,7 @@ def coupled_gradients(
 
     Pass 1 runs `outputs_fn(trainable, frozen, microbatch, key) -> outputs` on every microbatch. Then
     `outputs_loss_fn(outputs [A, ...], batch) -> (loss, metrics)` gives dL/d outputs for all of them at once. Pass 2 is
-    one
-    vector-Jacobian product per microbatch. Microbatches past `batch.count` have zero outputs.
+    one vector-Jacobian product per microbatch. Microbatches past `batch.count` have zero outputs.
     """
 
     def forward(p: Any, index: jax.Array) -> Any:

@@ -14,6 +14,8 @@ os.environ["XLA_FLAGS"] = " ".join(
     )
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Doors that are called by tests keep their compiled programs apart from the user's.
+os.environ["XDG_CACHE_HOME"] = os.path.join(tempfile.gettempdir(), "sera_jax_test")
 
 import jax
 import pytest
@@ -21,7 +23,7 @@ import pytest
 from sera_jax import mesh as meshes
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_compilation_cache_dir", os.path.join(tempfile.gettempdir(), "sera_jax_test_xla"))
+jax.config.update("jax_compilation_cache_dir", os.path.join(os.environ["XDG_CACHE_HOME"], "sera_jax", "xla"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 SHARED = pathlib.Path(os.environ.get("SERA_JAX_SHARED", pathlib.Path(__file__).parents[2] / "shared"))

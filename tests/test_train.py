@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 
 import jax
@@ -255,9 +254,7 @@ def test_a_policy_that_scores_against_itself_is_an_error_by_its_tag(tiny_config,
 def test_a_killed_process_goes_on_as_if_it_had_not_been(tiny, tmp_path):
     """SIGKILL, twice: in the updates of iteration 1 and while iteration 2 samples. No handler, no clean-up."""
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"JAX_PLATFORMS": "cpu"}
-    cache = pathlib.Path(tempfile.gettempdir()) / "sera_jax_test_xla"
     flags = [
-        f"--run.compilation_cache={cache}",
         "--run.save_every=2",
         "--run.log_every=1",
         f"--model.path={tiny / 'model'}",

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from sera_jax import config as configs
-from sera_jax import data, losses, metrics, model, policies, programs, score, step
+from sera_jax import data, losses, metrics, model, policies, programs, sample, score, step
 from sera_jax import mesh as meshes
 from sera_jax import rows as rowlib
 from sera_jax import run as runs
@@ -271,7 +271,7 @@ def update_plan(lengths_N3: np.ndarray, optimizer: OptimizerConfig, arch: Arch, 
 
 def key(world: World, use: str, t: int) -> jax.Array:
     """The run's key folded by what it is for (KEYS) and by the iteration."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(world.config.run.seed), KEYS[use]), t)
+    return jax.random.fold_in(jax.random.fold_in(sample.seeded(world.config.run.seed), KEYS[use]), t)
 
 
 def folder(world: World, t: int) -> pathlib.Path:

@@ -1,0 +1,51 @@
+"""Every YAML in configs/ can be run: it parses, its header says how, and README's commands name files that exist."""
+
+import pathlib
+import re
+import typing
+
+import pytest
+
+from sera_jax import config as configs
+
+ROOT = pathlib.Path(__file__).parents[1]
+FILES = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_a_config_parses_and_says_how_it_is_run(file):
+    text = file.read_text(encoding="utf-8")
+    config = configs.parse(
+        configs.TrainConfig, ["--config", str(file), "--model.path=model", "--data.pairs=[pairs.jsonl]"]
+    )
+    assert config.run.dir.startswith("runs/")
+    header = text[: text.index("run:")]
+    assert re.search(r"^#   command   \S", header, re.M) and re.search(r"^#   hardware  \S", header, re.M)
+    told = re.search(r"configs/RESULTS.md, \"(.+)\"", header)
+    if told:
+        assert f"## {told[1]}" in (ROOT / "configs" / "RESULTS.md").read_text(encoding="utf-8")
+
+
+def test_what_readme_names_exists():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\b(?:configs|launch|tests|sera_jax)/[\w./-]+\.(?:yaml|sh|py|md)\b", text))
+    assert len(named) > 4
+    assert not [name for name in named if not (ROOT / name).exists()]
+    doors = set(re.findall(r"python -m sera_jax\.(\w+)", text))
+    assert doors >= {"train", "generate", "evaluate", "review", "report", "toyworld"}
+    for door in doors:
+        assert (ROOT / "sera_jax" / f"{door}.py").exists() or (ROOT / "sera_jax" / door / "__main__.py").exists()
+
+
+def test_every_choice_of_a_key_is_in_readme():
+    """The table "What it can be set to" and the config cannot drift apart."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for names in (
+        configs.LossName,
+        configs.EnsembleName,
+        configs.ScoreName,
+        configs.RuleName,
+        configs.PairRuleName,
+    ):
+        missing = [name for name in typing.get_args(names) if f"`{name}`" not in text]
+        assert not missing, missing
