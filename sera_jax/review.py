@@ -40,6 +40,7 @@ from sera_jax.records import Pair, Tree
 from sera_jax.selection import Selection
 
 FLAGS = ("doubted", "uninformative", "cut", "long", "unscored")
+ALL = "all"  # of the tables
 DOUBTFUL_SHOWN = 5
 TEXT_SHOWN = 60  # characters of a text on the screen
 
@@ -173,7 +174,11 @@ def _flags(
 
 
 def _summary(pairs: Sequence[Pair], columns: dict[str, Any], flags: Sequence[tuple[str, ...]]) -> dict[str, Any]:
-    """Numbers for the screen and the report; accuracy = share of scored pairs with margin > 0."""
+    """Numbers for the screen and the report.
+
+    accuracy: share of scored pairs with margin > 0; longer: share whose chosen response is the longer one (ties count
+    half), the baseline that any accuracy has to be held against.
+    """
     margin_N = columns["margin"]
     scored_N = np.isfinite(margin_N)
     counts = collections.Counter(name for names in flags for name in names)
@@ -181,12 +186,14 @@ def _summary(pairs: Sequence[Pair], columns: dict[str, Any], flags: Sequence[tup
     summary |= {f"flag/{name}": counts[name] for name in FLAGS}
     quantiles = np.quantile(margin_N[scored_N], [0.05, 0.1, 0.5, 0.9, 0.95])
     summary |= {f"margin/q{q}": float(v) for q, v in zip(("05", "10", "50", "90", "95"), quantiles)}
-    summary["accuracy"] = float((margin_N[scored_N] > 0).mean())
+    longer_N = (np.sign(columns["length_chosen"] - columns["length_rejected"]) + 1) / 2
     source_N = np.array(columns["source"])
-    for source in dict.fromkeys(columns["source"]):
-        of_source = scored_N & (source_N == source)
+    for source in (*dict.fromkeys(columns["source"]), ALL):
+        of_source = scored_N & ((source_N == source) | (source is ALL))
         if of_source.any():
+            summary[f"scored/{source}"] = int(of_source.sum())
             summary[f"accuracy/{source}"] = float((margin_N[of_source] > 0).mean())
+            summary[f"longer/{source}"] = float(longer_N[of_source].mean())
     return summary
 
 
@@ -201,18 +208,18 @@ def _show(config: ReviewConfig, columns: dict[str, Any], summary: dict[str, Any]
         [f"{int(key.removeprefix('margin/q'))} %" for key in quantiles],
         [[summary[key] for key in quantiles]],
     )
-    source = np.array(columns["source"])[np.isfinite(columns["margin"])]
-    per_source = [
-        [key.removeprefix("accuracy/"), int((source == key.removeprefix("accuracy/")).sum()), summary[key]]
-        for key in summary
-        if key.startswith("accuracy/")
-    ]
+    sources = [key.removeprefix("scored/") for key in summary if key.startswith("scored/")]
     metrics.table(
-        "accuracy: share of margins > 0",
-        ["source", "scored pairs", "accuracy"],
-        [*per_source, ["all", len(source), summary["accuracy"]]],
+        "accuracy: share of margins > 0; beside it, how often the longer response is the chosen one",
+        ["source", "scored pairs", "accuracy", "±", "longer"],
+        [
+            [source, n, accuracy, 1.96 * (accuracy * (1 - accuracy) / n) ** 0.5, summary[f"longer/{source}"]]
+            for source in sources
+            for n, accuracy in ((summary[f"scored/{source}"], summary[f"accuracy/{source}"]),)
+        ],
     )
-    worst = np.argsort(columns["margin"], kind="stable")[: min(DOUBTFUL_SHOWN, len(source))]  # NaN goes last
+    scored = summary[f"scored/{ALL}"]
+    worst = np.argsort(columns["margin"], kind="stable")[: min(DOUBTFUL_SHOWN, scored)]  # NaN goes last
     metrics.table(
         "the most doubtful pairs",
         ["id", "margin", "prompt", "chosen", "rejected"],
