@@ -270,7 +270,8 @@ class LoopConfig:
 
     Args:
         iterations: T; iteration 1 is plain training on all pairs. 0 = the SFT stage alone.
-        epochs: passes over the training set of an iteration.
+        epochs: passes of an iteration, each of as many updates as all given pairs take, whatever was kept and made: a
+            smaller training set is cycled, of a larger one a random part is seen.
         start: iteration t starts from the iterate before, or from the initial policy.
         optimizer_state: fresh moments and schedule each iteration, or carried moments.
         best: export the iterate with the best validation accuracy instead of the last (needs data.validation).
@@ -592,20 +593,34 @@ def _check_train(config: TrainConfig, where: str) -> None:
         raise ConfigError(f"{where}: evaluate.function is {config.evaluate.function!r}, expected 'module:function'.")
     if config.loop.best and not config.data.validation:
         raise ConfigError(f"{where}: loop.best needs held-out pairs: set data.validation to a share > 0.")
-    if config.loop.iterations > 1 and config.select.keep == 0 and config.bootstrap.fresh == 0:
-        raise ConfigError(
-            f"{where}: select.keep and bootstrap.fresh are both 0: iteration 2 would have nothing to train on."
-        )
+    ranks = config.select.rule in ("top_k", "bottom_k", "middle") and config.select.unselected == "drop"
+    selects = config.loop.iterations >= config.select.from_iteration
+    if selects and ranks and config.select.keep == 0 and config.bootstrap.fresh == 0:
+        raise ConfigError(f"{where}: select.keep and bootstrap.fresh are both 0: nothing would be left to train on.")
+    _check_references(config, where)
+
+
+def _check_references(config: TrainConfig, where: str) -> None:
+    referenced = config.loss.name != "simpo" and config.reward.reference != "none"
     before_update = "the policy is its own reference before any update, so every margin is 0"
-    if config.select.from_iteration == 1 and config.select.score in ("irm", "irm_per_token", "alignment_potential"):
+    margin_scores = ("irm", "irm_per_token", "alignment_potential")
+    if referenced and config.select.from_iteration == 1 and config.select.score in margin_scores:
         raise ConfigError(
             f"{where}: select.from_iteration is 1 with select.score {config.select.score!r}: selection before any "
             f"update; {before_update}. Use 2 or more, or another score."
         )
-    if config.bootstrap.from_iteration == 1 and config.bootstrap.fresh > 0 and config.reward.source == "implicit":
+    implicit = config.bootstrap.fresh > 0 and config.reward.source == "implicit"
+    if referenced and config.bootstrap.from_iteration == 1 and implicit:
         raise ConfigError(
             f"{where}: bootstrap.from_iteration is 1 with reward.source 'implicit': ranking before any update; "
             f"{before_update}. Use 2 or more, or another reward.source."
+        )
+    moving = config.reward.reference in ("previous", "ema")
+    if moving and config.loop.iterations > 2 and config.reward.ensemble != "current":
+        raise ConfigError(
+            f"{where}: reward.reference is {config.reward.reference!r} with reward.ensemble "
+            f"{config.reward.ensemble!r}: older iterates would be held against a reference that is younger than they "
+            "are. Use ensemble 'current', or reference 'initial'."
         )
 
 

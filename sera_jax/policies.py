@@ -126,7 +126,7 @@ class Name:
 
 @dataclasses.dataclass(frozen=True)
 class Live:
-    """The policy in memory: its name and float32 weights on the training layout."""
+    """The policy in memory: its name and float32 weights on the training layout, None = not in memory after all."""
 
     name: Name
     params: Any
@@ -209,7 +209,8 @@ def logps(
         return np.zeros(sum(len(t.branches) for t in trees), np.float32)
 
     def load() -> Callable[[Rows], np.ndarray]:
-        same = tag(policies, name) == tag(policies, live.name)
+        # After a resume the policy that scored is known by name only.
+        same = live.params is not None and tag(policies, name) == tag(policies, live.name)
         weights = live.params if same else params(policies, name)
         scorer = programs.scorer(policies.arch, policies.mesh, policies.compute)
         return programs.score_rows(scorer, weights, policies.mesh)

@@ -188,6 +188,7 @@ def preference_update(
 
     def outputs_loss(out: tuple[jax.Array, jax.Array], batch: Batch) -> tuple[jax.Array, dict]:
         total, weight, sums = pair_loss(*out, batch.reference_ABS, batch.weight_ABS)
+        weight = jnp.maximum(weight, 1e-30)
         return total / weight, jax.tree.map(lambda m: m / weight, sums)
 
     if loss.coupled:
@@ -200,7 +201,7 @@ def preference_update(
 def sft_update(
     arch: Arch, mesh: Mesh, compute: Compute, transform: optax.GradientTransformation, schedule: dict[str, Any]
 ) -> Callable[[TrainState, Batch, jax.Array, jax.Array], tuple[TrainState, dict]]:
-    """The same for single branches: mean negative log-prob of the batch's response tokens."""
+    """The same for single branches: mean negative log-prob of the batch's response tokens, each of weight 1."""
 
     def loss_fn(params: dict, frozen: None, micro: Microbatch, key: jax.Array) -> tuple:
         logp_BS, length_BS = score.row_logps(
@@ -242,7 +243,7 @@ def prefiller(arch: Arch, mesh: Mesh, compute: Compute) -> Callable[[dict, jax.A
 def decoder(
     arch: Arch, mesh: Mesh, compute: Compute, *, candidates: int, max_new_tokens: int
 ) -> Callable[[dict, Prefilled, jax.Array, jax.Array, Sampling], tuple[jax.Array, jax.Array]]:
-    """(decode weights, Prefilled (donated), hash_P2, key, Sampling) → (tokens_PCT, finished_PC) on every process."""
+    """(decode weights, Prefilled, hash_P2, key, Sampling) → (tokens_PCT, finished_PC) on every process."""
     run = functools.partial(
         sample.decode, arch, candidates=candidates, max_new_tokens=max_new_tokens, mesh=mesh, dtype=compute.dtype
     )

@@ -72,7 +72,8 @@ def plan(
     if row_tokens and row_tokens < lengths_N3[:, 0].max():
         raise ValueError(
             f"row_tokens is {row_tokens}, but the longest prompt tree (prompt + all branches) has "
-            f"{lengths_N3[:, 0].max()} tokens. Raise optimizer.row_tokens, or lower data.max_length."
+            f"{lengths_N3[:, 0].max()} tokens. Raise optimizer.row_tokens, or lower data.max_length or "
+            "bootstrap.max_new_tokens (a fresh pair may take prompt + 2 of them)."
         )
     order = np.random.Generator(np.random.Philox(key=0)).permutation(len(lengths_N3))[: 16 * batch]
     batches = [lengths_N3[order[i : i + batch]] for i in range(0, len(order), batch)]

@@ -64,16 +64,19 @@ class Run:
     log_every: int
 
 
-def open_run(config_yaml: str, *, resume: str, keep: int, save_every: int, log_every: int, **sinks: Any) -> Run:
+def open_run(
+    config_yaml: str, *, content: str, resume: str, keep: int, save_every: int, log_every: int, **sinks: Any
+) -> Run:
     """Opens `run.dir` of a complete config: new, or to go on.
 
     Args:
-        config_yaml: config.dump(...). resume: auto, never or must. keep: checkpoints that stay. sinks: keywords of
-        Metrics.
+        config_yaml: config.dump(...). content: hash of the model and the data behind the config's paths.
+        resume: auto, never or must. keep: checkpoints that stay. sinks: keywords of
+            Metrics.
 
     Raises:
-        RunError: the folder holds another config (the differing keys are named), exists under `never`, or holds no run
-            under `must`.
+        RunError: the folder holds another config (the differing keys are named) or the same one on other content,
+            exists under `never`, or holds no run under `must`.
     """
     config = yaml.safe_load(config_yaml)
     path = pathlib.Path(config["run"]["dir"])
@@ -93,9 +96,16 @@ def open_run(config_yaml: str, *, resume: str, keep: int, save_every: int, log_e
                 f"{path} belongs to another config; it differs in {', '.join(differing)}. "
                 "Choose another run.dir, or run with the folder's own config.yaml."
             )
+        before = (path / "content").read_text(encoding="utf-8")
+        if before != content:
+            raise RunError(
+                f"{path} belongs to the same config on other data or another model: the files behind it have changed "
+                f"(content {before} → {content}). Restore them, or choose another run.dir."
+            )
     else:
         path.mkdir(parents=True, exist_ok=True)
         stored.write_text(config_yaml, encoding="utf-8")
+        (path / "content").write_text(content, encoding="utf-8")
     checkpoints = Checkpoints(path / "checkpoints", keep)
     latest = checkpoints.latest()
     at = None if latest is None else Cursor(**latest[1])

@@ -233,14 +233,16 @@ def relabel(value_N2: jax.Array, kept_N: jax.Array) -> jax.Array:
 
 
 def keep_counts(share: float, group_N: np.ndarray, groups: int) -> np.ndarray:
-    """K = ⌊share · n⌋ of each group of n examples -> int32 [G], on the host.
+    """K = ⌊share · n⌋ of each group of n examples, and at least one -> int32 [G], on the host.
 
     Args:
         share: read as the decimal that was written (0.29 of 100 is 29, though 0.29 * 100 < 29 in floating point).
         group_N: int, the group in [0, G) of each (real) example.
     """
     exact = fractions.Fraction(repr(float(share)))
-    return np.array([math.floor(exact * int(n)) for n in np.bincount(group_N, minlength=groups)], np.int32)
+    least = 1 if share > 0 else 0  # small groups (one pair a prompt, say) must not vanish
+    counts = [max(math.floor(exact * int(n)), min(least, int(n))) for n in np.bincount(group_N, minlength=groups)]
+    return np.array(counts, np.int32)
 
 
 def _ordered_bits(score_N):

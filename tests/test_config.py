@@ -219,7 +219,10 @@ def test_every_range_is_tested():
         ({"reward.source": "function"}, "reward.function is '', expected 'module:function'"),
         ({"evaluate.prompts": ("p",)}, "evaluate.function is '', expected 'module:function'"),
         ({"loop.best": True}, "loop.best needs held-out pairs: set data.validation"),
-        ({"select.keep": 0.0, "bootstrap.fresh": 0.0}, "select.keep and bootstrap.fresh are both 0: iteration 2"),
+        (
+            {"select.keep": 0.0, "bootstrap.fresh": 0.0},
+            "select.keep and bootstrap.fresh are both 0: nothing would be left",
+        ),
         ({"select.from_iteration": 1}, "select.from_iteration is 1 with select.score 'irm': selection before"),
         (
             {"select.from_iteration": 1, "select.score": "alignment_potential"},

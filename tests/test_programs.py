@@ -142,7 +142,8 @@ def test_any_split_of_a_batch_gives_the_same_update(name, layout):
     assert set(metrics) == set(other) and float(metrics["loss"]) != 0
     for key in metrics:
         np.testing.assert_allclose(other[key], metrics[key], rtol=1e-5 if key == "grad_norm" else 2e-6, err_msg=key)
-    np.testing.assert_allclose(other["loss"], metrics["loss"], rtol=1e-6)
+    # The mixture holds IPO's square, which doubles relative rounding (measured: 1.1e-6 on jax 0.12, less on 0.10).
+    np.testing.assert_allclose(other["loss"], metrics["loss"], rtol=2e-6 if name == "mixture" else 1e-6)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(other_grads)):
         assert np.abs(a).max() > 0
         np.testing.assert_allclose(b, a, atol=5e-6 * np.abs(a).max())

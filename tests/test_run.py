@@ -29,10 +29,22 @@ def config_of(path, **changes) -> TrainConfig:
     return record
 
 
-def opened(path, resume="auto", save_every=3, log_every=2, keep=2, **changes):
+def opened(path, resume="auto", save_every=3, log_every=2, keep=2, content="c1", **changes):
     return runs.open_run(
-        config.dump(config_of(path, **changes)), resume=resume, keep=keep, save_every=save_every, log_every=log_every
+        config.dump(config_of(path, **changes)),
+        content=content,
+        resume=resume,
+        keep=keep,
+        save_every=save_every,
+        log_every=log_every,
     )
+
+
+def test_other_data_behind_the_same_config_is_refused(tmp_path):
+    begun(tmp_path / "r")
+    runs.close(opened(tmp_path / "r"))
+    with pytest.raises(RunError, match=r"same config on other data or another model.*content c1 → c2.*Restore them"):
+        opened(tmp_path / "r", content="c2")
 
 
 def begun(path, **changes):

@@ -459,3 +459,9 @@ def test_config_names_are_the_tables():
 def test_tables_have_one_signature():
     for table in (sera.ENSEMBLES, sera.RULES, sera.PAIR_RULES):
         assert len({tuple(inspect.signature(function).parameters) for function in table.values()}) == 1
+
+
+def test_no_stratum_vanishes():
+    """One pair a prompt: ⌊0.7 · 1⌋ would keep nothing at all."""
+    assert sera.keep_counts(0.7, np.array([0, 1, 1, 3, 3, 3]), 4).tolist() == [1, 1, 0, 2]
+    assert sera.keep_counts(0.0, np.array([0, 1, 1]), 2).tolist() == [0, 0]

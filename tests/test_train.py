@@ -295,3 +295,77 @@ def test_a_killed_process_goes_on_as_if_it_had_not_been(tiny, tmp_path):
     process = start(killed)
     assert process.wait(timeout=300) == 0, process.stderr.read().decode()[-2000:]
     assert left(killed) == left(whole)
+
+
+def test_a_lost_ledger_costs_time_and_nothing_else(tiny_config, monkeypatch):
+    """Stopped in iteration 2 and resumed without the ledger: the policies that scored are read from iterates/."""
+    config = tiny_config("--data.validation=0.1", run="lost")
+    with monkeypatch.context() as patched:
+        stop_after(patched, "preference_update", 8)
+        with pytest.raises(Stopped):
+            trainer.train(config)
+    shutil.rmtree(pathlib.Path(config.run.dir) / "ledger")
+    trainer.train(config)
+    whole_config = tiny_config("--data.validation=0.1", run="kept")
+    trainer.train(whole_config)
+    assert left(pathlib.Path(config.run.dir)) == left(pathlib.Path(whole_config.run.dir))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--reward.source=function", "--reward.function=no_such:thing"), "'no_such:thing' cannot be imported"),
+        (
+            ("--select.score=annotator_gap",),
+            "annotator's scores, but 44 of 44 pairs have none, the first 'p0'",
+        ),
+        (("--reward.gamma=1",), "expected gamma < 1"),
+    ],
+)
+def test_what_would_fail_after_an_iteration_is_told_before_it(tiny_config, flags, message):
+    config = tiny_config(*flags, run="early")
+    with pytest.raises(ValueError, match=message):
+        trainer.train(config)
+    assert not pathlib.Path(config.run.dir).exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ("--select.score=loss", "--loss.reference=previous"),
+            "for select.score 'loss': got the policy",
+        ),
+        (("--select.score=reference_logp", "--loss.name=simpo"), "'reference_logp' needs a reference, got none"),
+    ],
+)
+def test_a_score_that_is_alike_for_all_is_an_error(tiny_config, flags, message):
+    with pytest.raises(ValueError, match=message):
+        trainer.train(tiny_config("--bootstrap.fresh=0", *flags, run="alike"))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--loop.start=initial", "--loop.optimizer_state=carried", "--bootstrap.replay=true", "--loop.iterations=3"),
+        ("--loss.reference=ema", "--reward.reference=ema", "--reward.ensemble=current", "--loop.iterations=3"),
+        ("--loss.name=simpo", "--select.rule=middle", "--select.unselected=relabel", "--bootstrap.pair_rule=all_pairs"),
+        ("--loss.name=kto_pair", "--loss.mix={ipo: 0.2}", "--loss.sft_weight=0.1", "--select.unselected=soft_weight"),
+        ("--reward.source=function", "--reward.function=tiny_reward:count", "--bootstrap.from_iteration=1"),
+        ("--select.stratify=prompt", "--select.score=irm_per_token", "--reward.length_penalty=0.1", "--loop.best=true"),
+    ],
+    ids=["restart", "ema", "simpo", "kto", "function", "stratified"],
+)
+def test_settings_of_the_loop_run_and_resume(tiny_config, monkeypatch, flags):
+    """Each of them to the end, and stopped in its last iteration and resumed: the same, bit for bit."""
+    flags = (*flags, "--data.validation=0.1")
+    whole, stopped = tiny_config(*flags, run="whole"), tiny_config(*flags, run="stopped")
+    trainer.train(whole)
+    with monkeypatch.context() as patched:
+        stop_after(patched, "preference_update", 5 * (whole.loop.iterations - 1) + 3)
+        with pytest.raises(Stopped):
+            trainer.train(stopped)
+    trainer.train(stopped)
+    assert left(pathlib.Path(stopped.run.dir)) == left(pathlib.Path(whole.run.dir))
+    kept = pathlib.Path(whole.run.dir) / "iterations" / "2" / "kept.parquet"
+    assert kept.is_file()

@@ -19,7 +19,7 @@ from sera_jax.train.world import World
 @dataclasses.dataclass(frozen=True)
 class Made:
     """What an iteration sampled: the prompts it drew, their candidates, the fresh pairs; kl: mean log π/π_ref of the
-    candidates under the policy that sampled them and the reward's reference, None where the reward is not implicit.
+    candidates under the policy that sampled them and the reward's reference, None without implicit reward or reference.
     """
 
     prompts: tuple[Prompt, ...]
@@ -105,11 +105,12 @@ def candidate_logps(world: World, name: Name | None, candidates: Candidates, liv
     return rewards.on_grid(flat, candidates)
 
 
-def _implicit_rewards(world: World, scored: Live, candidates: Candidates) -> tuple[np.ndarray, float]:
-    """Rewards of the ensemble, [P, C], and the KL of the policy's samples."""
+def _implicit_rewards(world: World, scored: Live, candidates: Candidates) -> tuple[np.ndarray, float | None]:
+    """Rewards of the ensemble, [P, C], and the KL of the policy's samples (None without a reference)."""
     names, weights_E = ensemble(world, scored)
     logp_EPC = np.stack([candidate_logps(world, name, candidates, scored) for name in names])
-    reference_PC = candidate_logps(world, reward_reference(world, scored), candidates, scored)
+    reference = reward_reference(world, scored)
+    reference_PC = candidate_logps(world, reference, candidates, scored)
     rewards_PC = rewards.implicit(
         logp_EPC,
         reference_PC,
@@ -117,4 +118,4 @@ def _implicit_rewards(world: World, scored: Live, candidates: Candidates) -> tup
         weights_E,
         lambda logp, ref, length: world.loss.reward(logp, ref, length, **world.loss_keys),
     )
-    return rewards_PC, float(np.nanmean(logp_EPC[-1] - reference_PC))
+    return rewards_PC, None if reference is None else float(np.nanmean(logp_EPC[-1] - reference_PC))

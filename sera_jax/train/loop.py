@@ -6,6 +6,8 @@ import sys
 import time
 from typing import Any
 
+import numpy as np
+
 from sera_jax import config as configs
 from sera_jax import policies, programs
 from sera_jax import run as runs
@@ -85,7 +87,7 @@ def iterate(world: World, t: int, live: Live, moments: Any) -> tuple[Live, Any, 
     )
     live = Live(Name("iterate", t), state.params)
     policies.save(world.policies, live, update.ema_decay(config))
-    summary = outcome.summarise(world, t, live, chosen, made, len(stage.trees))
+    summary = outcome.summarise(world, t, live, chosen, made, len(np.unique(np.concatenate(stage.batches))))
     summary["perf/seconds"] = time.monotonic() - began
     outcome.write_summary(world, t, summary)
     return live, state.moments if config.loop.optimizer_state == "carried" else None, summary

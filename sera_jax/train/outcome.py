@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 from typing import Any
 
 import jax.numpy as jnp
@@ -213,6 +214,8 @@ def finish(world: World, live: Live, summaries: list[dict]) -> pathlib.Path:
     export = hf.save(
         world.run.path / "export", where.arch, params, source=config.model.path, dtype=jnp.float32, card=facts
     )
+    if config.data.chat_template != "auto":  # who chats with the model needs the template that it was aligned with
+        shutil.copyfile(pathlib.Path(config.data.chat_template).expanduser(), export / "chat_template.jinja")
     page = report.build(world.run.path)
     metrics.say(f"exported iterate {t}: {export}")
     metrics.say(f"report: {page}")

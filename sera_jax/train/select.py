@@ -21,6 +21,15 @@ def review(world: World, t: int, scored: Live) -> Selection | None:
         return None
     names, weights_E = ensemble(world, scored)
     reference = reward_reference(world, scored)
+    # Scores that would be the same for every pair keep the first pairs of the file: errors, told by tags and names.
+    if config.score == "loss" and loss_reference(world, t) is not None:
+        tags = [policies.tag(world.policies, name) for name in (scored.name, loss_reference(world, t))]
+        sera.check_references(*tags, "loss.reference, for select.score 'loss'")
+    if config.score == "reference_logp" and reference is None:
+        raise ValueError(
+            "select.score 'reference_logp' needs a reference, got none (reward.reference 'none', or a loss without "
+            "reference). Use another score, or reward.reference 'initial'."
+        )
     return selection.select(
         given.pairs,
         given.trees,

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 import numpy as np
 import optax
 import pyarrow.parquet
@@ -73,6 +74,7 @@ def starting_state(world: World, live: Live, moments: Any) -> step.TrainState:
     config = world.config
     params = live.params
     if config.loop.start == "initial" and live.name.t > 0:
+        jax.tree.map(lambda a: a.delete(), live.params)  # its iterate is on disk; two policies need not fit
         params = policies.params(world.policies, Name("iterate", 0))
     if moments is None:
         return programs.fresh_state(world.policies.arch, world.mesh, world.transform)(params)

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from sera_jax import config as configs
-from sera_jax import data, losses, metrics, model, policies, programs, sample, score, step
+from sera_jax import data, losses, metrics, model, policies, programs, rewards, sample, score, sera, step
 from sera_jax import mesh as meshes
 from sera_jax import rows as rowlib
 from sera_jax import run as runs
@@ -76,8 +76,11 @@ def prepare(config: TrainConfig) -> World:
     )
     arch, compute = start.arch, start.compute
     given = load(config, start)
+    _check_early(config, given)
+    content = _content(given, start)
     run = runs.open_run(
         configs.dump(config),
+        content=content,
         resume=config.run.resume,
         keep=config.run.keep_checkpoints,
         save_every=config.run.save_every,
@@ -88,7 +91,7 @@ def prepare(config: TrainConfig) -> World:
     where = Policies(
         start=start,
         trained_start=config.sft.epochs > 0,
-        fingerprint=_fingerprint(config, given),
+        fingerprint=_fingerprint(config, content),
         iterates=run.path / "iterates",
         ledger=Ledger(config.run.ledger or run.path / "ledger"),
     )
@@ -120,6 +123,29 @@ def prepare(config: TrainConfig) -> World:
     )
     _describe(world)
     return world
+
+
+def _check_early(config: TrainConfig, given: Given) -> None:
+    """What would else be found after the first iteration: reward functions, scores in the data, ensemble weights.
+
+    Raises:
+        ValueError: as the rooms raise it; for scores, naming the key and the first pair without.
+    """
+    if config.reward.source == "function" and bootstraps(config):
+        rewards.load_function(config.reward.function)
+    if config.evaluate.prompts:
+        rewards.load_function(config.evaluate.function)
+    selects = config.loop.iterations >= config.select.from_iteration
+    if selects and "gap_N" in sera.needs(config.select.score):
+        lacking = [pair.id for pair in given.pairs if pair.scores is None]
+        if lacking:
+            raise ValueError(
+                f"select.score {config.select.score!r} needs the annotator's scores, but {len(lacking)} of "
+                f"{len(given.pairs)} pairs have none, the first {lacking[0]!r}. Give score_chosen and score_rejected, "
+                "or use another score."
+            )
+    for t in range(1, config.loop.iterations):
+        sera.ensemble_weights(t, config.reward.ensemble, config.reward.gamma)
 
 
 def load(config: TrainConfig, start: Folder) -> Given:
@@ -205,20 +231,28 @@ def _largest_fresh(config: TrainConfig, given: Given) -> np.ndarray:
     """int [n, 3], a bound on the lengths of fresh pairs, so that one plan holds given and fresh ones alike."""
     if not bootstraps(config):
         return np.zeros((0, 3), np.int64)
+    if not given.prompts:
+        raise ValueError("no prompt to sample from has a token; expected at least one. See data.prompts, or fresh: 0.")
     new = config.bootstrap.max_new_tokens
     return np.array([[max(map(len, given.prompt_tokens)) + 2 * new, 2 * new, 2]])
 
 
-def _fingerprint(config: TrainConfig, given: Given) -> str:
-    """Of everything that decides what the iterates become: config, data, devices, versions of the numerics."""
+def _content(given: Given, start: Folder) -> str:
+    """Hash of what is behind the config's paths: the model, the data that decides the iterates."""
+    trees = (*given.trees, *given.held_out, *given.sft)
+    branches = [branch_key(tree.prompt, branch).hex() for tree in trees for branch in tree.branches]
+    prompts = [branch_key(tokens, ()).hex() for tokens in (*given.prompt_tokens, *given.eval_tokens)]
+    told = [repr((pair.id, pair.scores, pair.weight, pair.source)) for pair in given.pairs]
+    return derived_tag(start.tag, *branches, *prompts, *told)
+
+
+def _fingerprint(config: TrainConfig, content: str) -> str:
+    """Of everything that decides what the iterates become: config, content, devices, versions of the numerics."""
     plain = dataclasses.asdict(config)
     del plain["run"], plain["evaluate"]
-    content = [branch_key(t.prompt, b).hex() for t in (*given.trees, *given.sft) for b in t.branches]
-    prompts = [branch_key(tokens, ()).hex() for tokens in given.prompt_tokens]
     devices = [str(d.device_kind) for d in jax.devices()]
-    return derived_tag(
-        json.dumps(plain, sort_keys=True, default=list), config.run.seed, *content, *prompts, *devices, jax.__version__
-    )
+    config_json = json.dumps(plain, sort_keys=True, default=list)
+    return derived_tag(config_json, config.run.seed, content, *devices, jax.__version__)
 
 
 def _describe(world: World) -> None:
