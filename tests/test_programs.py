@@ -140,16 +140,18 @@ def test_any_split_of_a_batch_gives_the_same_update(name, layout):
     grads, params, metrics = updated(name, "all in one row")
     other_grads, other_params, other = updated(name, layout)
     assert set(metrics) == set(other) and float(metrics["loss"]) != 0
+    # The mixture holds IPO's square, which doubles relative rounding (jax 0.12: loss 1.1e-6, gradient 5.7e-6).
+    scale = 2 if name == "mixture" else 1
     for key in metrics:
-        np.testing.assert_allclose(other[key], metrics[key], rtol=1e-5 if key == "grad_norm" else 2e-6, err_msg=key)
-    # The mixture holds IPO's square, which doubles relative rounding (measured: 1.1e-6 on jax 0.12, less on 0.10).
-    np.testing.assert_allclose(other["loss"], metrics["loss"], rtol=2e-6 if name == "mixture" else 1e-6)
+        rtol = scale * (1e-5 if key == "grad_norm" else 2e-6)
+        np.testing.assert_allclose(other[key], metrics[key], rtol=rtol, err_msg=key)
+    np.testing.assert_allclose(other["loss"], metrics["loss"], rtol=scale * 1e-6)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(other_grads)):
         assert np.abs(a).max() > 0
-        np.testing.assert_allclose(b, a, atol=5e-6 * np.abs(a).max())
+        np.testing.assert_allclose(b, a, atol=scale * 5e-6 * np.abs(a).max())
     largest = max(np.abs(g).max() for g in jax.tree.leaves(grads))
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(other_params)):
-        np.testing.assert_allclose(b, a, rtol=1e-6, atol=SCHEDULE["peak"] * 5e-6 * largest)
+        np.testing.assert_allclose(b, a, rtol=scale * 1e-6, atol=SCHEDULE["peak"] * scale * 5e-6 * largest)
 
 
 ALONE = Plan(48, 48, 2, 1)
