@@ -326,7 +326,7 @@ def _curve_figure(stage: str, records: Sequence[Mapping[str, Any]], keys: Sequen
         if place > len(keys) - 2:
             axes.set_xlabel("update")
         if place == 1 and len(lines) > 1:
-            axes.legend()
+            axes.legend(loc="upper right")
     return _svg(figure, f"curves {stage}")
 
 
@@ -411,7 +411,7 @@ def _margin_figure(number: int, kept: Mapping[str, np.ndarray]) -> str:
             right.scatter(gap[points], margin[points], s=6, color=colour, alpha=0.5, linewidths=0, rasterized=True)
     left.axvline(0, color=_INK, linewidth=0.6, linestyle=":")
     right.axhline(0, color=_INK, linewidth=0.6, linestyle=":")
-    left.legend()
+    left.legend(loc="upper right")
     note = "" if stride == 1 else f"The right panel shows every {stride}th pair of {len(margin)}."
     return _svg(figure, f"margins {number}", note)
 
