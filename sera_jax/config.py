@@ -17,6 +17,7 @@ import yaml
 LossName = Literal["dpo", "ipo", "slic", "kto_pair", "simpo"]
 EnsembleName = Literal["current", "two_term", "ema", "mean"]
 ScoreName = Literal["irm", "irm_per_token", "reference_logp", "annotator_gap", "loss", "random", "alignment_potential"]
+MARGIN_SCORES = ("irm", "irm_per_token", "alignment_potential")  # built on the implicit reward of the policy
 RuleName = Literal["top_k", "bottom_k", "middle", "threshold", "all"]
 PairRuleName = Literal["best_worst", "best_random", "random", "all_pairs"]
 FormatName = Literal["auto", "explicit", "conversational", "hh"]
@@ -603,8 +604,7 @@ def _check_train(config: TrainConfig, where: str) -> None:
 def _check_references(config: TrainConfig, where: str) -> None:
     referenced = config.loss.name != "simpo" and config.reward.reference != "none"
     before_update = "the policy is its own reference before any update, so every margin is 0"
-    margin_scores = ("irm", "irm_per_token", "alignment_potential")
-    if referenced and config.select.from_iteration == 1 and config.select.score in margin_scores:
+    if referenced and config.select.from_iteration == 1 and config.select.score in MARGIN_SCORES:
         raise ConfigError(
             f"{where}: select.from_iteration is 1 with select.score {config.select.score!r}: selection before any "
             f"update; {before_update}. Use 2 or more, or another score."

@@ -255,7 +255,6 @@ def decoder(
 
 def selector(
     mesh: Mesh,
-    reward: Callable[..., jax.Array],
     loss: Loss,
     loss_keys: dict[str, Any],
     *,
@@ -274,7 +273,7 @@ def selector(
     the margins where the rule keeps all.
 
     Args:
-        reward: implicit reward, elementwise (logp, reference, length) → reward. loss, loss_keys: for the score "loss".
+        loss, loss_keys: whose implicit reward ranks, and the score "loss".
         score_name, rule: names of sera.SCORES and sera.RULES. threshold: of that rule.
     """
 
@@ -293,7 +292,7 @@ def selector(
         key,
     ):
         # Weights are traced here (their zeros were left out by the caller), so that γ compiles nothing again.
-        rewards_EN2 = reward(logp_EN2, reward_reference_N2[None], length_N2[None])
+        rewards_EN2 = loss.reward(logp_EN2, reward_reference_N2[None], length_N2[None], **loss_keys)
         reward_N2 = jnp.sum(rewards_EN2 * weights_E[:, None, None], axis=0)
         margin_N = sera.margins(reward_N2)
         coupled = (valid_N,) if loss.coupled else ()

@@ -142,7 +142,6 @@ def _select(
         loss_reference_N2=reference_N2,
         selector=programs.selector(
             mesh,
-            lambda logp, ref, length: loss.reward(logp, ref, length, **loss_keys),
             loss,
             loss_keys,
             score_name=config.select.score,

@@ -343,8 +343,7 @@ def placed(mesh, changes: dict | None = None) -> dict[str, jax.Array]:
 @functools.cache
 def select(devices: int, score_name: str, rule: str):
     loss, keys = LOSSES["dpo"]
-    reward = lambda logp, ref, length: loss.reward(logp, ref, length, **keys)
-    return programs.selector(mesh_of(devices), reward, loss, keys, score_name=score_name, rule=rule, threshold=0.1)
+    return programs.selector(mesh_of(devices), loss, keys, score_name=score_name, rule=rule, threshold=0.1)
 
 
 @pytest.mark.parametrize("score_name, rule", [*((s, "top_k") for s in sera.SCORES), ("irm", "middle"), ("irm", "all")])

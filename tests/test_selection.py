@@ -22,9 +22,7 @@ def given(n: int):
 
 def choose(mesh, pairs, trees, logp_N2, *, score="irm", rule="top_k", keep=0.5, stratify="none"):
     keys = {"beta": 0.1}
-    selector = programs.selector(
-        mesh, lambda *a: DPO.reward(*a, **keys), DPO, keys, score_name=score, rule=rule, threshold=0.0
-    )
+    selector = programs.selector(mesh, DPO, keys, score_name=score, rule=rule, threshold=0.0)
     zeros = np.zeros_like(logp_N2)
     return selection.select(
         pairs,

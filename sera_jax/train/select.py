@@ -5,13 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from sera_jax import losses, policies, selection, sera
+from sera_jax.config import MARGIN_SCORES
 from sera_jax.policies import Live, Name
 from sera_jax.records import Tree
 from sera_jax.selection import Selection
 from sera_jax.train import world as worlds
 from sera_jax.train.world import World
-
-MARGIN_SCORES = ("irm", "irm_per_token", "alignment_potential")  # built on the implicit reward of the policy
 
 
 def review(world: World, t: int, scored: Live) -> Selection | None:

@@ -110,7 +110,6 @@ def prepare(config: TrainConfig) -> World:
         transform=transform,
         select=programs.selector(
             mesh,
-            lambda logp, ref, length: loss.reward(logp, ref, length, **loss_keys),
             loss,
             loss_keys,
             score_name=config.select.score,
