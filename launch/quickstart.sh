@@ -13,11 +13,11 @@ R=runs/quickstart
 rm -rf "$R"
 run() { echo; echo "== $*"; "$PYTHON" -m "$@"; }
 
-run sera_jax.toyworld --out "$R/world"
-run sera_jax.train --config configs/quickstart_sft.yaml
+run sera_jax.toyworld --out "$R/world" --prompts 3200 --eval_prompts 256
+run sera_jax.train --config configs/toyworld_sft.yaml
 run sera_jax.generate --model.path "$R/sft/export" --prompts "[$R/world/prompts.jsonl]" --out "$R/candidates.jsonl" \
     --candidates 4 --temperature 1 --max_new_tokens 48 --slots 128
-run sera_jax.toyworld --label "$R/candidates.jsonl" --out "$R/pairs.jsonl" --flip 0.2
+run sera_jax.toyworld --label "$R/candidates.jsonl" --out "$R/pairs.jsonl" --coverage 0.6 --limit 2000 --flip 0.2
 run sera_jax.train --config configs/quickstart_dpo.yaml
 run sera_jax.train --config configs/quickstart_sera.yaml
 for policy in dpo sera; do

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sera_jax import metrics, sample, sera
-from sera_jax.data import order
-from sera_jax.records import Candidates, Prompt, Tree
+from sera_jax import data, disk, metrics, sample, sera
+from sera_jax.data import Responses, order
+from sera_jax.records import Candidates, Prompt, Text, Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +54,9 @@ def sample_candidates(
     Args:
         run: programs.sample_prompts(...). tokens: ids of the prompts. decode: token ids → text, specials removed.
         slots: responses decoded side by side; slots // candidates prompts a batch. path: JSONL of this stage.
+
+    Raises:
+        DiskError: the disk took no more. What is whole in the file is not sampled again.
     """
     per_batch = max(1, slots // candidates)
     batches = sample.sampling_batches([len(t) for t in tokens], per_batch)
@@ -62,10 +65,12 @@ def sample_candidates(
     if missing:
         path.parent.mkdir(parents=True, exist_ok=True)
         stages = sample.run_batches(run, tokens, missing, per_batch)
-        with open(path, "a", encoding="utf-8") as file:
+        with disk.guarded(path), open(path, "a", encoding="utf-8") as file:
             for members, responses, finished in metrics.track(stages, total=len(missing), label=label, unit="batches"):
                 lines = []
                 for row, index in enumerate(members):
+                    if int(index) in found:  # of a batch that was torn
+                        continue
                     found[int(index)] = (responses[row], finished[row])
                     record = {
                         "index": int(index),
@@ -109,6 +114,108 @@ def _read(path: pathlib.Path, ids: Sequence[str]) -> dict[int, tuple]:
             found[index] = (tuple(np.array(t, np.int32) for t in record["tokens"]), record["finished"])
     os.truncate(path, whole)
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+    """Candidates that somebody else sampled, of those prompts of the run that the file has.
+
+    used_P: index of each prompt among those of the run, ascending. scores_PC float32, NaN where there is no candidate;
+    None = the file's were not asked for.
+    """
+
+    used_P: np.ndarray
+    candidates: Candidates
+    scores_PC: np.ndarray | None
+
+
+def imported(
+    rows: Sequence[Responses],
+    prompts: Sequence[Prompt],
+    tokens: Sequence[np.ndarray],
+    tokenizer: data.Tokenizer,
+    eos_ids: Sequence[int],
+    *,
+    path: str,
+    max_length: int,
+    progress: data.Progress = data.silent,
+) -> tuple[Imported, list[str]]:
+    """Rows of data.load_responses → candidates, and what to tell of them. Several rows of a prompt are one.
+
+    A response is tokenised as a pair's is, EOS behind it where it was finished; one that does not fit into max_length
+    with its prompt keeps its start and counts as unfinished.
+
+    Args:
+        prompts, tokens: of the run, one to one; matched with the rows by text. path: of the file, for messages.
+
+    Raises:
+        ValueError: no row has a prompt of the run.
+    """
+    by_prompt: dict[str, list[Responses]] = {}
+    for row in rows:
+        by_prompt.setdefault(_content(row.prompt), []).append(row)
+    used = [i for i, prompt in enumerate(prompts) if _content(prompt.prompt) in by_prompt]
+    known = {_content(prompts[i].prompt) for i in used}
+    strange = [row.where for row in rows if _content(row.prompt) not in known]
+    if not used:
+        raise ValueError(
+            f"{path}: none of its {len(rows)} prompts is one of the {len(prompts)} that the run samples from. Got "
+            f"{_content(rows[0].prompt)[:80]} ({rows[0].where}), expected {_content(prompts[0].prompt)[:80]} or "
+            "another one. Set data.prompts to the prompts that the candidates were sampled for."
+        )
+    groups = [by_prompt[_content(prompts[i].prompt)] for i in used]
+    texts_PC = [[text for row in group for text in row.texts] for group in groups]
+    ids_PC = data.tokenise_responses([prompts[i].prompt for i in used], texts_PC, tokenizer, eos_ids, progress=progress)
+    most, cut = max(map(len, texts_PC)), 0
+    finished_PC = np.zeros((len(used), most), bool)
+    scored = rows[0].scores is not None
+    scores_PC = np.full((len(used), most), np.nan, np.float32)
+    for p, (index, group) in enumerate(zip(used, groups)):
+        room = max_length - len(tokens[index])
+        for c, finished in enumerate(done for row in group for done in row.finished):
+            ids = ids_PC[p][c] if finished else ids_PC[p][c][:-1]
+            finished_PC[p, c] = finished and 0 < len(ids) <= room
+            if len(ids) > room:
+                cut += 1
+                ids = ids[:room]
+                texts_PC[p][c] = tokenizer.decode(ids, skip_special_tokens=True)
+            ids_PC[p][c] = ids
+        if scored:
+            scores_PC[p, : len(texts_PC[p])] = [score for row in group for score in row.scores]
+        ids_PC[p] += [np.zeros(0, np.int32)] * (most - len(ids_PC[p]))
+        texts_PC[p] += [""] * (most - len(texts_PC[p]))
+    candidates = Candidates(
+        ids=tuple(prompts[i].id for i in used),
+        prompts=tuple(tokens[i] for i in used),
+        texts_PC=tuple(map(tuple, texts_PC)),
+        tokens_PC=tuple(map(tuple, ids_PC)),
+        finished_PC=finished_PC,
+    )
+    told = [f"{path}: {sum(len(row.texts) for row in rows)} candidates in {len(rows)} rows"]
+    if cut:
+        told.append(f"  cut to data.max_length: {cut}, which count as unfinished")
+    if strange:
+        told.append(f"  not used: {len(strange)} rows whose prompt is none of the run ({strange[0]}, …)")
+    if len(used) < len(prompts):
+        missing = len(prompts) - len(used)
+        told.append(f"  without candidates, and left out: {missing} of {len(prompts)} prompts of the run")
+    return Imported(np.array(used), candidates, scores_PC if scored else None), told
+
+
+def take(candidates: Candidates, chosen_Q: np.ndarray) -> Candidates:
+    """The candidates of some of the prompts."""
+    pick = lambda values: tuple(values[i] for i in chosen_Q)
+    return Candidates(
+        ids=pick(candidates.ids),
+        prompts=pick(candidates.prompts),
+        texts_PC=pick(candidates.texts_PC),
+        tokens_PC=pick(candidates.tokens_PC),
+        finished_PC=candidates.finished_PC[chosen_Q],
+    )
+
+
+def _content(prompt: Text) -> str:
+    return json.dumps(prompt, sort_keys=True, ensure_ascii=False)
 
 
 def valid(candidates: Candidates, *, keep_unfinished: bool) -> np.ndarray:

@@ -2,17 +2,19 @@
 
 The only room that imports orbax (its v1 interface). A tree is stored flat, as {path of the leaf: array}, so that what
 is on disk depends neither on container types nor on their order. Everything is written beside its final place and
-renamed, so a killed save leaves nothing that loads. In a run of several processes all of them make every call here, on
-one file system.
+renamed, so a save that is killed, or finds the disk full, leaves nothing that loads. In a run of several processes all
+of them make every call here, on one file system.
 """
 
+import contextlib
 import functools
 import json
 import logging
 import os
 import pathlib
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,6 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
+
+from sera_jax import disk
+from sera_jax.disk import DiskError
 
 
 class Checkpoints:
@@ -40,7 +45,11 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
         found = self._manager.latest
-        self._last = -1 if found is None else found.step
+        self._saved, self._last = None, -1
+        if found is not None:
+            self._saved = (found.step, self._manager.metadata(found.step).custom_metadata["cursor"])
+            self._last = found.step
+        self._pending: tuple[int, dict[str, Any], int] | None = None  # step, cursor and bytes of the save under way
 
     def save(self, step: int, arrays: Any, cursor: Mapping[str, Any]) -> None:
         """Starts a save, behind one that is still under way; returns once the arrays may be donated.
@@ -51,8 +60,9 @@ class Checkpoints:
             cursor: plain values that JSON can hold (tuples come back as lists).
 
         Raises:
-            ValueError: the step is not greater, a leaf is no array, or the cursor is nothing that JSON can hold. What
-                goes wrong in the background (a full disk) is raised by the next call.
+            ValueError: the step is not greater, a leaf is no array, or the cursor is nothing that JSON can hold.
+            DiskError: this save, or the one before, could not be written. What goes wrong in the background is raised
+                by the next call.
         """
         if step <= self._last:
             raise ValueError(
@@ -66,16 +76,21 @@ class Checkpoints:
             raise ValueError(
                 f"checkpoint {step}: the cursor holds something that JSON cannot hold: {error}."
             ) from error
-        self._manager.save_async(step, flat, force=True, custom_metadata={"cursor": cursor})
-        self._last = step
+        self.wait()
+        need = sum(leaf.nbytes for leaf in flat.values())
+        with _told(self._folder / str(step), need):
+            self._manager.save_async(step, flat, force=True, custom_metadata={"cursor": cursor})
+        self._last, self._pending = step, (step, cursor, need)
+
+    @property
+    def saved(self) -> tuple[int, dict[str, Any]] | None:
+        """Step and cursor of the latest checkpoint that is known to be complete, None where there is none."""
+        return self._saved
 
     def latest(self) -> tuple[int, dict[str, Any]] | None:
-        """Step and cursor of the latest complete checkpoint, None where there is none."""
+        """The same, once the save under way is complete."""
         self.wait()
-        found = self._manager.latest
-        if found is None:
-            return None
-        return found.step, self._manager.metadata(found.step).custom_metadata["cursor"]
+        return self._saved
 
     def restore(self, step: int, like: Any) -> Any:
         """The arrays of a checkpoint, bit for bit, each shard read straight to its device.
@@ -97,12 +112,22 @@ class Checkpoints:
         return _unflatten(like, self._manager.load(step, wanted))
 
     def wait(self) -> None:
-        """Returns when the last save is complete; raises what went wrong in it."""
-        self._manager.wait()
+        """Returns when the last save is complete; raises DiskError if it could not be written."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            step, cursor, need = pending
+            with _told(self._folder / str(step), need):
+                self._manager.wait()
+            self._saved = (step, cursor)
 
     def close(self) -> None:
         """Waits, and lets go of threads and files."""
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            # Behind the last save nothing of ours is left to write; on a full disk orbax still fails over its notes.
+            with contextlib.suppress(OSError):
+                self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -120,6 +145,9 @@ def save_iterate(folder: str | os.PathLike[str], name: str, params: Any) -> None
         folder: of the iterates.
         name: of the iterate, a file name without a dot: "3", "ema-3".
         params: pytree of jax.Array, any shardings.
+
+    Raises:
+        DiskError: it could not be written; a part of it stays under another name until the next save of this iterate.
     """
     _quiet()
     place = pathlib.Path(folder).absolute() / name
@@ -134,7 +162,8 @@ def save_iterate(folder: str | os.PathLike[str], name: str, params: Any) -> None
             shutil.rmtree(leftover)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"sera_jax save_iterate {name}")
-    ocp.save(place, flat)
+    with _told(place, sum(leaf.nbytes for leaf in flat.values())):
+        ocp.save(place, flat)
 
 
 def load_iterate(folder: str | os.PathLike[str], name: str, like: Any) -> Any:
@@ -221,11 +250,27 @@ def _compare(
             raise ValueError(f"{where}: {name!r} is {shown(got)}, expected {shown(expected)}. {advice}")
 
 
+@contextlib.contextmanager
+def _told(place: pathlib.Path, need: int) -> Iterator[None]:
+    """A save that failed, whatever orbax and its store raise for it, as a DiskError."""
+    try:
+        yield
+    except DiskError:
+        raise
+    except Exception as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        number = int(code[1]) if code else getattr(error, "errno", None)
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise disk.refusal(place, os.strerror(number) if number else lines[0], need) from error
+
+
 @functools.cache
 def _quiet() -> None:
-    """Keeps orbax's own log lines below ERROR (hundreds for each save) out of a program's log; nobody else's."""
+    """Keeps orbax's own log lines out of a program's log; nobody else's. Hundreds for each save are below ERROR, and
+    those that show an exception are about one that is raised to us."""
     logging.getLogger("absl").addFilter(_no_orbax_chatter)
 
 
 def _no_orbax_chatter(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
+    ours = f"{os.sep}orbax{os.sep}" not in record.pathname
+    return ours or (record.levelno >= logging.ERROR and not record.exc_info)

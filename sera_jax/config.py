@@ -7,6 +7,7 @@ Values marked * are not published by the paper as far as we could establish: the
 """
 
 import dataclasses
+import math
 import pathlib
 import sys
 from typing import Any, Literal, get_args
@@ -14,13 +15,60 @@ from typing import Any, Literal, get_args
 import jsonargparse
 import yaml
 
-LossName = Literal["dpo", "ipo", "slic", "kto_pair", "simpo"]
+LossName = Literal[
+    "dpo",
+    "robust_dpo",
+    "exo_pair",
+    "discopop",
+    "slic",
+    "ipo",
+    "sigmoid_norm",
+    "dpop",
+    "rdpo",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "simpo",
+    "alphapo",
+    "cpo",
+    "orpo",
+    "slic_hf",
+    "kto_pair",
+    "bco_pair_shift",
+    "aot",
+    "aot_unpaired",
+    "kto",
+]
+REFERENCE_FREE = ("simpo", "alphapo", "cpo", "orpo", "slic_hf")  # losses of log-probs alone
+UNPAIRED_LOSSES = ("kto",)  # learn from labelled single responses
+DivergenceName = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 EnsembleName = Literal["current", "two_term", "ema", "mean"]
-ScoreName = Literal["irm", "irm_per_token", "reference_logp", "annotator_gap", "loss", "random", "alignment_potential"]
-MARGIN_SCORES = ("irm", "irm_per_token", "alignment_potential")  # built on the implicit reward of the policy
+ScoreName = Literal[
+    "irm",
+    "irm_per_token",
+    "irm_magnitude",
+    "reference_logp",
+    "annotator_gap",
+    "gold_gap",
+    "loss",
+    "random",
+    "alignment_potential",
+]
+MARGIN_SCORES = (
+    "irm",
+    "irm_per_token",
+    "irm_magnitude",
+    "alignment_potential",
+)  # built on the implicit reward of the policy
 RuleName = Literal["top_k", "bottom_k", "middle", "threshold", "all"]
+RewardName = Literal["implicit", "function", "file", "random"]
+BestName = Literal["accuracy", "loss"]
 PairRuleName = Literal["best_worst", "best_random", "random", "all_pairs"]
-FormatName = Literal["auto", "explicit", "conversational", "hh"]
+FormatName = Literal[
+    "auto", "explicit", "conversational", "hh", "implicit", "ultrafeedback", "ranked", "tldr", "alpaca_eval", "unpaired"
+]
 
 
 class ConfigError(ValueError):
@@ -82,28 +130,35 @@ class DataConfig:
     """The given preference pairs, the prompts to sample from, and how both become tokens.
 
     Args:
-        pairs: files (.jsonl, .json, .parquet, each also .gz), `datasets` folders or hub names.
+        pairs: files (.jsonl, .json, .parquet, .csv, each also .gz), `datasets` folders or hub names. An SFT stage alone
+            (loop.iterations 0) on its own texts needs none.
         prompts: files of prompts for bootstrapping; empty = the prompts of the pairs.
-        format: of the pairs; auto = detected and shown.
+        format: of the pairs; auto = detected and shown. unpaired = labelled single responses, for loss kto.
+        ranked: how K scored responses to a prompt become pairs (rows that are pairs already stay as they are).
         split: split of `datasets` folders and hub names.
-        limit: use only the first n pairs (0 = all).
+        subset: config name of hub names, folder in `datasets` folders; empty = none.
+        limit: use only the first n pairs, or labelled responses (0 = all).
         validation: share of the pairs held out to watch (and to choose the best iterate); 0 = none.
         max_length: tokens of prompt + longer response.
         max_prompt_length: a pair over max_length first has its prompt cut to this many tokens, then its responses.
         truncation: which end of a cut prompt stays; a cut response always keeps its start.
         chat_template: auto = chat messages through the tokenizer's own template; or a path to a Jinja file.
+        check: read and tokenise everything, print what was found, and stop before any weights or run folder.
     """
 
     pairs: tuple[str, ...] = ()
     prompts: tuple[str, ...] = ()
     format: FormatName = "auto"
+    ranked: PairRuleName = "best_worst"
     split: str = "train"
+    subset: str = ""
     limit: int = 0
     validation: float = 0.0
     max_length: int = 1024
     max_prompt_length: int = 512
     truncation: Literal["keep_end", "keep_start"] = "keep_end"
     chat_template: str = "auto"
+    check: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,16 +209,35 @@ class SftConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """The direct alignment loss. Keys that the chosen loss does not know must stay at their defaults.
+    """The direct alignment loss (README, "Losses"). Keys that the chosen loss does not know must keep their defaults.
 
     Args:
         name: of the loss.
-        beta: β > 0 (τ of IPO).
-        label_smoothing: dpo only: cDPO's ε in [0, 0.5).
+        beta: β > 0 (τ of ipo, 1/η of sppo_hard, λ of orpo; slic_hf has it in its implicit reward only).
+        label_smoothing: ε in [0, 0.5), the share of labels that are taken for wrong: dpo (cDPO), robust_dpo, exo_pair
+            (which needs more than 0: 1e-3 in its paper), aot, aot_unpaired, simpo, alphapo, cpo.
+        f_divergence: from the reference, in the place of the log-ratio (f-DPO): dpo, robust_dpo, exo_pair, discopop,
+            slic, ipo, sigmoid_norm.
+        f_alpha: α of alpha_divergence, as in TRL: 1 is reverse_kl, 0 forward_kl.
         normalisation: ipo only: log-ratios as sums (Azar et al.) or per token (TRL).
-        gamma: simpo only: the target margin γ itself (not γ/β).
-        sft_weight: weight of an added SFT term on the chosen response (per-token mean of each pair).
-        mix: further losses by weight, e.g. {ipo: 0.2}; they share β and the reference, the reward stays that of `name`.
+        gamma: simpo and alphapo: the target margin γ itself (TRL's simpo_gamma, 0.5 there); or else:
+        gamma_beta_ratio: simpo and alphapo: γ/β, as SimPO's own code has it (0.3 to 1.6 there). Exactly one of the two.
+        alphapo_alpha: alphapo only: α of its reward, 0 is SimPO's.
+        discopop_tau: discopop only: τ in (0, 1].
+        dpop_lambda: dpop only: λ >= 0, against chosen responses that fall below the reference.
+        rdpo_alpha: rdpo only: α >= 0, reward that a token of length explains.
+        slic_delta: slic_hf only: δ > 0, the margin of log-probs that is enough, in nats.
+        slic_lambda: slic_hf only: λ >= 0, weight of the negative log-prob (a sum) of the chosen response.
+        desirable_weight: kto only: λ_D, of desirable responses.
+        undesirable_weight: kto only: λ_U, of undesirable ones; λ_D·n_D / (λ_U·n_U) between 1 and 4/3 is advised.
+        ld_alpha: LD-DPO's α, weight of the log-probs of tokens beyond the length of the pair's shorter response, under
+            policy and reference; 1 = off. In the loss alone: margins and rewards of candidates count all tokens alike.
+        weighting: wpo = each pair's loss times WPO's weight, how likely the policy finds the pair; none = off. In
+            updates alone, not on held-out pairs.
+        sft_weight: weight of an added SFT term on the chosen response (per-token mean of each pair): RPO, CPO's
+            behaviour cloning.
+        mix: further losses by weight, e.g. {ipo: 0.2}; they share β, the other keys and the reference, the reward stays
+            that of `name`.
         reference: of the policy that is trained: initial = the start of iteration 1, previous = the iterate before it,
             ema = a running mean of iterates, none = reference-free (log-ratios become log-probs).
     """
@@ -171,8 +245,21 @@ class LossConfig:
     name: LossName = "dpo"
     beta: float = 0.1
     label_smoothing: float = 0.0
+    f_divergence: DivergenceName = "reverse_kl"
+    f_alpha: float = 0.5
     normalisation: Literal["sum", "mean"] = "sum"
-    gamma: float = 0.5
+    gamma: float | None = None
+    gamma_beta_ratio: float | None = None
+    alphapo_alpha: float = 0.25
+    discopop_tau: float = 0.05
+    dpop_lambda: float = 50.0
+    rdpo_alpha: float = 0.05
+    slic_delta: float = 1.0
+    slic_lambda: float = 0.1
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+    ld_alpha: float = 1.0
+    weighting: Literal["none", "wpo"] = "none"
     sft_weight: float = 0.0
     mix: dict[LossName, float] = dataclasses.field(default_factory=dict)
     reference: Literal["initial", "previous", "ema", "none"] = "initial"
@@ -183,8 +270,9 @@ class RewardConfig:
     """Who ranks: margins of the given pairs, and candidates in bootstrapping.
 
     Args:
-        source: of the candidates' rewards: implicit = the policy's own (SeRA); function = a Python function. The given
-            pairs are always scored by the implicit reward.
+        source: of the candidates' rewards: implicit = the policy's own (SeRA); function = a Python function; file = the
+            scores that bootstrap.candidates_file brings; random = noise by run.seed (what ranking gives at least). The
+            given pairs are always scored by the implicit reward.
         function: "module:function", called as function(prompt, response) -> float on texts.
         reference: of the policy that scores: initial, previous = the iterate before it, ema, none (see loss.reference).
         ensemble: over iterates (Eq. 7 of SeRA): two_term = (1-γ)·current + γ·previous, ema = recursive, mean = all
@@ -195,7 +283,7 @@ class RewardConfig:
         ema_decay: of the ema reference: ema ← decay·ema + (1-decay)·iterate, one step an iteration.
     """
 
-    source: Literal["implicit", "function"] = "implicit"
+    source: RewardName = "implicit"
     function: str = ""
     reference: Literal["initial", "previous", "ema", "none"] = "initial"
     ensemble: EnsembleName = "two_term"
@@ -213,7 +301,8 @@ class SelectConfig:
         from_iteration: the first iteration that selects; before it, all pairs are trained on. The implicit reward of a
             policy without any update is 0, so scores built on it need 2 or more.
         keep: k, the share of the pairs that top_k, bottom_k and middle keep.*
-        score: what is ranked; alignment_potential is M_AP (Huang et al., 2025): annotator gap against |irm per token|.
+        score: what is ranked; alignment_potential is M_AP (Huang et al., 2025): annotator gap against |irm per token|;
+            gold_gap is gold_chosen - gold_rejected of pairs that carry them (what selection could give at most).
         rule: how the score selects.
         threshold: of the rule "threshold": pairs with a score above it stay.
         stratify: keep the same share of every group.
@@ -248,6 +337,9 @@ class BootstrapConfig:
         pair_rule: how a prompt's candidates become pairs.
         unfinished: drop = a candidate that did not reach EOS takes no part; keep = it does.
         replay: also train on the fresh pairs of earlier iterations.
+        candidates_file: JSONL of candidates in the place of sampling, as `sera_jax.generate` writes it: {"prompt",
+            "responses"} and, for each response, "finished" (default: all), "rewards" or "scores" (reward.source file).
+            Prompts are matched by their text; the sampling keys are then unread. Empty = sample.
     """
 
     from_iteration: int = 2
@@ -263,6 +355,7 @@ class BootstrapConfig:
     pair_rule: PairRuleName = "best_worst"
     unfinished: Literal["drop", "keep"] = "drop"
     replay: bool = False
+    candidates_file: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,16 +366,27 @@ class LoopConfig:
         iterations: T; iteration 1 is plain training on all pairs. 0 = the SFT stage alone.
         epochs: passes of an iteration, each of as many updates as all given pairs take, whatever was kept and made: a
             smaller training set is cycled, of a larger one a random part is seen.
+        first: Hugging Face folder of a policy that is this run's iterate 1: iteration 1 is not trained again. Runs that
+            differ only later share it, and its log-probs.
         start: iteration t starts from the iterate before, or from the initial policy.
         optimizer_state: fresh moments and schedule each iteration, or carried moments.
-        best: export the iterate with the best validation accuracy instead of the last (needs data.validation).
+        validate_every: updates between two checks on the held-out pairs (needs data.validation); 0 = only at the end of
+            each iteration.
+        early_stop: an iteration ends after so many checks in a row without a new lowest validation loss of the
+            iteration, and the walk goes on from there (set best to export the best point); 0 = never.
+        best: export the best of all points that were validated instead of the last iterate (needs data.validation).
+        best_by: what best goes by: implicit-reward accuracy on the held-out pairs, or their loss.
     """
 
     iterations: int = 3
     epochs: int = 1
+    first: str = ""
     start: Literal["previous", "initial"] = "previous"
     optimizer_state: Literal["fresh", "carried"] = "fresh"
+    validate_every: int = 0
+    early_stop: int = 0
     best: bool = False
+    best_by: BestName = "accuracy"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,7 +410,8 @@ class EvaluateConfig:
 
     Args:
         prompts: files of prompts; empty = no evaluation.
-        function: "module:function", called as function(prompt, response) -> float; the higher wins.
+        function: "module:function", called as function(prompt, response) -> float; the higher wins. Where it is given,
+            it also judges the fresh pairs, for the log alone.
         limit: first n prompts (0 = all).
         temperature: of the responses; 0 = greedy.
         top_p: of the responses.
@@ -433,7 +538,6 @@ class ReviewConfig:
         select: which pairs are kept.
         uninformative: a pair is called so where |margin| is below this share of the median |margin|.
         long: a pair is called so where its longer response has more than this many times the median's tokens.
-        batch_size: pairs scored at a time.
         compute: dtype of the matrix products.
         mesh: devices by axis.
     """
@@ -446,7 +550,6 @@ class ReviewConfig:
     select: SelectConfig = SelectConfig()
     uninformative: float = 0.1
     long: float = 4.0
-    batch_size: int = 64
     compute: Literal["float32", "bfloat16"] = "float32"
     mesh: MeshConfig = MeshConfig()
 
@@ -455,7 +558,19 @@ class ReviewConfig:
 _RANGES: tuple[tuple[str, Any, str], ...] = (
     ("loss.beta", lambda v: v > 0, "a number > 0"),
     ("loss.label_smoothing", lambda v: 0 <= v < 0.5, "0 <= ε < 0.5"),
+    ("loss.f_alpha", lambda v: v >= 0, "a number >= 0"),
+    ("loss.gamma", lambda v: v >= 0, "a number >= 0"),
+    ("loss.gamma_beta_ratio", lambda v: v >= 0, "a number >= 0"),
+    ("loss.alphapo_alpha", math.isfinite, "a finite number"),
+    ("loss.discopop_tau", lambda v: 0 < v <= 1, "0 < τ <= 1"),
+    ("loss.dpop_lambda", lambda v: v >= 0, "a number >= 0"),
+    ("loss.rdpo_alpha", lambda v: v >= 0, "a number >= 0"),
+    ("loss.slic_delta", lambda v: v > 0, "a number > 0"),
+    ("loss.slic_lambda", lambda v: v >= 0, "a number >= 0"),
     ("loss.sft_weight", lambda v: v >= 0, "a number >= 0"),
+    ("loss.desirable_weight", lambda v: v >= 0, "a number >= 0"),
+    ("loss.undesirable_weight", lambda v: v >= 0, "a number >= 0"),
+    ("loss.ld_alpha", lambda v: 0 <= v <= 1, "0 <= α <= 1"),
     ("loss.mix", lambda v: all(w > 0 for w in v.values()), "weights > 0"),
     ("reward.gamma", lambda v: 0 <= v <= 1, "0 <= γ <= 1"),
     ("reward.ema_decay", lambda v: 0 < v < 1, "0 < decay < 1"),
@@ -490,6 +605,8 @@ _RANGES: tuple[tuple[str, Any, str], ...] = (
     ("data.max_prompt_length", lambda v: v >= 1, "at least 1 token"),
     ("loop.iterations", lambda v: v >= 0, "0 or more"),
     ("loop.epochs", lambda v: v >= 1, "at least 1"),
+    ("loop.validate_every", lambda v: v >= 0, "0 or more"),
+    ("loop.early_stop", lambda v: v >= 0, "0 or more"),
     ("sft.epochs", lambda v: v >= 0, "0 or more"),
     ("run.save_every", lambda v: v >= 1, "at least 1"),
     ("run.keep_checkpoints", lambda v: v >= 1, "at least 1"),
@@ -516,8 +633,24 @@ _RANGES: tuple[tuple[str, Any, str], ...] = (
     ("mesh.tensor", lambda v: v == -1 or v >= 1, "-1 or at least 1"),
 )
 
-# Keys that only some losses know: (key, losses, default).
-_LOSS_KEYS = (("label_smoothing", ("dpo",)), ("normalisation", ("ipo",)), ("gamma", ("simpo",)))
+# Keys that only some losses know, and which.
+_DIVERGING = ("dpo", "robust_dpo", "exo_pair", "discopop", "slic", "ipo", "sigmoid_norm")
+_LOSS_KEYS = (
+    ("label_smoothing", ("dpo", "robust_dpo", "exo_pair", "aot", "aot_unpaired", "simpo", "alphapo", "cpo")),
+    ("f_divergence", _DIVERGING),
+    ("f_alpha", _DIVERGING),
+    ("normalisation", ("ipo",)),
+    ("gamma", ("simpo", "alphapo")),
+    ("gamma_beta_ratio", ("simpo", "alphapo")),
+    ("alphapo_alpha", ("alphapo",)),
+    ("discopop_tau", ("discopop",)),
+    ("dpop_lambda", ("dpop",)),
+    ("rdpo_alpha", ("rdpo",)),
+    ("slic_delta", ("slic_hf",)),
+    ("slic_lambda", ("slic_hf",)),
+    ("desirable_weight", ("kto",)),
+    ("undesirable_weight", ("kto",)),
+)
 
 
 def get(config: Any, key: str) -> Any:
@@ -546,39 +679,101 @@ def check(config: Any, where: str) -> None:
             refuse(key, expected)
     if get(config, "mesh") is not None and [config.mesh.data, config.mesh.fsdp, config.mesh.tensor].count(-1) > 1:
         raise ConfigError(f"{where}: mesh has -1 on several axes, expected it on one at most.")
-    loss = get(config, "loss")
-    if loss is not None:
-        names = {loss.name, *loss.mix}
-        strange = sorted(names - set(get_args(LossName)))  # the parser does not check the keys of a mapping
-        if strange:
-            raise ConfigError(
-                f"{where}: loss.mix names {strange[0]!r}, expected losses out of: {', '.join(get_args(LossName))}."
-            )
-        for key, owners in _LOSS_KEYS:
-            default = LossConfig.__dataclass_fields__[key].default
-            if getattr(loss, key) != default and not names & set(owners):
-                raise ConfigError(
-                    f"{where}: loss.{key} is {getattr(loss, key)!r}, but loss {loss.name!r} does not know it "
-                    f"(only {', '.join(owners)} does); leave it out."
-                )
-        if loss.name in loss.mix:
-            raise ConfigError(
-                f"{where}: loss.mix names {loss.name!r}, which is loss.name already; leave it out of mix."
-            )
+    if get(config, "loss") is not None:
+        _check_loss(config, where)
+        _check_unpaired(config, where)
     if isinstance(config, TrainConfig):
         _check_train(config, where)
+    elif get(config, "data.check"):
+        raise ConfigError(f"{where}: data.check is True, but only sera_jax.train has this mode; leave it out.")
+
+
+def _check_loss(config: Any, where: str) -> None:
+    loss = config.loss
+    names = {loss.name, *loss.mix}
+    strange = sorted(names - set(get_args(LossName)))  # the parser does not check the keys of a mapping
+    if strange:
+        raise ConfigError(
+            f"{where}: loss.mix names {strange[0]!r}, expected losses out of: {', '.join(get_args(LossName))}."
+        )
+    if loss.name in loss.mix:
+        raise ConfigError(f"{where}: loss.mix names {loss.name!r}, which is loss.name already; leave it out of mix.")
+    for key, owners in _LOSS_KEYS:
+        default = LossConfig.__dataclass_fields__[key].default
+        if getattr(loss, key) != default and not names & set(owners):
+            raise ConfigError(
+                f"{where}: loss.{key} is {getattr(loss, key)!r}, but loss {loss.name!r} does not know it "
+                f"(only {', '.join(owners)} {'do' if len(owners) > 1 else 'does'}); leave it out."
+            )
+    if "exo_pair" in names and not loss.label_smoothing:
+        raise ConfigError(
+            f"{where}: loss.label_smoothing is {loss.label_smoothing!r}, expected more than 0 for loss 'exo_pair', "
+            "whose target is (1-ε, ε): its paper has 1e-3."
+        )
+    for name in sorted(names & {"simpo", "alphapo"}):
+        if (loss.gamma is None) == (loss.gamma_beta_ratio is None):
+            raise ConfigError(
+                f"{where}: loss.gamma is {loss.gamma!r} and loss.gamma_beta_ratio is {loss.gamma_beta_ratio!r}, "
+                f"expected exactly one of them for loss {name!r}: gamma is the target margin γ itself (TRL: 0.5), "
+                "gamma_beta_ratio is γ/β (SimPO's code: 0.3 to 1.6)."
+            )
+    if loss.f_alpha != LossConfig.f_alpha and loss.f_divergence != "alpha_divergence":
+        raise ConfigError(
+            f"{where}: loss.f_alpha is {loss.f_alpha!r}, but loss.f_divergence {loss.f_divergence!r} has no α; leave "
+            "it out, or use 'alpha_divergence'."
+        )
+    for key in ("loss.reference", "reward.reference"):
+        if loss.f_divergence != "reverse_kl" and get(config, key) == "none":
+            raise ConfigError(
+                f"{where}: {key} is 'none' with loss.f_divergence {loss.f_divergence!r}, expected a reference: without "
+                "one there is nothing to diverge from."
+            )
+
+
+def _check_unpaired(config: Any, where: str) -> None:
+    """What single responses cannot do."""
+    loss = config.loss
+    unpaired = next((name for name in UNPAIRED_LOSSES if name in (loss.name, *loss.mix)), None)
+    if unpaired is None:
+        if get(config, "data.format") == "unpaired":
+            raise ConfigError(
+                f"{where}: data.format is 'unpaired', but loss {loss.name!r} learns from pairs; use loss.name 'kto'."
+            )
+        return
+    pairs_only = {"mix": {}, "sft_weight": 0.0, "ld_alpha": 1.0, "weighting": "none"}
+    for key, default in pairs_only.items():
+        if getattr(loss, key) != default:
+            raise ConfigError(
+                f"{where}: loss.{key} is {getattr(loss, key)!r} with loss {unpaired!r}, which learns from single "
+                "responses; it is for pairs. Leave it out, or use 'kto_pair'."
+            )
+    if isinstance(config, ReviewConfig):
+        raise ConfigError(f"{where}: loss.name is {unpaired!r}, but a review ranks pairs; use 'kto_pair'.")
+    selects = config.loop.iterations >= config.select.from_iteration
+    makes = config.bootstrap.fresh > 0 and config.loop.iterations >= config.bootstrap.from_iteration
+    if selects or makes:
+        section, what = ("select", "selection") if selects else ("bootstrap", "bootstrapping")
+        raise ConfigError(
+            f"{where}: loss.name is {unpaired!r} with {section}.from_iteration "
+            f"{get(config, section).from_iteration} of {config.loop.iterations} iterations, but {what} ranks pairs, "
+            f"and {unpaired!r} learns from single responses. Set loop.iterations to 1, or use 'kto_pair' on pairs."
+        )
 
 
 def _check_train(config: TrainConfig, where: str) -> None:
     bootstrapping = config.bootstrap.fresh > 0 and config.loop.iterations >= config.bootstrap.from_iteration
-    if not config.data.pairs:
-        raise ConfigError(f"{where}: data.pairs is empty, expected at least one file of preference pairs.")
-    if bootstrapping and config.bootstrap.candidates < 2:
+    if not config.data.pairs and (config.loop.iterations or not config.sft.data):
+        raise ConfigError(
+            f"{where}: data.pairs is empty, expected at least one file of preference pairs. Only an SFT stage on its "
+            "own data (sft.data, loop.iterations 0) needs none."
+        )
+    sampling = bootstrapping and not config.bootstrap.candidates_file
+    if sampling and config.bootstrap.candidates < 2:
         raise ConfigError(
             f"{where}: bootstrap.candidates is {config.bootstrap.candidates}, expected at least 2: a best and a worst "
             "response need two candidates. Raise it, or set bootstrap.fresh to 0."
         )
-    if bootstrapping and config.bootstrap.slots < config.bootstrap.candidates:
+    if sampling and config.bootstrap.slots < config.bootstrap.candidates:
         raise ConfigError(
             f"{where}: bootstrap.slots is {config.bootstrap.slots}, expected at least bootstrap.candidates "
             f"({config.bootstrap.candidates}): the candidates of a prompt are decoded side by side."
@@ -590,10 +785,33 @@ def _check_train(config: TrainConfig, where: str) -> None:
         )
     if config.reward.source == "function" and ":" not in config.reward.function:
         raise ConfigError(f"{where}: reward.function is {config.reward.function!r}, expected 'module:function'.")
-    if config.evaluate.prompts and ":" not in config.evaluate.function:
+    if config.reward.source == "file" and bootstrapping and not config.bootstrap.candidates_file:
+        raise ConfigError(
+            f"{where}: reward.source is 'file', expected bootstrap.candidates_file with the scores. Set it, or use "
+            "another reward.source."
+        )
+    if (config.evaluate.prompts or config.evaluate.function) and ":" not in config.evaluate.function:
         raise ConfigError(f"{where}: evaluate.function is {config.evaluate.function!r}, expected 'module:function'.")
-    if config.loop.best and not config.data.validation:
-        raise ConfigError(f"{where}: loop.best needs held-out pairs: set data.validation to a share > 0.")
+    if config.loop.first and (config.loop.optimizer_state == "carried" or not config.loop.iterations):
+        raise ConfigError(
+            f"{where}: loop.first is {config.loop.first!r} with "
+            + ("loop.iterations 0" if not config.loop.iterations else "loop.optimizer_state 'carried'")
+            + ", expected an iteration 1 to stand for, and a fresh optimiser after it: a folder holds no moments."
+        )
+    for key in ("best", "validate_every"):
+        if getattr(config.loop, key) and not config.data.validation:
+            raise ConfigError(f"{where}: loop.{key} needs held-out pairs: set data.validation to a share > 0.")
+    if config.loop.early_stop and not config.loop.validate_every:
+        raise ConfigError(
+            f"{where}: loop.early_stop is {config.loop.early_stop}, expected checks inside an iteration that it can "
+            "count: set loop.validate_every to a number of updates."
+        )
+    if config.loop.best and config.loop.best_by == "loss" and config.loop.iterations > 1:
+        if config.loss.reference in ("previous", "ema"):
+            raise ConfigError(
+                f"{where}: loop.best_by is 'loss' with loss.reference {config.loss.reference!r}: losses of iterations "
+                "with different references cannot be compared. Use best_by 'accuracy', or reference 'initial'."
+            )
     ranks = config.select.rule in ("top_k", "bottom_k", "middle") and config.select.unselected == "drop"
     selects = config.loop.iterations >= config.select.from_iteration
     if selects and ranks and config.select.keep == 0 and config.bootstrap.fresh == 0:
@@ -602,7 +820,7 @@ def _check_train(config: TrainConfig, where: str) -> None:
 
 
 def _check_references(config: TrainConfig, where: str) -> None:
-    referenced = config.loss.name != "simpo" and config.reward.reference != "none"
+    referenced = config.loss.name not in REFERENCE_FREE and config.reward.reference != "none"
     before_update = "the policy is its own reference before any update, so every margin is 0"
     if referenced and config.select.from_iteration == 1 and config.select.score in MARGIN_SCORES:
         raise ConfigError(

@@ -8,7 +8,6 @@ for, and the same command goes on from it. A response depends on seed, prompt an
 """
 
 import json
-import os
 import pathlib
 import shutil
 import sys
@@ -19,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from sera_jax import bootstrap, data, ledger, metrics, policies, programs, rewards, sample
+from sera_jax import bootstrap, data, disk, ledger, metrics, policies, programs, rewards, sample
 from sera_jax import config as configs
 from sera_jax import mesh as meshes
 from sera_jax.config import ConfigError, GenerateConfig
@@ -176,12 +175,8 @@ def _finish(out: pathlib.Path, partial: pathlib.Path, prompts: list[Prompt], can
 
 def _write(path: pathlib.Path, text: str) -> None:
     """Atomically, and on the disk when it returns."""
-    beside = path.with_name(path.name + ".tmp")
-    with open(beside, "w", encoding="utf-8", errors="surrogatepass") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    with disk.whole(path) as beside:
+        beside.write_text(text, encoding="utf-8", errors="surrogatepass")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from sera_jax import disk
+
 KEY_BYTES = 16
 
 _MAGIC = b"SERALOGP"
@@ -137,6 +139,7 @@ class Ledger:
 
         Raises:
             ValueError: a value is not finite, the numbers of keys and values differ, or as `look_up`.
+            DiskError: the disk took no more. What a part of the append left there goes with the next one.
         """
         table = self._table(tag)
         new, values = _as_keys(keys), np.asarray(values, dtype=_VALUE).reshape(-1)
@@ -150,8 +153,9 @@ class Ledger:
             )
         if not len(new):
             return 0
+        need = len(new) * (KEY_BYTES + _VALUE.itemsize)
         self._folder.mkdir(parents=True, exist_ok=True)
-        with _locked(table.path, fcntl.LOCK_EX) as file:
+        with disk.guarded(table.path, need), _locked(table.path, fcntl.LOCK_EX) as file:
             table.read(file)
             new, first = np.unique(new, return_index=True)
             unknown = np.isnan(table.look_up(new))
@@ -255,7 +259,7 @@ class _Table:
         file.flush()
         os.fsync(file.fileno())
         if self._end == 0:
-            _sync_folder(self.path.parent)
+            disk.sync(self.path.parent)  # a new file survives a crash only once its folder is on disk
         self.read(file)
 
 
@@ -278,12 +282,3 @@ def _locked(path: pathlib.Path, how: int) -> Iterator[BinaryIO]:
     with open(descriptor, "r+b" if exclusive else "rb") as file:
         fcntl.flock(file, how)
         yield file
-
-
-def _sync_folder(folder: pathlib.Path) -> None:
-    """A new file survives a crash only once its folder is on disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

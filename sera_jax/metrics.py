@@ -3,6 +3,7 @@
 Only process 0 writes and prints; on the others everything here is a null object, so callers ask nothing.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -90,6 +91,7 @@ class Metrics:
 
         Raises:
             ValueError: one of the three keys is missing, or a value is nothing that JSON can hold.
+            OSError: a full disk; a part of the line may be in the file, behind what `offset` told before.
         """
         if self._file is None:
             return
@@ -119,7 +121,9 @@ class Metrics:
             sink.close()
         self._sinks = ()
         if self._file is not None:
-            self._file.close()
+            # What is still unwritten is what a write that failed has told of already.
+            with contextlib.suppress(OSError):
+                self._file.close()
             self._file = None
 
     def __enter__(self) -> "Metrics":

@@ -136,12 +136,14 @@ class Live:
 class Policies:
     """What is needed to find any model of a run.
 
-    start: the folder that training started from; trained_start: an SFT stage lies between it and iterate 0.
+    start: the folder that training started from; trained_start: an SFT stage lies between it and iterate 0. first: the
+    folder that is iterate 1, None = trained here.
     fingerprint: of everything that decides what the iterates become. iterates: where they are stored.
     """
 
     start: Folder
     trained_start: bool
+    first: Folder | None
     fingerprint: str
     iterates: pathlib.Path
     ledger: Ledger
@@ -163,6 +165,8 @@ def tag(policies: Policies, name: Name) -> str:
     """The model's tag in the ledger: of its content for the start, of what determines it for the rest."""
     if name.t == 0 and not policies.trained_start:
         return policies.start.tag
+    if name == Name("iterate", 1) and policies.first:
+        return policies.first.tag
     kind = "iterate" if name.t == 0 else name.kind  # before the first iteration the mean is iterate 0 itself
     return derived_tag(policies.fingerprint, policies.start.tag, kind, name.t)
 
@@ -175,18 +179,18 @@ def params(policies: Policies, name: Name) -> Any:
     like = jax.tree.map(
         lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), model.abstract(policies.arch), where
     )
-    return checkpoint.load_iterate(policies.iterates, _folder_name(name), like)
+    return checkpoint.load_iterate(policies.iterates, folder_name(name), like)
 
 
 def save(policies: Policies, live: Live, ema_decay: float) -> None:
     """Stores an iterate, and the running mean up to it: ema_t = decay·ema_{t-1} + (1-decay)·iterate_t."""
     t, dtype = live.name.t, policies.compute.dtype
     stored = jax.jit(lambda p: jax.tree.map(lambda w: w.astype(dtype), p))(live.params)
-    checkpoint.save_iterate(policies.iterates, _folder_name(live.name), stored)
+    checkpoint.save_iterate(policies.iterates, folder_name(live.name), stored)
     if ema_decay and t > 0:
         before = params(policies, Name("ema", t - 1))
         mean = programs.blend(policies.arch, policies.mesh, dtype)(before, stored, ema_decay)
-        checkpoint.save_iterate(policies.iterates, _folder_name(Name("ema", t)), mean)
+        checkpoint.save_iterate(policies.iterates, folder_name(Name("ema", t)), mean)
 
 
 def logps(
@@ -221,5 +225,6 @@ def logps(
     )
 
 
-def _folder_name(name: Name) -> str:
+def folder_name(name: Name) -> str:
+    """What files of a model are called: 3, ema-3, best-3."""
     return str(name.t) if name.kind == "iterate" or name.t == 0 else f"{name.kind}-{name.t}"

@@ -26,6 +26,7 @@ from sera_jax.mesh import ROW_AXES
 from sera_jax.model import Arch
 from sera_jax.records import Batch, Rows, Sampling
 from sera_jax.sample import Prefilled
+from sera_jax.score import SlotSums
 from sera_jax.step import Microbatch, TrainState
 
 
@@ -55,6 +56,22 @@ def compilation_cache(folder: str = "") -> None:
 def precision(compute: str) -> contextlib.AbstractContextManager:
     """Under it, float32 matrix products are float32: accelerators would otherwise multiply in fewer bits."""
     return jax.default_matmul_precision("highest" if compute == "float32" else "default")
+
+
+def _by_value(builder: Callable) -> Callable:
+    """functools.cache for builders that take dicts of plain values: the same values give the same function again, so
+    that several runs of one process compile it once."""
+    made: dict = {}
+
+    @functools.wraps(builder)
+    def build(*args: Any, **keywords: Any) -> Callable:
+        plain = [tuple(v.items()) if isinstance(v, dict) else v for v in (*args, *keywords.values())]
+        key = (*plain, *keywords)
+        if key not in made:
+            made[key] = builder(*args, **keywords)
+        return made[key]
+
+    return build
 
 
 # --- weights and state ------------------------------------------------------------------------------------------------
@@ -107,6 +124,7 @@ def abstract_state(arch: Arch, mesh: Mesh, transform: optax.GradientTransformati
     )
 
 
+@functools.cache
 def fresh_state(arch: Arch, mesh: Mesh, transform: optax.GradientTransformation) -> Callable[[dict], TrainState]:
     """Weights (donated) → TrainState with zero moments at step 0."""
     return jax.jit(
@@ -147,9 +165,11 @@ def scorer(arch: Arch, mesh: Mesh, compute: Compute) -> Callable[[dict, Rows], j
 def batch_shardings(mesh: Mesh) -> Batch:
     """Rows of each microbatch over (data, fsdp)."""
     by_row = meshes.rows_sharding(mesh, axis=1)
-    return Batch(Rows(*[by_row] * len(dataclasses.fields(Rows))), by_row, by_row, meshes.replicated(mesh))
+    rows = Rows(*[by_row] * len(dataclasses.fields(Rows)))
+    return Batch(rows, reference_ABS=by_row, weight_ABS=by_row, label_ABS=by_row, count=meshes.replicated(mesh))
 
 
+@_by_value
 def preference_update(
     arch: Arch,
     mesh: Mesh,
@@ -158,38 +178,58 @@ def preference_update(
     loss: Loss,
     loss_keys: dict[str, Any],
     schedule: dict[str, Any],
+    *,
+    ld_alpha: float = 1.0,
+    weighting: Callable | None = None,
 ) -> Callable[[TrainState, Batch, jax.Array, jax.Array], tuple[TrainState, dict]]:
     """(state, batch of pairs, total updates of the stage, key) → (next state, metrics); the state is donated.
 
     Args:
         loss: a row of losses.LOSSES, or a mixture. loss_keys: beta and its own keys. schedule: keywords of
             step.learning_rate (peak, schedule, warmup).
+        ld_alpha: weight of tokens beyond the shorter response (LD-DPO): all terms of the loss, and the metrics, see the
+            log-probs so weighted, and the batch brings the reference's so weighted.
+        weighting: of losses.WEIGHTINGS.
     """
 
-    def outputs(params: dict, frozen: None, micro: Microbatch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return score.row_logps(
-            arch, params, micro.rows, mesh=mesh, dtype=compute.dtype, remat=compute.remat, chunk=compute.chunk
+    def outputs(params: dict, frozen: None, micro: Microbatch, key: jax.Array) -> SlotSums:
+        return score.slot_sums(
+            arch,
+            params,
+            micro.rows,
+            mesh=mesh,
+            dtype=compute.dtype,
+            remat=compute.remat,
+            chunk=compute.chunk,
+            tail=ld_alpha,
+            alignment=weighting is not None,
         )
 
-    def pair_loss(logp: jax.Array, length: jax.Array, reference: jax.Array, weight: jax.Array) -> tuple:
-        """Weighted sum of the loss over pairs, Σ weight and metric sums; inputs [..., S]."""
-        logp_P2, length_P2, reference_P2, weight_P2 = (a.reshape(-1, 2) for a in (logp, length, reference, weight))
-        weight_P = weight_P2[:, 0]
+    def weighted_loss(sums: SlotSums, reference: jax.Array, weight: jax.Array, label: jax.Array | None) -> tuple:
+        """Weighted sum of the loss over examples, Σ weight and metric sums; inputs [..., S]."""
+        by_example = lambda slots: slots.reshape(-1, 2)
+        logp_P2, length_P2, reference_P2 = map(by_example, (sums.logp_BS, sums.length_BS, reference))
+        weight_P = by_example(weight)[:, 0]
         coupled = (weight_P > 0,) if loss.coupled else ()
-        loss_P = loss.loss(logp_P2, reference_P2, length_P2, *coupled, **loss_keys)
-        reward_P2 = loss.reward(jax.lax.stop_gradient(logp_P2), reference_P2, length_P2, **loss_keys)
-        sums = losses.metrics(jax.lax.stop_gradient(logp_P2), reward_P2, weight_P)
-        total = jnp.sum(jnp.where(weight_P > 0, weight_P * loss_P, 0))
-        return total, jnp.sum(weight_P), sums
+        labels = (by_example(label)[:, 0],) if loss.unpaired else ()
+        loss_P = loss.loss(logp_P2, reference_P2, length_P2, *coupled, *labels, **loss_keys)
+        if weighting is not None:
+            loss_P *= weighting(by_example(sums.alignment_BS), length_P2)
+        logp_P2 = jax.lax.stop_gradient(logp_P2)
+        reward_P2 = loss.reward(logp_P2, reference_P2, length_P2, **loss_keys)
+        if loss.unpaired:
+            told = losses.unpaired_metrics(logp_P2, reference_P2, reward_P2, weight_P, *labels)
+        else:
+            told = losses.metrics(logp_P2, reward_P2, weight_P)
+        return jnp.sum(jnp.where(weight_P > 0, weight_P * loss_P, 0)), jnp.sum(weight_P), told
 
     def loss_fn(params: dict, frozen: None, micro: Microbatch, key: jax.Array) -> tuple:
-        logp_BS, length_BS = outputs(params, frozen, micro, key)
-        return pair_loss(logp_BS, length_BS, micro.reference_BS, micro.weight_BS)
+        return weighted_loss(outputs(params, frozen, micro, key), micro.reference_BS, micro.weight_BS, None)
 
-    def outputs_loss(out: tuple[jax.Array, jax.Array], batch: Batch) -> tuple[jax.Array, dict]:
-        total, weight, sums = pair_loss(*out, batch.reference_ABS, batch.weight_ABS)
+    def outputs_loss(out: SlotSums, batch: Batch) -> tuple[jax.Array, dict]:
+        total, weight, told = weighted_loss(out, batch.reference_ABS, batch.weight_ABS, batch.label_ABS)
         weight = jnp.maximum(weight, 1e-30)
-        return total / weight, jax.tree.map(lambda m: m / weight, sums)
+        return total / weight, jax.tree.map(lambda m: m / weight, told)
 
     if loss.coupled:
         gradients = functools.partial(step.coupled_gradients, outputs, outputs_loss)
@@ -198,6 +238,7 @@ def preference_update(
     return _update(arch, mesh, transform, gradients, schedule)
 
 
+@_by_value
 def sft_update(
     arch: Arch, mesh: Mesh, compute: Compute, transform: optax.GradientTransformation, schedule: dict[str, Any]
 ) -> Callable[[TrainState, Batch, jax.Array, jax.Array], tuple[TrainState, dict]]:
@@ -253,6 +294,7 @@ def decoder(
 # --- selection --------------------------------------------------------------------------------------------------------
 
 
+@_by_value
 def selector(
     mesh: Mesh,
     loss: Loss,
@@ -267,8 +309,8 @@ def selector(
     The returned function takes keyword arrays, each split over (data, fsdp) along its example axis N (padded by the
     caller, `valid_N` tells), except the small ones:
         logp_EN2 float32 log-probs under each iterate of the ensemble · reward_reference_N2 · loss_reference_N2 ·
-        length_N2 · gap_N (NaN where unknown) · valid_N bool · group_N int32 · example_N int32 · keep_G int32 ·
-        weights_E float32 · key
+        length_N2 · gap_N, gold_N (NaN where unknown) · valid_N bool · group_N int32 · example_N int32 ·
+        keep_G int32 · weights_E float32 · key
     and returns {"mask_N", "score_N", "margin_N", "reward_N2", "bad"}; bad as in sera.non_finite, of the scores, or of
     the margins where the rule keeps all.
 
@@ -284,6 +326,7 @@ def selector(
         loss_reference_N2,
         length_N2,
         gap_N,
+        gold_N,
         valid_N,
         group_N,
         example_N,
@@ -303,6 +346,7 @@ def selector(
             length_N2=length_N2,
             reference_logp_N2=reward_reference_N2,
             gap_N=gap_N,
+            gold_N=gold_N,
             loss_N=loss_N,
             key=key,
             example_N=example_N,
@@ -320,8 +364,8 @@ def selector_shardings(mesh: Mesh) -> dict[str, NamedSharding]:
     by_example, whole = NamedSharding(mesh, P(ROW_AXES)), meshes.replicated(mesh)
     small = {"keep_G", "weights_E", "key"}
     names = (
-        "reward_reference_N2 loss_reference_N2 length_N2 gap_N valid_N group_N example_N keep_G weights_E key".split()
-    )
+        "reward_reference_N2 loss_reference_N2 length_N2 gap_N gold_N valid_N group_N example_N keep_G weights_E key"
+    ).split()
     where = {name: whole if name in small else by_example for name in names}
     return {"logp_EN2": NamedSharding(mesh, P(None, ROW_AXES)), **where}
 

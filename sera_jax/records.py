@@ -16,11 +16,28 @@ Text = str | tuple[dict, ...]
 
 
 @dataclasses.dataclass(frozen=True)
+class Truth:
+    """What is known of a pair behind its label, None where it is not: to watch a run by. Nothing trains on it but the
+    score `gold_gap`.
+
+    gold: true rewards of (chosen, rejected). flipped: the label was exchanged; cued: a spurious cue turned it; upset:
+    the annotator's noise did. author: who wrote the responses.
+    """
+
+    gold: tuple[float, float] | None = None
+    flipped: bool | None = None
+    cued: bool | None = None
+    upset: bool | None = None
+    author: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Pair:
     """One preference, as text, on the host.
 
-    `scores` are the annotator's (or gold) scores of (chosen, rejected) where the file has them; `weight` scales the
-    pair's loss; `source` names the file or data set it came from (groups for stratified selection).
+    `scores` are the annotator's scores of (chosen, rejected) where the file has them; `weight` scales the pair's loss;
+    `source` names the file or data set it came from (groups for stratified selection); `truth` is what a synthetic
+    world, or a gold annotator, knows beside.
     """
 
     id: str
@@ -28,6 +45,19 @@ class Pair:
     chosen: Text
     rejected: Text
     scores: tuple[float, float] | None = None
+    weight: float = 1.0
+    source: str = ""
+    truth: Truth = Truth()
+
+
+@dataclasses.dataclass(frozen=True)
+class Unpaired:
+    """One response with a label, as text, on the host: is it desirable (KTO)? `weight` and `source` as in a Pair."""
+
+    id: str
+    prompt: Text
+    completion: Text
+    label: bool
     weight: float = 1.0
     source: str = ""
 
@@ -46,12 +76,15 @@ class Tree:
 
     prompt: int32 [p], BOS included where the tokenizer has one, may be empty (plain-text SFT).
     branches: int32 [r_i] each, EOS included unless that response was truncated; never empty.
+    label: of an unpaired example, +1 desirable, -1 not; 0 = a pair, or nothing with a label. To train on, an unpaired
+    example has two branches, (own completion, another example's completion: the mismatch).
     """
 
     id: str
     prompt: np.ndarray
     branches: tuple[np.ndarray, ...]
     weight: float = 1.0
+    label: int = 0
 
     @property
     def length(self) -> int:
@@ -75,7 +108,7 @@ class Rows:
     position_BL  position within (prompt + own branch): a branch continues its prompt
     parent_BM    for each response token: index in the row of the token that predicts it
     target_BM    its token id
-    slot_BM      the slot of its branch, in [0, S); S = no token
+    slot_BM      the slot of its branch, in [0, S); S = no token. A row's targets stand slot by slot, in order.
     example_BS   flat branch number of the slot in the packed list of trees (tree 0's branches, tree 1's, ..), -1 =
     empty.
                  Branches of a tree have neighbouring slots; a tree of two branches starts at an even slot.
@@ -97,14 +130,15 @@ class Rows:
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """What one update consumes: `count` microbatches of rows (leading axis A, the rest of it padding) and,
-    slot by slot, the reference log-probs and the weights of the examples.
+    slot by slot, the reference log-probs, the weights and the labels of the examples (`Tree.label`).
 
-    rows: Rows with leading axis A; reference_ABS, weight_ABS: float32; count: int32 scalar.
+    rows: Rows with leading axis A; reference_ABS, weight_ABS, label_ABS: float32; count: int32 scalar.
     """
 
     rows: Rows
     reference_ABS: np.ndarray | jax.Array
     weight_ABS: np.ndarray | jax.Array
+    label_ABS: np.ndarray | jax.Array
     count: np.ndarray | jax.Array
 
 
@@ -113,7 +147,8 @@ class Candidates:
     """C sampled responses to each of P prompts, on the host.
 
     ids: prompt ids of the prompts; prompts: token ids, int32 [p] each; texts_PC: decoded, specials removed;
-    tokens_PC: int32 [r] each, EOS included where the response finished; finished_PC: bool.
+    tokens_PC: int32 [r] each, EOS included where the response finished; finished_PC: bool. A candidate without tokens
+    is none: it fills up a row of fewer.
     """
 
     ids: tuple[str, ...]

@@ -28,7 +28,14 @@ import yaml
 
 PAIRS_SHOWN = 10
 
-_CURVES = ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen")
+_CURVES = (
+    "loss",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "validation/loss",
+    "validation/accuracy",
+)
 _SUMMARY_KEYS = (
     "model.path",
     "data.pairs",
@@ -100,6 +107,7 @@ h2 { font-size: 1.2rem; margin-top: 2.5rem; border-bottom: 1px solid var(--line)
 h3 { font-size: 1rem; margin-bottom: .3rem; }
 p, figcaption { color: var(--soft); max-width: 48rem; }
 .missing { font-style: italic; }
+.warning { color: var(--ink); border-left: .2rem solid #ee6677; padding-left: .7rem; }
 figure { margin: 1rem 0; }
 svg { max-width: 100%; height: auto; color: var(--ink); }
 .wide { overflow-x: auto; }
@@ -341,6 +349,8 @@ def _iterations(run: _Run) -> str:
     for iteration in run.iterations:
         if iteration.summary is None:
             body += _missing(f"iterations/{iteration.number}/summary.json is absent.")
+        for said in (iteration.summary or {}).get("warnings") or []:
+            body += f'<p class="warning">Iteration {iteration.number}: {_escape(said)}</p>'
     return _section("Iterations", body)
 
 

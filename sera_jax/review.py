@@ -102,7 +102,13 @@ def _read(config: ReviewConfig, policy: Folder) -> tuple[list[Pair], list[Tree]]
     progress = lambda items, total, label: metrics.track(items, total=total, label=label, unit="rows")
     given = config.data
     pairs, told = data.load_pairs(
-        given.pairs, format=given.format, split=given.split, limit=given.limit, progress=progress
+        given.pairs,
+        format=given.format,
+        split=given.split,
+        subset=given.subset,
+        ranked=given.ranked,
+        limit=given.limit,
+        progress=progress,
     )
     trees, counts = data.tokenise_pairs(
         pairs,
@@ -290,8 +296,12 @@ def kept_rows(pairs: Sequence[Pair], trees: Sequence[Tree], chosen: Selection, u
 
 
 def _swapped(pair: Pair) -> Pair:
+    """The pair with its label exchanged."""
     scores = None if pair.scores is None else pair.scores[::-1]
-    return dataclasses.replace(pair, chosen=pair.rejected, rejected=pair.chosen, scores=scores)
+    gold = None if pair.truth.gold is None else pair.truth.gold[::-1]
+    flipped = None if pair.truth.flipped is None else not pair.truth.flipped
+    truth = dataclasses.replace(pair.truth, gold=gold, flipped=flipped)
+    return dataclasses.replace(pair, chosen=pair.rejected, rejected=pair.chosen, scores=scores, truth=truth)
 
 
 def _row(pair: Pair) -> dict[str, Any]:
@@ -301,6 +311,7 @@ def _row(pair: Pair) -> dict[str, Any]:
         row |= {"score_chosen": pair.scores[0], "score_rejected": pair.scores[1]}
     if pair.weight != 1:
         row["weight"] = pair.weight
+    row |= {key: values[0] for key, values in selection.truths([pair]).items()}
     return row | ({"source": pair.source} if pair.source else {})
 
 

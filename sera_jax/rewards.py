@@ -10,9 +10,10 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
 
-from sera_jax import metrics, sera
+from sera_jax import metrics, sample, sera
 from sera_jax.records import Candidates, Text, Tree
 
 
@@ -37,19 +38,25 @@ def implicit(
 
 
 def by_function(
-    function: Callable[[Text, str], float], prompts: Sequence[Text], texts_PC: Sequence[Sequence[str]], label: str
+    function: Callable[[Text, str], float],
+    prompts: Sequence[Text],
+    texts_PC: Sequence[Sequence[str | None]],
+    label: str,
 ) -> np.ndarray:
-    """float32 [P, C]: a Python function's value of every (prompt, response).
+    """float32 [P, C]: a Python function's value of every (prompt, response); NaN where there is no response.
 
     Args:
         function: called with the prompt as it stands in the data (text or messages) and the response's text.
+        texts_PC: of the responses; None = none, the function is not asked.
 
     Raises:
         ValueError: it returned something that is not a finite number.
     """
-    rewards_PC = np.empty((len(prompts), max(map(len, texts_PC), default=0)), np.float32)
+    rewards_PC = np.full((len(prompts), max(map(len, texts_PC), default=0)), np.nan, np.float32)
     for p, prompt in enumerate(metrics.track(prompts, total=len(prompts), label=label, unit="prompts")):
         for c, text in enumerate(texts_PC[p]):
+            if text is None:
+                continue
             value = function(prompt, text)
             if not isinstance(value, (int, float, np.number)) or not math.isfinite(value):
                 raise ValueError(
@@ -58,6 +65,13 @@ def by_function(
                 )
             rewards_PC[p, c] = value
     return rewards_PC
+
+
+def random(candidates: Candidates, key: jax.Array) -> np.ndarray:
+    """float32 [P, C]: uniform noise by key, content of the prompt and number of the candidate, whatever the order."""
+    hash_P2 = np.stack([sample.prompt_hash(tokens) for tokens in candidates.prompts])
+    keys_PC = sample.candidate_keys(key, hash_P2, candidates.finished_PC.shape[1])
+    return np.asarray(jax.vmap(jax.vmap(jax.random.uniform))(keys_PC), np.float32)
 
 
 def load_function(spec: str) -> Callable[[Text, str], float]:

@@ -1,14 +1,21 @@
 """The run folder: opening, refusing what belongs to another config, going on where it stopped; state and cursor.
 
-All state of the loop is a TrainState (weights, moments, step) and a cursor (stage, iteration, update, byte offset of
-metrics.jsonl), saved together. Everything else is a function of them, of the config, and of files that are only ever
-appended to (ledger, candidates).
+All state of the loop is a TrainState (weights, moments, step) and a cursor (stage, iteration, update, what validation
+has found, byte offset of metrics.jsonl), saved together. Everything else is a function of them, of the config, and of
+files that are only ever appended to (ledger, candidates).
 """
 
+import contextlib
 import dataclasses
+import errno
+import fcntl
+import math
+import os
 import pathlib
+import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import grain
 import jax
@@ -16,11 +23,12 @@ import numpy as np
 import yaml
 from jax.sharding import Mesh
 
+from sera_jax import disk, programs
 from sera_jax import mesh as meshes
 from sera_jax import metrics as metriclib
-from sera_jax import programs
 from sera_jax import rows as rowlib
 from sera_jax.checkpoint import Checkpoints
+from sera_jax.disk import DiskError
 from sera_jax.metrics import Metrics
 from sera_jax.records import Batch, Tree
 from sera_jax.rows import Fill, Plan
@@ -36,12 +44,31 @@ class RunError(ValueError):
     """A run folder that cannot be used: says why and what to do."""
 
 
+class RunBusy(RunError):
+    """Somebody else holds the run folder."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checks:
+    """What the validation of a stage has found so far.
+
+    lowest: validation loss, None before the first check; waited: checks since it was found. best, best_update: value
+    and update of the best point, None before the first. stopped: the stage has ended before its last update.
+    """
+
+    lowest: float | None = None
+    waited: int = 0
+    best: float | None = None
+    best_update: int = 0
+    stopped: bool = False
+
+
 @dataclasses.dataclass(frozen=True)
 class Cursor:
     """How far a run is.
 
     stage: "sft" or "update"; iteration: 0 in SFT; update: updates done in the stage, of `total`; count: updates of the
-    whole run; offset: bytes of metrics.jsonl.
+    whole run, those that were left out by an early stop included; offset: bytes of metrics.jsonl.
     """
 
     stage: str
@@ -50,11 +77,12 @@ class Cursor:
     total: int
     count: int
     offset: int
+    checks: Checks = Checks()
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """An open run folder. at: where it stopped, None = from the start."""
+    """An open run folder. at: where it stopped, None = from the start. lock: held while the run is open."""
 
     path: pathlib.Path
     metrics: Metrics
@@ -62,6 +90,7 @@ class Run:
     at: Cursor | None
     save_every: int
     log_every: int
+    lock: TextIO
 
 
 def open_run(
@@ -75,61 +104,147 @@ def open_run(
             Metrics.
 
     Raises:
-        RunError: the folder holds another config (the differing keys are named) or the same one on other content,
-            exists under `never`, or holds no run under `must`.
+        RunError: another run has the folder open; it holds another config (the differing keys are named) or the same
+            one on other content, exists under `never`, or holds no run under `must`.
     """
     config = yaml.safe_load(config_yaml)
     path = pathlib.Path(config["run"]["dir"])
-    stored = path / "config.yaml"
-    if resume == "never" and path.exists() and any(path.iterdir()):
-        raise RunError(f"{path} is not empty and run.resume is 'never'. Choose another run.dir, or resume with 'auto'.")
-    if resume == "must" and not stored.is_file():
+    if resume == "must" and not (path / "config.yaml").is_file():
         raise RunError(f"{path} holds no config.yaml and run.resume is 'must'. Check run.dir, or start with 'auto'.")
+    with disk.guarded(path), contextlib.ExitStack() as undone:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = undone.enter_context(_claimed(path))
+        if resume == "never" and any(found.name != LOCK for found in path.iterdir()):
+            raise RunError(
+                f"{path} is not empty and run.resume is 'never'. Choose another run.dir, or resume with 'auto'."
+            )
+        _belongs(path, config_yaml, content)
+        checkpoints = Checkpoints(path / "checkpoints", keep)
+        undone.callback(checkpoints.close)
+        latest = checkpoints.latest()
+        at = None
+        if latest is not None:
+            at = Cursor(**{**latest[1], "checks": Checks(**latest[1].get("checks", {}))})
+        sinks = {"tensorboard_dir": path / "tensorboard" if sinks.pop("tensorboard", False) else None, **sinks}
+        metrics = Metrics(path / "metrics.jsonl", offset=0 if at is None else at.offset, config=config, **sinks)
+        undone.pop_all()
+    return Run(path, metrics, checkpoints, at, save_every, log_every, lock)
+
+
+LOCK = "run.lock"
+
+
+def _claimed(path: pathlib.Path) -> TextIO:
+    """The folder's lock file, locked. The system lets the lock go when the file is closed or its process dies, however
+    that happens; what the file says only tells others who has it.
+
+    Raises:
+        RunBusy: somebody else has it, in this process or another.
+    """
+    file = open(os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644), "r+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            told = file.read()
+            file.close()
+            raise RunBusy(
+                f"{path} is in use by another run ({told.strip() or 'it has not said which'}). Wait for it, stop it, "
+                "or choose another run.dir."
+            ) from None
+        # Some network file systems have no locks.
+        metriclib.say(f"{path} cannot be locked ({error.strerror}): see to it that no second run opens it")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n")
+    file.flush()
+    return file
+
+
+def _belongs(path: pathlib.Path, config_yaml: str, content: str) -> None:
+    """Writes config and content into a folder in which nothing was done; raises RunError if it is another run's."""
+    stored = path / "config.yaml"
     # A folder in which nothing was done yet (a wrong path was given, say) belongs to nobody.
     worked = any((path / name).exists() for name in ("ledger", "iterations", "iterates")) or any(
         (path / "checkpoints").glob("*")
     )
-    if stored.is_file() and worked:
-        differing = _differences(yaml.safe_load(stored.read_text(encoding="utf-8")), config)
-        if differing:
-            raise RunError(
-                f"{path} belongs to another config; it differs in {', '.join(differing)}. "
-                "Choose another run.dir, or run with the folder's own config.yaml."
-            )
-        before = (path / "content").read_text(encoding="utf-8")
-        if before != content:
-            raise RunError(
-                f"{path} belongs to the same config on other data or another model: the files behind it have changed "
-                f"(content {before} → {content}). Restore them, or choose another run.dir."
-            )
-    else:
-        path.mkdir(parents=True, exist_ok=True)
-        stored.write_text(config_yaml, encoding="utf-8")
-        (path / "content").write_text(content, encoding="utf-8")
-    checkpoints = Checkpoints(path / "checkpoints", keep)
-    latest = checkpoints.latest()
-    at = None if latest is None else Cursor(**latest[1])
-    sinks = {"tensorboard_dir": path / "tensorboard" if sinks.pop("tensorboard", False) else None, **sinks}
-    metrics = Metrics(path / "metrics.jsonl", offset=0 if at is None else at.offset, config=config, **sinks)
-    return Run(path, metrics, checkpoints, at, save_every, log_every)
+    if not (stored.is_file() and worked):
+        for name, text in (("config.yaml", config_yaml), ("content", content)):
+            with disk.whole(path / name) as beside:
+                beside.write_text(text, encoding="utf-8")
+        return
+    try:
+        before = yaml.safe_load(stored.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        before = None
+    if not isinstance(before, dict) or not (path / "content").is_file():
+        damaged = stored.name if not isinstance(before, dict) else "content"
+        raise RunError(
+            f"{path}/{damaged} is missing or damaged, so that nobody can tell whose run this is; expected the file "
+            "that the run began with. Restore it, or choose another run.dir."
+        )
+    differing = _differences(before, yaml.safe_load(config_yaml))
+    if differing:
+        raise RunError(
+            f"{path} belongs to another config; it differs in {', '.join(differing)}. "
+            "Choose another run.dir, or run with the folder's own config.yaml."
+        )
+    known = (path / "content").read_text(encoding="utf-8")
+    if known != content:
+        raise RunError(
+            f"{path} belongs to the same config on other data or another model: the files behind it have changed "
+            f"(content {known} → {content}). Restore them, or choose another run.dir."
+        )
 
 
 def _differences(stored: dict, asked: dict, prefix: str = "") -> list[str]:
     """Dotted keys in which two configs differ, as "key (stored → asked)", free ones left out."""
     found = []
+    shown = lambda config, key: repr(config[key]) if key in config else "absent"
     for key in dict.fromkeys((*stored, *asked)):
         name, a, b = f"{prefix}{key}", stored.get(key), asked.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             found += _differences(a, b, f"{name}.")
-        elif a != b and name not in FREE_KEYS:
-            found.append(f"{name} ({a!r} → {b!r})")
+        elif (a != b or (key in stored) != (key in asked)) and name not in FREE_KEYS:
+            found.append(f"{name} ({shown(stored, key)} → {shown(asked, key)})")
     return found
 
 
 def close(run: Run) -> None:
-    """Waits for the last save and closes the files."""
-    run.checkpoints.close()
-    run.metrics.close()
+    """Waits for the last save, closes the files and lets the folder go.
+
+    Raises:
+        DiskError: the last save could not be written.
+    """
+    with contextlib.ExitStack() as closing:
+        closing.enter_context(run.lock)
+        closing.callback(run.metrics.close)
+        closing.callback(run.checkpoints.close)
+
+
+@contextlib.contextmanager
+def closing(run: Run) -> Iterator[None]:
+    """Closes the run behind what is done with it.
+
+    Raises:
+        RunError: the disk took no more; says where, and from which update the run goes on.
+    """
+    try:
+        with disk.guarded(run.path), contextlib.ExitStack() as last:
+            last.callback(close, run)
+            yield
+    except DiskError as error:
+        raise RunError(f"{error} {_goes_on(run.checkpoints.saved)}") from error
+
+
+def _goes_on(saved: tuple[int, dict[str, Any]] | None) -> str:
+    if saved is None:
+        return "No checkpoint was saved yet: the same command begins again."
+    cursor = saved[1]
+    where = "the SFT stage" if cursor["stage"] == "sft" else f"iteration {cursor['iteration']}"
+    return (
+        f"What was saved before is whole: the same command goes on behind update {cursor['update']} of "
+        f"{cursor['total']} of {where}."
+    )
 
 
 # --- a stage of updates -----------------------------------------------------------------------------------------------
@@ -152,26 +267,68 @@ class Stage:
     plan: Plan
 
 
+@dataclasses.dataclass(frozen=True)
+class Validation:
+    """How the policy of a stage is checked on held-out pairs while it trains.
+
+    every: updates between two checks; the end of the stage is none, the iteration's summary measures there. measure:
+    weights → metrics, "validation/loss" among them. patience: so many checks in a row without a loss below the lowest
+    so far end the stage (early_stopping_patience of HF's EarlyStoppingCallback, threshold 0); 0 = never. best: metrics
+    → a value, the higher the better; keep: stores the weights of the best point so far. Both None = none is stored.
+    """
+
+    every: int
+    measure: Callable[[Any], dict[str, float]]
+    patience: int = 0
+    best: Callable[[dict[str, float]], float] | None = None
+    keep: Callable[[Any], None] | None = None
+
+
+def checked(checks: Checks, update: int, found: dict[str, float], validation: Validation) -> Checks:
+    """What is known after the check at an update. A loss that is not a number is no improvement."""
+    loss = found["validation/loss"]
+    lower = math.isfinite(loss) and (checks.lowest is None or loss < checks.lowest)
+    waited = 0 if lower else checks.waited + 1
+    after = dataclasses.replace(
+        checks,
+        lowest=loss if lower else checks.lowest,
+        waited=waited,
+        stopped=bool(validation.patience) and waited >= validation.patience,
+    )
+    value = math.nan if validation.best is None else validation.best(found)
+    if math.isfinite(value) and (checks.best is None or value > checks.best):
+        return dataclasses.replace(after, best=value, best_update=update)
+    return after
+
+
 def run_stage(
     run: Run,
     stage: Stage,
     state: TrainState,
     update: Callable,
     *,
-    done: int,
+    at: Cursor | None,
     count: int,
     key: jax.Array,
     mesh: Mesh,
-) -> TrainState:
-    """The updates of a stage from number `done` on, logged and saved as the run says; always saved at its end.
+    validation: Validation | None = None,
+) -> tuple[TrainState, Cursor]:
+    """The updates of a stage from where it stands on, logged, checked and saved as the run says; always saved at its
+    end.
 
     Metrics of an update are read after the next one is dispatched, so that the devices never wait for the log.
 
     Args:
-        state: donated. update: programs.preference_update or sft_update. count: updates of the run before this stage.
-        key: of the stage; each update folds its number in.
+        state: donated. update: programs.preference_update or sft_update. at: where the stage stands, None = at its
+            beginning. count: updates of the run before this stage. key: of the stage; each update folds its number in.
+
+    Returns:
+        the state and the cursor at the end.
     """
     total = len(stage.batches)
+    at = at or Cursor(stage.name, stage.iteration, 0, total, count, run.metrics.offset)
+    if at.checks.stopped:
+        return state, at
     whole = meshes.replicated(mesh)
     total_array, key = meshes.put(np.int32(total), whole), jax.device_put(key, whole)
     fold = jax.jit(jax.random.fold_in, out_shardings=whole)
@@ -184,23 +341,36 @@ def run_stage(
             share = sum(f.useful for f in last["fills"]) / max(sum(f.padded for f in last["fills"]), 1)
             run.metrics.write({**last["where"], **numbers, "perf/useful_tokens": share})
 
+    done, checks = at.update, at.checks
     stream = zip(range(done, total), _loaded(stage, mesh, done), strict=True)
     label = "SFT" if stage.name == "sft" else f"iteration {stage.iteration}: updates"
     for index, (batch, fill) in metriclib.track(stream, total=total - done, label=label, unit="updates"):
         state, metrics = update(state, batch, total_array, fold(key, index))
         fills.append(fill)
         log(pending)
-        pending = None
+        pending, found = None, None
+        where = {"stage": stage.name, "iteration": stage.iteration, "step": index + 1}
         last = index + 1 == total
+        if validation is not None and (index + 1) % validation.every == 0 and not last:
+            found = validation.measure(state.params)
+            checks = checked(checks, index + 1, found, validation)
+            if checks.best_update == index + 1 and validation.keep is not None:
+                validation.keep(state.params)
+            last = checks.stopped
         if (index + 1) % run.log_every == 0 or last:
-            where = {"stage": stage.name, "iteration": stage.iteration, "step": index + 1}
             pending, fills = {"where": where, "metrics": metrics, "fills": fills}, []
+        if found is not None:
+            log(pending)
+            pending = None
+            run.metrics.write({**where, "stage": "validation", **found})
         if (index + 1) % run.save_every == 0 or last:
             log(pending)
             pending = None
-            cursor = Cursor(stage.name, stage.iteration, index + 1, total, count + index + 1, run.metrics.offset)
-            run.checkpoints.save(cursor.count, state, dataclasses.asdict(cursor))
-    return state
+            at = Cursor(stage.name, stage.iteration, index + 1, total, count + index + 1, run.metrics.offset, checks)
+            run.checkpoints.save(at.count, state, dataclasses.asdict(at))
+        if checks.stopped:
+            break
+    return state, at
 
 
 def _loaded(stage: Stage, mesh: Mesh, done: int) -> Iterator[tuple[Batch, Fill]]:
@@ -213,10 +383,12 @@ def _loaded(stage: Stage, mesh: Mesh, done: int) -> Iterator[tuple[Batch, Fill]]
         stacked, count = rowlib.microbatches(packed, stage.plan, rowlib.most_microbatches(len(members), stage.plan))
         branches = len(stage.trees[members[0]].branches)
         flat = (members[:, None] * branches + np.arange(branches)).reshape(-1)
+        label_N = np.array([stage.trees[i].label for i in members], np.float32)
         batch = Batch(
             rows=stacked,
             reference_ABS=rowlib.spread(stage.reference_F[flat], stacked.example_BS),
             weight_ABS=rowlib.spread(np.repeat(stage.weight_N[members], branches), stacked.example_BS),
+            label_ABS=rowlib.spread(np.repeat(label_N, branches), stacked.example_BS),
             count=np.int32(count),
         )
         return batch, rowlib.fill(packed)

@@ -4,6 +4,7 @@ Logits exist only where a response token is predicted, and only for one chunk of
 backward pass, with the vocabulary split over (fsdp, tensor), so no array of [tokens, V] is ever whole or kept.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -36,18 +37,76 @@ def row_logps(
         logp_BS float32, the sum over the slot's response tokens (EOS included); length_BS float32, their number. 0 in
         empty slots.
     """
-    logp_BM = token_logps_of_rows(arch, params, rows, mesh=mesh, dtype=dtype, remat=remat, chunk=chunk)
+    sums = slot_sums(arch, params, rows, mesh=mesh, dtype=dtype, remat=remat, chunk=chunk)
+    return sums.logp_BS, sums.length_BS
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SlotSums:
+    """What a forward pass says of every branch slot, float32, 0 in empty slots.
+
+    logp_BS: Σ of its response tokens' log-probs (EOS included), each times its weight; length_BS: their number.
+    alignment_BS: Σ [log π(y_t) - log Σ_v π(v)²], how likely its tokens are beside those that the policy would sample
+    (WPO, Zhou et al. 2024, eq. 2), without gradient; None unless asked for.
+    """
+
+    logp_BS: jax.Array
+    length_BS: jax.Array
+    alignment_BS: jax.Array | None
+
+
+def slot_sums(
+    arch: Arch,
+    params: dict,
+    rows: Rows,
+    *,
+    mesh: Mesh,
+    dtype: Any,
+    remat: str = "none",
+    chunk: int = 256,
+    tail: float = 1.0,
+    alignment: bool = False,
+) -> SlotSums:
+    """Sums over the response tokens of every branch slot; the other arguments as `row_logps` has them.
+
+    Args:
+        tail: weight of a token beyond the length of the other branch of its pair; below 1 the rows hold nothing but
+            pairs. LD-DPO (Liu et al. 2024, arXiv 2409.06411): log π̂(y|x) = Σ_{t ≤ m} + α·Σ_{t > m},
+            m = min(L_w, L_l).
+        alignment: also give `alignment_BS`, which costs a second sum over the vocabulary.
+    """
+    logp_BM, log_collision_BM = _of_tokens(
+        arch, params, rows, mesh=mesh, dtype=dtype, remat=remat, chunk=chunk, collision=alignment
+    )
     slots = rows.example_BS.shape[1]
     # Slot S marks "no token"; segment_sum drops what lies outside [0, S).
     by_slot = jax.vmap(functools.partial(jax.ops.segment_sum, num_segments=slots))
     length_BS = by_slot(jnp.ones_like(logp_BM), rows.slot_BM)
-    return by_slot(logp_BM, rows.slot_BM), length_BS
+    weighted_BM = logp_BM if tail == 1 else logp_BM * jnp.where(_shared(rows.slot_BM, length_BS), 1.0, tail)
+    alignment_BS = None
+    if log_collision_BM is not None:
+        alignment_BS = by_slot(jax.lax.stop_gradient(logp_BM) - log_collision_BM, rows.slot_BM)
+    return SlotSums(by_slot(weighted_BM, rows.slot_BM), length_BS, alignment_BS)
 
 
-def token_logps_of_rows(
-    arch: Arch, params: dict, rows: Rows, *, mesh: Mesh, dtype: Any, remat: str = "none", chunk: int = 256
-) -> jax.Array:
-    """float32 [B, M]: log-prob of each response token of each row; arbitrary where slot_BM = S (no token)."""
+def _shared(slot_BM: jax.Array, length_BS: jax.Array) -> jax.Array:
+    """bool [B, M]: is a response token among the first min(L_w, L_l) of its branch?
+
+    Branches of a pair are slots 2j and 2j + 1, and a row's targets stand branch by branch in the order of their slots.
+    """
+    least_BS = jnp.repeat(jnp.min(length_BS.reshape(len(length_BS), -1, 2), axis=2), 2, axis=1)
+    end_BS = jnp.cumsum(length_BS, axis=1) - length_BS + least_BS
+    end_BM = jnp.take_along_axis(end_BS, jnp.minimum(slot_BM, length_BS.shape[1] - 1), axis=1)
+    return jnp.arange(slot_BM.shape[1])[None] < end_BM
+
+
+def _of_tokens(
+    arch: Arch, params: dict, rows: Rows, *, mesh: Mesh, dtype: Any, remat: str, chunk: int, collision: bool
+) -> tuple[jax.Array, jax.Array | None]:
+    """float32 [B, M] each: log-prob of each response token of each row, and log Σ_v π(v)² where it was predicted (None
+    unless asked for); arbitrary where slot_BM = S (no token).
+    """
     mask = attention.tree_mask(rows.tree_BL, rows.branch_BL, rows.position_BL)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, _: Any) -> tuple[jax.Array, tuple]:
@@ -65,13 +124,14 @@ def token_logps_of_rows(
     )
     hidden_BMD = jnp.take_along_axis(hidden_BLD, rows.parent_BM[:, :, None], axis=1)
     table_VD = model.head_table(arch, params).astype(dtype)
-    return head_logps(hidden_BMD, table_VD, rows.target_BM, mesh, chunk)
+    if collision:
+        return head_logps_and_collision(hidden_BMD, table_VD, rows.target_BM, mesh, chunk)
+    return head_logps(hidden_BMD, table_VD, rows.target_BM, mesh, chunk), None
 
 
 # --- the head ---------------------------------------------------------------------------------------------------------
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def head_logps(hidden_BMD: jax.Array, table_VD: jax.Array, target_BM: jax.Array, mesh: Mesh, chunk: int) -> jax.Array:
     """log softmax(hidden · tableᵀ)[target], float32 [B, M].
 
@@ -79,32 +139,58 @@ def head_logps(hidden_BMD: jax.Array, table_VD: jax.Array, target_BM: jax.Array,
     chunk at a time where fsdp splits the vocabulary, and (max, sum-exp, target) are what crosses devices. The backward
     pass recomputes each chunk's logits and accumulates the table's gradient in float32.
     """
-    return _head_forward(hidden_BMD, table_VD, target_BM, mesh, chunk)[0]
+    return _head(hidden_BMD, table_VD, target_BM, mesh, chunk, False)[0]
 
 
-def _head_forward(hidden_BMD, table_VD, target_BM, mesh, chunk):
-    logp_BM, lse_BM = _sharded(_forward_chunks, mesh, table_VD.shape, chunk, outputs=2)(hidden_BMD, table_VD, target_BM)
-    return logp_BM, (hidden_BMD, table_VD, target_BM, lse_BM)
+def head_logps_and_collision(
+    hidden_BMD: jax.Array, table_VD: jax.Array, target_BM: jax.Array, mesh: Mesh, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """`head_logps`, and log Σ_v π(v)², float32 [B, M], of the distribution that predicts each target.
+
+    The second, the log-probability that two draws agree, has no gradient; it costs one more sum over the vocabulary in
+    the forward pass, and a second number for each token that crosses devices.
+    """
+    return _head(hidden_BMD, table_VD, target_BM, mesh, chunk, True)
 
 
-def _head_backward(mesh, chunk, residuals, cotangent_BM):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _head(hidden_BMD, table_VD, target_BM, mesh, chunk, collision):
+    """(logp_BM,), or (logp_BM, log_collision_BM) if asked for."""
+    return _head_forward(hidden_BMD, table_VD, target_BM, mesh, chunk, collision)[0]
+
+
+def _head_forward(hidden_BMD, table_VD, target_BM, mesh, chunk, collision):
+    rows, table = _specs(mesh, table_VD.shape)
+    body = functools.partial(_forward_chunks, collision=collision)
+    forward = _sharded(body, mesh, table_VD.shape, chunk, (rows, table, rows), (rows,) * (2 + collision))
+    logp_BM, lse_BM, *rest = forward(hidden_BMD, table_VD, target_BM)
+    return (logp_BM, *rest), (hidden_BMD, table_VD, target_BM, lse_BM)
+
+
+def _head_backward(mesh, chunk, collision, residuals, cotangents):
     hidden_BMD, table_VD, target_BM, lse_BM = residuals
-    backward = _sharded(_backward_chunks, mesh, table_VD.shape, chunk, outputs="gradients")
-    d_hidden, d_table = backward(hidden_BMD, table_VD, target_BM, lse_BM, cotangent_BM)
+    rows, table = _specs(mesh, table_VD.shape)
+    backward = _sharded(_backward_chunks, mesh, table_VD.shape, chunk, (rows, table, rows, rows, rows), (rows, table))
+    d_hidden, d_table = backward(hidden_BMD, table_VD, target_BM, lse_BM, cotangents[0])
     return d_hidden.astype(hidden_BMD.dtype), d_table.astype(table_VD.dtype), None
 
 
-head_logps.defvjp(_head_forward, _head_backward)
+_head.defvjp(_head_forward, _head_backward)
 
 
-def _sharded(body, mesh: Mesh, table_shape: tuple[int, int], chunk: int, outputs):
-    """`body` under shard_map: rows over (data, fsdp), the vocabulary over the axes that the layout table gives it."""
-    vocab_axes = meshes.spec(mesh, "train", ("vocab",), table_shape[:1])[0] or ()
-    rows, table = P(meshes.ROW_AXES), P(vocab_axes or None)
-    bound = functools.partial(body, vocab_axes=vocab_axes, chunk=chunk)
-    inputs, results = (
-        ((rows, table, rows), (rows, rows)) if outputs == 2 else ((rows, table, rows, rows, rows), (rows, table))
-    )
+def _vocab_axes(mesh: Mesh, table_shape: tuple[int, int]) -> tuple[str, ...]:
+    """The mesh axes that split the vocabulary, as the layout table gives them."""
+    return meshes.spec(mesh, "train", ("vocab",), table_shape[:1])[0] or ()
+
+
+def _specs(mesh: Mesh, table_shape: tuple[int, int]) -> tuple[P, P]:
+    """Of what lies by rows, over (data, fsdp), and of the table."""
+    return P(meshes.ROW_AXES), P(_vocab_axes(mesh, table_shape) or None)
+
+
+def _sharded(body, mesh: Mesh, table_shape: tuple[int, int], chunk: int, inputs: tuple[P, ...], results: tuple[P, ...]):
+    """`body` under shard_map."""
+    bound = functools.partial(body, vocab_axes=_vocab_axes(mesh, table_shape), chunk=chunk)
     return jax.shard_map(bound, mesh=mesh, in_specs=inputs, out_specs=results, check_vma=False)
 
 
@@ -146,7 +232,7 @@ def _logits(hidden: jax.Array, table: jax.Array) -> jax.Array:
     return jnp.einsum("bmd,vd->bmv", hidden, table, preferred_element_type=jnp.float32)
 
 
-def _forward_chunks(hidden_bMD, table_vD, target_bM, *, vocab_axes, chunk):
+def _forward_chunks(hidden_bMD, table_vD, target_bM, *, vocab_axes, chunk, collision):
     rows, length = target_bM.shape
     across = (lambda x: jax.lax.psum(x, vocab_axes)) if vocab_axes else (lambda x: x)
 
@@ -155,14 +241,19 @@ def _forward_chunks(hidden_bMD, table_vD, target_bM, *, vocab_axes, chunk):
         logits = _logits(hidden, table_vD)
         top = jnp.max(logits, axis=-1)
         top = jax.lax.pmax(top, vocab_axes) if vocab_axes else top
-        lse = top + jnp.log(across(jnp.sum(jnp.exp(logits - top[..., None]), axis=-1)))
+        above = jnp.exp(logits - top[..., None])
+        log_sum = jnp.log(across(jnp.sum(above, axis=-1)))
+        lse = top + log_sum
         local, here = _local_target(target, vocab_axes, table_vD.shape[0])
         chosen = jnp.take_along_axis(logits, local[..., None], axis=-1)[..., 0]
         chosen = across(jnp.where(here, chosen, 0.0))
-        return None, (_own(chosen - lse, vocab_axes, rows), _own(lse, vocab_axes, rows))
+        out = (chosen - lse, lse)
+        if collision:
+            out += (jnp.log(across(jnp.sum(above**2, axis=-1))) - 2 * log_sum,)
+        return None, tuple(_own(x, vocab_axes, rows) for x in out)
 
-    _, (logp, lse) = jax.lax.scan(body, None, (_chunks(hidden_bMD, chunk), _chunks(target_bM, chunk)))
-    return _joined(logp, length), _joined(lse, length)
+    _, out = jax.lax.scan(body, None, (_chunks(hidden_bMD, chunk), _chunks(target_bM, chunk)))
+    return tuple(_joined(x, length) for x in out)
 
 
 def _backward_chunks(hidden_bMD, table_vD, target_bM, lse_bM, cotangent_bM, *, vocab_axes, chunk):
@@ -236,9 +327,20 @@ def set_logps(
         run = load()
         for start in metrics.track(starts, total=len(starts), label=label, unit="chunks"):
             stop = min(start + chunk, len(trees))
-            rows = rowlib.pack(trees[start:stop], plan)
-            stacked, count = rowlib.microbatches(rows, plan, len(rows.tokens_BL) // plan.rows)
-            logp_ABS = np.stack([run(jax.tree.map(lambda a, i=i: a[i], stacked)) for i in range(count)])
-            values = rowlib.unpack(logp_ABS, stacked.example_BS, int(first[stop] - first[start]))
-            ledger.append(tag, keys[first[start] : first[stop]], values)
+            ledger.append(tag, keys[first[start] : first[stop]], logps(trees[start:stop], run, plan))
     return ledger.look_up(tag, keys)
+
+
+def logps(trees: Sequence[Tree], run: Callable[[Rows], np.ndarray], plan: Plan) -> np.ndarray:
+    """Log-probs of every branch of trees that are packed together, without a ledger.
+
+    Args:
+        run: rows of one microbatch → logp_BS. plan: holds every tree.
+
+    Returns:
+        float32 [F], by flat branch number.
+    """
+    rows = rowlib.pack(trees, plan)
+    stacked, count = rowlib.microbatches(rows, plan, len(rows.tokens_BL) // plan.rows)
+    logp_ABS = np.stack([run(jax.tree.map(lambda a, i=i: a[i], stacked)) for i in range(count)])
+    return rowlib.unpack(logp_ABS, stacked.example_BS, sum(len(tree.branches) for tree in trees))

@@ -56,7 +56,8 @@ def select(
         "reward_reference_N2": reward_reference_N2,
         "loss_reference_N2": loss_reference_N2,
         "length_N2": np.array([[len(b) for b in tree.branches] for tree in trees], np.float32),
-        "gap_N": np.array([np.nan if p.scores is None else p.scores[0] - p.scores[1] for p in pairs], np.float32),
+        "gap_N": gaps([pair.scores for pair in pairs]),
+        "gold_N": gaps([pair.truth.gold for pair in pairs]),
         "valid_N": np.ones(n, bool),
         "group_N": group_N,
         "example_N": np.arange(n, dtype=np.int32),
@@ -70,6 +71,11 @@ def select(
     out = {name: np.asarray(a) for name, a in meshes.get(out).items()}
     sera.check_finite(out["bad"], [pair.id for pair in pairs], what)
     return Selection(out["mask_N"][:n], out["score_N"][:n], out["margin_N"][:n])
+
+
+def gaps(scores_N: Sequence[tuple[float, float] | None]) -> np.ndarray:
+    """float32 [N]: chosen minus rejected, NaN where unknown."""
+    return np.array([np.nan if scores is None else scores[0] - scores[1] for scores in scores_N], np.float32)
 
 
 def groups(pairs: Sequence[Pair], trees: Sequence[Tree], stratify: str) -> np.ndarray:
@@ -89,7 +95,8 @@ def columns(pairs: Sequence[Pair], trees: Sequence[Tree], chosen: Selection) -> 
 
     Args:
         trees: of the pairs, matched by id; `chosen` is about these. A pair without a tree was not scored: its margin
-            and score are NaN, its rank -1, its lengths 0.
+            and score are NaN, its rank -1, its lengths 0. What is known behind the labels has columns of its own where
+            any pair has it (records.Truth).
     """
     place = {tree.id: i for i, tree in enumerate(trees)}
     index_N = np.array([place.get(pair.id, -1) for pair in pairs])
@@ -114,7 +121,16 @@ def columns(pairs: Sequence[Pair], trees: Sequence[Tree], chosen: Selection) -> 
         "rank": spread(rank, -1),
         "length_chosen": spread(length[:, 0], 0),
         "length_rejected": spread(length[:, 1], 0),
+        **truths(pairs),
     }
+
+
+def truths(pairs: Sequence[Pair]) -> dict[str, list]:
+    """What is known behind the labels, by column; columns of which nothing is known are left out."""
+    side = lambda i: [None if pair.truth.gold is None else pair.truth.gold[i] for pair in pairs]
+    told = {"gold_chosen": side(0), "gold_rejected": side(1)}
+    told |= {key: [getattr(pair.truth, key) for pair in pairs] for key in ("flipped", "cued", "upset", "author")}
+    return {key: values for key, values in told.items() if any(value is not None for value in values)}
 
 
 def shown(text: Text) -> str:

@@ -114,7 +114,7 @@ def check_references(policy_tag: str, reference_tag: str | None, what: str) -> N
 #     reward_N2          float32, the ensemble's reward of (chosen, rejected)
 #     length_N2          int32, response tokens
 #     reference_logp_N2  float32, log-probs under the reference, nats
-#     gap_N              float32, annotator's (or gold) score of the chosen minus that of the rejected response
+#     gap_N, gold_N      float32, annotator's and gold score of the chosen minus that of the rejected response
 #     loss_N             float32, the loss of each pair under the policy
 #     key, example_N     PRNG key folded by iteration; int32, index in the set
 #     valid_N            bool
@@ -134,6 +134,13 @@ def irm_per_token(*, reward_N2, length_N2):
     return margins(_per_token(reward_N2, length_N2))
 
 
+def irm_magnitude(*, reward_N2):
+    """|IRM|: how sure the policy is, whatever the label says. A selection that does not look at labels leaves the share
+    of right ones among pairs of one margin as it is, so that logistic losses keep a finite optimum on what it keeps.
+    """
+    return jnp.abs(margins(reward_N2))
+
+
 def reference_logp(*, reference_logp_N2, length_N2):
     """log π_ref(y_w|x) per token of the *chosen* response: compared in SeRA's fig. 3 (per token is our reading)."""
     return _per_token(reference_logp_N2[:, 0], length_N2[:, 0])
@@ -142,6 +149,11 @@ def reference_logp(*, reference_logp_N2, length_N2):
 def annotator_gap(*, gap_N):
     """The larger the annotator's preference, the better (the GPT-4 score selection of SeRA's fig. 3)."""
     return gap_N
+
+
+def gold_gap(*, gold_N):
+    """The larger the true preference, the better: what selection could give at most. Wrong labels come last."""
+    return gold_N
 
 
 def loss(*, loss_N):
@@ -163,8 +175,10 @@ def alignment_potential(*, reward_N2, length_N2, gap_N, valid_N):
 SCORES: dict[str, Callable[..., jax.Array]] = {
     "irm": irm,
     "irm_per_token": irm_per_token,
+    "irm_magnitude": irm_magnitude,
     "reference_logp": reference_logp,
     "annotator_gap": annotator_gap,
+    "gold_gap": gold_gap,
     "loss": loss,
     "random": random,
     "alignment_potential": alignment_potential,
@@ -186,7 +200,8 @@ def score(name: str, **signals) -> jax.Array:
     if missing:
         raise ValueError(
             f"score {name}: got no {missing[0]}, expected {', '.join(needs(name))}. Give pairs that have it "
-            "(annotator_gap and alignment_potential need the annotator's scores), or use another score."
+            "(annotator_gap and alignment_potential need the annotator's scores, gold_gap those of gold), or use "
+            "another score."
         )
     return SCORES[name](**{need: signals[need] for need in needs(name)})
 

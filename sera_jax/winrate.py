@@ -49,6 +49,39 @@ def win_rate(policy_N: np.ndarray, baseline_N: np.ndarray, *, seed: int = 0, res
 
 
 @dataclasses.dataclass(frozen=True)
+class Interval:
+    """A mean over seeds with its 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def over_seeds(value_SP: Sequence[np.ndarray], *, seed: int = 0, resamples: int = 2000) -> Interval:
+    """Mean over seeds of the mean over prompts, with the percentile bootstrap over both: seeds are drawn with
+    replacement and, within each one drawn, its prompts. With one seed the interval holds the noise of prompts alone.
+
+    Args:
+        value_SP: for each seed a value for each prompt (differences, or 0 / ½ / 1 for lost, tied, won).
+
+    Raises:
+        ValueError: no seed, or one without prompts.
+    """
+    values = [np.asarray(v, np.float64) for v in value_SP]
+    if not values or not all(len(v) for v in values):
+        raise ValueError(f"over seeds: got {[len(v) for v in values]} values by seed, expected at least one each.")
+    rng = np.random.default_rng(seed)
+    drawn = rng.integers(len(values), size=(resamples, len(values)))
+    means = np.zeros(drawn.shape)
+    for s, value in enumerate(values):  # each seed's resampled means, as many as it was drawn
+        where = drawn == s
+        picks = rng.integers(len(value), size=(int(where.sum()), len(value)))
+        means[where] = value[picks].mean(axis=1)
+    low, high = np.quantile(means.mean(axis=1), [0.025, 0.975])
+    return Interval(float(np.mean([v.mean() for v in values])), float(low), float(high))
+
+
+@dataclasses.dataclass(frozen=True)
 class Texts:
     """Of a set of responses: mean tokens, share finished by EOS, distinct-2 (different / all word pairs, pooled)."""
 

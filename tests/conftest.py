@@ -1,7 +1,9 @@
 """The floor under every test: eight simulated CPU devices, no silent rank promotion, one shared compilation cache."""
 
+import contextlib
 import os
 import pathlib
+import resource
 import tempfile
 
 # Eight devices on two cores can keep a collective waiting for longer than XLA's default patience.
@@ -50,6 +52,26 @@ def shared_data():
     return folder
 
 
+@pytest.fixture
+def small_files(monkeypatch):
+    """small_files(n): within it the kernel lets no file of this process grow beyond n bytes. As on a full disk, the
+    write that gets there is cut off in its middle and the next one fails.
+    """
+
+    monkeypatch.setattr("sera_jax.metrics._emit", lambda content: None)  # what a test prints goes to a file, too
+
+    @contextlib.contextmanager
+    def limit(most: int):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limit
+
+
 WORDS = (
     "<unk> <s> </s> red blue green ball box cat dog sits runs sees the a on in big small and or it is was to".split()
 )
@@ -58,7 +80,8 @@ WORDS = (
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """A folder with a model (config.json, word tokenizer; weights are drawn), preference pairs, prompts, and a reward
-    function `tiny_reward:count` (different words of a response).
+    function `tiny_reward:count` (different words of a response); the pairs once more with gold (that function, a
+    quarter of the labels flipped), and scored candidates of the prompts.
     """
     import json
 
@@ -103,6 +126,21 @@ def tiny(tmp_path_factory):
     pair = lambda i: {"id": f"p{i}", "prompt": prompts[i], "chosen": text(3, 12), "rejected": text(1, 9)}
     (folder / "pairs.jsonl").write_text(rows(44, pair))
     (folder / "prompts.jsonl").write_text(rows(20, lambda i: {"id": f"q{i}", "prompt": prompts[i + 44]}))
+    count = lambda text: len(set(text.split()))
+    known = []
+    for i, line in enumerate((folder / "pairs.jsonl").read_text().splitlines()):
+        row = json.loads(line)
+        sides = sorted((row["chosen"], row["rejected"]), key=count, reverse=i % 4 != 1)
+        gold = {"gold_chosen": count(sides[0]), "gold_rejected": count(sides[1]), "flipped": i % 4 == 1}
+        known.append(row | gold | {"chosen": sides[0], "rejected": sides[1], "author": "tiny"})
+    (folder / "gold.jsonl").write_text(rows(len(known), known.__getitem__))
+    made = lambda i: {
+        "prompt": prompts[i + 44],
+        "responses": [text(1, 9) for _ in range(2 + i % 3)],
+        "finished": [True, *[i % 2 == 0] * (1 + i % 3)],
+        "scores": rng.normal(size=2 + i % 3).tolist(),
+    }
+    (folder / "candidates.jsonl").write_text(rows(18, made))
     (folder / "tiny_reward.py").write_text("def count(prompt, response):\n    return len(set(response.split()))\n")
     return folder
 

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from sera_jax import bootstrap, sample, sera
+from sera_jax.data import Responses
+from sera_jax.disk import DiskError
 from sera_jax.records import Candidates, Prompt
 
 ids = lambda *tokens: np.array(tokens, np.int32)
@@ -89,9 +91,19 @@ def test_an_interrupted_run_goes_on(tmp_path, whole, killed_at, torn):
     again, more = sampler()
     same(sampled(path, again), want)
     assert len(more) == 4 - killed_at + (torn > 0 and killed_at > 0)  # a torn line costs its batch
-    for line in path.read_bytes().splitlines():
-        json.loads(line)
+    assert path.read_bytes() == stored
     same(sampled(path, sampler(fail_at=0)[0]), want)  # and nothing is left to sample
+
+
+@pytest.mark.parametrize("room", [0, 1, 150, 400])
+def test_a_full_disk_costs_what_it_tore(tmp_path, whole, small_files, room):
+    want, stored, _ = whole
+    path = tmp_path / "candidates.jsonl"
+    with pytest.raises(DiskError, match=f"^{path} could not be written: File too large"), small_files(room):
+        sampled(path, sampler()[0])
+    assert path.read_bytes() == stored[:room]
+    same(sampled(path, sampler()[0]), want)
+    assert path.read_bytes() == stored
 
 
 def test_a_file_of_other_prompts_is_refused(tmp_path, whole):
@@ -112,6 +124,88 @@ def test_slots_fewer_than_candidates_take_a_prompt_at_a_time(tmp_path):
         run, PROMPTS, TOKENS, decode, candidates=C, slots=1, path=tmp_path / "c", label="sampling"
     )
     assert len(calls) == 7 and len(out.ids) == 7
+
+
+# --- candidates of somebody else --------------------------------------------------------------------------------------
+
+
+class Words:
+    """A tokeniser of words w<n>, for messages about its texts; ids are numbers, EOS is 0."""
+
+    def decode(self, tokens, skip_special_tokens):
+        assert skip_special_tokens
+        return decode(tokens)
+
+
+def imported(rows, monkeypatch, max_length: int = 100, prompts=PROMPTS[:3]):
+    """Through a tokeniser that writes a text "w3 w4" as [3, 4, EOS]."""
+    numbers = lambda text: np.array([int(w[1:]) for w in text.split()] + [0] * bool(text), np.int32)
+    tokenise = lambda prompts, texts_PC, *_, **__: [[numbers(text) for text in texts] for texts in texts_PC]
+    monkeypatch.setattr(bootstrap.data, "tokenise_responses", tokenise)
+    return bootstrap.imported(
+        [Responses(f"c.jsonl:{i}", *row) for i, row in enumerate(rows, 1)],
+        prompts,
+        TOKENS[: len(prompts)],
+        Words(),
+        (0,),
+        path="c.jsonl",
+        max_length=max_length,
+    )
+
+
+def test_imported_candidates_stand_beside_their_prompts(monkeypatch):
+    rows = [
+        ("prompt 2", ("w1 w2", "w3"), (True, False), (0.5, 1.5)),
+        ("another", ("w9",), (True,), (0.0,)),
+        ("prompt 0", ("w4", "", "w5"), (True, True, True), (1, 2, 3)),
+        ("prompt 2", ("w6",), (True,), (2.5,)),
+    ]
+    made, told = imported(rows, monkeypatch)
+    got = made.candidates
+    assert made.used_P.tolist() == [0, 2] and got.ids == ("p0", "p2")
+    assert got.prompts[0] is TOKENS[0] and got.prompts[1] is TOKENS[2]
+    assert [[t.tolist() for t in row] for row in got.tokens_PC] == [[[4, 0], [], [5, 0]], [[1, 2, 0], [3], [6, 0]]]
+    assert got.texts_PC == (("w4", "", "w5"), ("w1 w2", "w3", "w6"))
+    assert got.finished_PC.tolist() == [[True, False, True], [True, False, True]]
+    np.testing.assert_array_equal(made.scores_PC, np.float32([[1, 2, 3], [0.5, 1.5, 2.5]]))
+    assert told == [
+        "c.jsonl: 7 candidates in 4 rows",
+        "  not used: 1 rows whose prompt is none of the run (c.jsonl:2, …)",
+        "  without candidates, and left out: 1 of 3 prompts of the run",
+    ]
+    valid = bootstrap.valid(got, keep_unfinished=True)
+    assert valid.tolist() == [[True, False, True], [True, True, True]]
+
+
+def test_rows_of_fewer_candidates_are_filled_with_none(monkeypatch):
+    rows = [("prompt 0", ("w4",), (True,), (1.0,)), ("prompt 1", ("w5", "w6"), (True, True), (2.0, 3.0))]
+    made, told = imported(rows, monkeypatch, prompts=PROMPTS[:2])
+    assert [[len(t) for t in row] for row in made.candidates.tokens_PC] == [[2, 0], [2, 2]]
+    np.testing.assert_array_equal(made.scores_PC, np.float32([[1, np.nan], [2, 3]]))
+    assert not bootstrap.valid(made.candidates, keep_unfinished=True)[0, 1]
+    assert told == ["c.jsonl: 3 candidates in 2 rows"]
+    unscored, _ = imported([row[:3] + (None,) for row in rows], monkeypatch, prompts=PROMPTS[:2])
+    assert unscored.scores_PC is None
+
+
+def test_imported_candidates_that_are_too_long_are_cut_and_unfinished(monkeypatch):
+    """As a given pair's response is: its start stays, without EOS, and its text is what stays."""
+    long = ("w1 w2 w3 w4", "w1 w2 w3", "w1 w2 w3 w4 w5")
+    rows = [("prompt 0", long, (True, True, False), None)]
+    made, told = imported(rows, monkeypatch, max_length=len(TOKENS[0]) + 4)
+    assert [t.tolist() for t in made.candidates.tokens_PC[0]] == [[1, 2, 3, 4], [1, 2, 3, 0], [1, 2, 3, 4]]
+    assert made.candidates.texts_PC[0] == ("w1 w2 w3 w4", "w1 w2 w3", "w1 w2 w3 w4")
+    assert made.candidates.finished_PC.tolist() == [[False, True, False]]
+    assert told[1] == "  cut to data.max_length: 2, which count as unfinished"
+
+
+def test_candidates_of_other_prompts_are_an_error(monkeypatch):
+    said = (
+        r"c.jsonl: none of its 1 prompts is one of the 3 that the run samples from. Got \"strange\" \(c.jsonl:1\), "
+        r"expected \"prompt 0\" or another one. Set data.prompts to the prompts that"
+    )
+    with pytest.raises(ValueError, match=said):
+        imported([("strange", ("w1",), (True,), None)], monkeypatch)
 
 
 # --- pairs ------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sera_jax import checkpoint
+from sera_jax.disk import DiskError
 
 State = collections.namedtuple("State", "params moments count nothing")
 
@@ -203,6 +204,50 @@ def test_an_iterate_is_replaced_whole(tmp_path):
     checkpoint.save_iterate(tmp_path, "1", {"x": jnp.ones(3)})
     assert checkpoint.load_iterate(tmp_path, "1", like({"x": jnp.zeros(3)}, m))["x"].tolist() == [1, 1, 1]
     assert [p.name for p in tmp_path.iterdir()] == ["1"]
+
+
+BIG = 300_000
+
+
+def noise(seed: int):
+    return {"x": jnp.asarray(np.random.default_rng(seed).normal(size=BIG).astype(np.float32)), "n": jnp.int32(seed)}
+
+
+@pytest.mark.parametrize("then", ["wait", "latest", "save", "close"])
+def test_a_save_that_finds_the_disk_full_costs_only_itself(tmp_path, small_files, caplog, then):
+    """The next call tells it, once and without orbax's pages of traces; the checkpoint before stays whole, even if only
+    one is kept."""
+    c = checkpoint.Checkpoints(tmp_path, keep=1)
+    assert c.saved is None
+    c.save(3, noise(3), {"at": 3})
+    assert c.latest() == c.saved == (3, {"at": 3})
+    told = (
+        rf"^{tmp_path}/5 could not be written: File too large .1,200,004 bytes to write, [\d,]+ free there.\. Make room"
+    )
+    with small_files(200_000), pytest.raises(DiskError, match=told) as error:
+        c.save(5, noise(5), {"at": 5})
+        {"wait": c.wait, "latest": c.latest, "save": lambda: c.save(6, noise(6), {}), "close": c.close}[then]()
+    assert "\n" not in str(error.value) and not caplog.records
+    assert c.saved == (3, {"at": 3})
+    c.close()
+    with checkpoint.Checkpoints(tmp_path, keep=1) as c:
+        assert c.latest() == (3, {"at": 3})
+        got = c.restore(3, like(noise(3), mesh(1, 1)))
+        assert same(got, noise(3))
+        c.save(5, noise(5), {"at": 5})
+    assert [p.name for p in tmp_path.iterdir()] == ["5"]
+
+
+def test_an_iterate_that_finds_the_disk_full_is_none(tmp_path, small_files):
+    checkpoint.save_iterate(tmp_path, "1", noise(1))
+    told = rf"^{tmp_path}/2 could not be written: File too large \(1,200,004 bytes to write, "
+    with small_files(200_000), pytest.raises(DiskError, match=told):
+        checkpoint.save_iterate(tmp_path, "2", noise(2))
+    assert checkpoint.iterates(tmp_path) == ["1"]
+    checkpoint.save_iterate(tmp_path, "2", noise(2))
+    for name in ("1", "2"):
+        assert same(checkpoint.load_iterate(tmp_path, name, like(noise(1), mesh(1, 1))), noise(int(name)))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
 
 
 SAVER = """

@@ -10,12 +10,12 @@ import pytest
 import yaml
 
 import sera_jax
-from sera_jax import config, losses, model, step
+from sera_jax import config, data, generate, losses, model, step
 from sera_jax.config import ConfigError, GenerateConfig, ReviewConfig, TrainConfig
+from sera_jax.train import fresh, validate
 
 NEEDED = {"run": {"dir": "runs/a"}, "model": {"path": "models/m"}, "data": {"pairs": ["p.jsonl"]}}
 RECORDS = [r for r in vars(config).values() if dataclasses.is_dataclass(r)]
-SECTIONS = [f.name for f in dataclasses.fields(TrainConfig)]
 
 
 def file(folder: pathlib.Path, content: dict | str) -> str:
@@ -84,10 +84,10 @@ def test_flags_alone_are_enough():
         ({"optimizer": {"batch_size": 1.5}}, (), ("optimizer.batch_size", "int", "1.5")),
         ({"data": {"pairs": "a.jsonl"}}, (), ("data.pairs", "tuple", "a.jsonl")),
         ({"loop": {"best": "maybe"}}, (), ("loop.best", "bool", "maybe")),
-        ({"loss": {"name": "dop"}}, (), ("loss.name", "'dpo', 'ipo'", "dop")),
+        ({"loss": {"name": "dop"}}, (), ("loss.name", "'dpo', 'robust_dpo'", "dop")),
         ({"select": {"rule": "best"}}, (), ("select.rule", "top_k", "best")),
         ({"model": {"compute": "fp8"}}, (), ("model.compute", "bfloat16", "fp8")),
-        ({"loss": {"mix": {"foo": 1.0}}}, (), ("loss.mix", "'foo'", "dpo, ipo")),
+        ({"loss": {"mix": {"foo": 1.0}}}, (), ("loss.mix", "'foo'", "dpo, robust_dpo")),
         ({"loss": {"beta": 0}}, (), ("loss.beta is 0.0, expected a number > 0.",)),
         ({}, ("--loss.beta=-1",), ("loss.beta is -1.0, expected a number > 0.",)),
     ],
@@ -129,7 +129,19 @@ POSITIVE = ([0.0, -1.0, float("nan")], [1e-9])
 RANGES = {
     "loss.beta": POSITIVE,
     "loss.label_smoothing": ([-0.1, 0.5], [0.0, 0.49]),
+    "loss.f_alpha": ([-0.1, float("nan")], [0.0, 2.0]),
+    "loss.gamma": ([-0.1], [0.0]),
+    "loss.gamma_beta_ratio": ([-0.1], [0.0, 1.6]),
+    "loss.alphapo_alpha": ([float("inf"), float("nan")], [-0.5, 0.0]),
+    "loss.discopop_tau": ([0.0, 1.1], [1e-3, 1.0]),
+    "loss.dpop_lambda": ([-1.0], [0.0, 500.0]),
+    "loss.rdpo_alpha": ([-0.1], [0.0]),
+    "loss.slic_delta": POSITIVE,
+    "loss.slic_lambda": ([-0.1], [0.0]),
     "loss.sft_weight": ([-0.1], [0.0]),
+    "loss.desirable_weight": ([-0.1], [0.0]),
+    "loss.undesirable_weight": ([-0.1], [0.0]),
+    "loss.ld_alpha": SHARE,
     "loss.mix": ([{"ipo": 0.0}, {"ipo": -1.0}], [{"ipo": 0.1}]),
     "reward.gamma": SHARE,
     "reward.ema_decay": ([0.0, 1.0], [0.01, 0.99]),
@@ -153,6 +165,8 @@ RANGES = {
     "data.max_prompt_length": ([0], [1, 1023]),
     "loop.iterations": NOT_NEGATIVE,
     "loop.epochs": AT_LEAST_1,
+    "loop.validate_every": NOT_NEGATIVE,
+    "loop.early_stop": NOT_NEGATIVE,
     "sft.epochs": NOT_NEGATIVE,
     "run.save_every": AT_LEAST_1,
     "run.keep_checkpoints": AT_LEAST_1,
@@ -177,6 +191,20 @@ RANGES = {
         "microbatch_rows": NOT_NEGATIVE,
     }.items()
 }
+# What else has to be set for a key to have a say.
+OWNERS = {
+    "loss.f_alpha": {"loss.f_divergence": "alpha_divergence"},
+    "loss.gamma": {"loss.name": "simpo"},
+    "loss.gamma_beta_ratio": {"loss.name": "simpo"},
+    "loss.alphapo_alpha": {"loss.name": "alphapo", "loss.gamma": 0.5},
+    "loss.discopop_tau": {"loss.name": "discopop"},
+    "loss.dpop_lambda": {"loss.name": "dpop"},
+    "loss.rdpo_alpha": {"loss.name": "rdpo"},
+    "loss.slic_delta": {"loss.name": "slic_hf"},
+    "loss.slic_lambda": {"loss.name": "slic_hf"},
+    "loss.desirable_weight": {"loss.name": "kto", "loop.iterations": 1},
+    "loss.undesirable_weight": {"loss.name": "kto", "loop.iterations": 1},
+}
 DOOR_RANGES = {
     GenerateConfig: {
         "temperature": ([-0.1], [0.0]),
@@ -196,10 +224,13 @@ CASES = [(r, k, *v) for r, table in {TrainConfig: RANGES, **DOOR_RANGES}.items()
 
 @pytest.mark.parametrize("record, key, bad, good", CASES, ids=[c[1] for c in CASES])
 def test_ranges(record, key, bad, good):
+    valid = base(record)
+    for other, value in OWNERS.get(key, {}).items():
+        valid = changed(valid, other, value)
     for value in bad:
-        refused(changed(base(record), key, value), f"{key} is {value!r}, expected ")
+        refused(changed(valid, key, value), f"{key} is {value!r}, expected ")
     for value in good:
-        config.check(changed(base(record), key, value), "x.yaml")
+        config.check(changed(valid, key, value), "x.yaml")
 
 
 def test_every_range_is_tested():
@@ -218,7 +249,15 @@ def test_every_range_is_tested():
         ({"data.max_prompt_length": 1024}, "data.max_prompt_length is 1024, expected less than data.max_length (1024)"),
         ({"reward.source": "function"}, "reward.function is '', expected 'module:function'"),
         ({"evaluate.prompts": ("p",)}, "evaluate.function is '', expected 'module:function'"),
+        ({"evaluate.function": "judge"}, "evaluate.function is 'judge', expected 'module:function'"),
+        ({"reward.source": "file"}, "reward.source is 'file', expected bootstrap.candidates_file with the scores"),
         ({"loop.best": True}, "loop.best needs held-out pairs: set data.validation"),
+        ({"loop.validate_every": 5}, "loop.validate_every needs held-out pairs: set data.validation"),
+        ({"loop.early_stop": 2, "data.validation": 0.1}, "loop.early_stop is 2, expected checks inside an iteration"),
+        (
+            {"loop.best": True, "loop.best_by": "loss", "data.validation": 0.1, "loss.reference": "ema"},
+            "loop.best_by is 'loss' with loss.reference 'ema': losses of iterations with different references",
+        ),
         (
             {"select.keep": 0.0, "bootstrap.fresh": 0.0},
             "select.keep and bootstrap.fresh are both 0: nothing would be left",
@@ -232,8 +271,71 @@ def test_every_range_is_tested():
         ({"mesh.data": -1}, "mesh has -1 on several axes, expected it on one at most"),
         ({"loss.label_smoothing": 0.1, "loss.name": "ipo"}, "loss.label_smoothing is 0.1, but loss 'ipo' does not"),
         ({"loss.normalisation": "mean"}, "loss.normalisation is 'mean', but loss 'dpo' does not know it (only ipo"),
-        ({"loss.gamma": 1.0}, "loss.gamma is 1.0, but loss 'dpo' does not know it (only simpo does)"),
+        (
+            {"loss.gamma": 1.0},
+            "loss.gamma is 1.0, but loss 'dpo' does not know it (only simpo, alphapo do); leave it out",
+        ),
+        (
+            {"loss.dpop_lambda": 5.0, "loss.name": "cpo"},
+            "loss.dpop_lambda is 5.0, but loss 'cpo' does not know it (only",
+        ),
+        (
+            {"loss.f_divergence": "forward_kl", "loss.name": "aot"},
+            "loss.f_divergence is 'forward_kl', but loss 'aot' does not know it (only dpo, robust_dpo",
+        ),
+        ({"loss.f_alpha": 0.3}, "loss.f_alpha is 0.3, but loss.f_divergence 'reverse_kl' has no α; leave it out"),
+        (
+            {"loss.f_divergence": "forward_kl", "loss.reference": "none"},
+            "loss.reference is 'none' with loss.f_divergence 'forward_kl', expected a reference: without one there is",
+        ),
+        (
+            {"loss.f_divergence": "js_divergence", "reward.reference": "none"},
+            "reward.reference is 'none' with loss.f_divergence 'js_divergence', expected a reference",
+        ),
+        (
+            {"loss.name": "exo_pair"},
+            "loss.label_smoothing is 0.0, expected more than 0 for loss 'exo_pair', whose target is (1-ε, ε)",
+        ),
+        (
+            {"loss.mix": {"exo_pair": 0.5}},
+            "loss.label_smoothing is 0.0, expected more than 0 for loss 'exo_pair'",
+        ),
+        (
+            {"loss.name": "simpo"},
+            "loss.gamma is None and loss.gamma_beta_ratio is None, expected exactly one of them for loss 'simpo'",
+        ),
+        (
+            {"loss.name": "simpo", "loss.gamma": 0.5, "loss.gamma_beta_ratio": 0.5},
+            "loss.gamma is 0.5 and loss.gamma_beta_ratio is 0.5, expected exactly one of them for loss 'simpo'",
+        ),
+        ({"loss.mix": {"alphapo": 0.5}}, "expected exactly one of them for loss 'alphapo'"),
+        ({"loss.name": "orpo", "loss.beta": 0.0}, "loss.beta is 0.0, expected a number > 0"),
         ({"loss.mix": {"dpo": 0.5}}, "loss.mix names 'dpo', which is loss.name already"),
+        (
+            {"loss.desirable_weight": 2.0},
+            "loss.desirable_weight is 2.0, but loss 'dpo' does not know it (only kto does)",
+        ),
+        (
+            {"data.format": "unpaired"},
+            "data.format is 'unpaired', but loss 'dpo' learns from pairs; use loss.name 'kto'",
+        ),
+        (
+            {"loss.name": "kto"},
+            "loss.name is 'kto' with select.from_iteration 2 of 3 iterations, but selection ranks pa",
+        ),
+        (
+            {"loss.name": "kto", "select.from_iteration": 4},
+            "loss.name is 'kto' with bootstrap.from_iteration 2 of 3 iterations, but bootstrapping ranks pairs, and "
+            "'kto' learns from single responses. Set loop.iterations to 1, or use 'kto_pair' on pairs.",
+        ),
+        (
+            {"loss.name": "kto", "loop.iterations": 1, "loss.sft_weight": 0.1},
+            "loss.sft_weight is 0.1 with loss 'kto', which learns from single responses; it is for pairs. Leave it out",
+        ),
+        ({"loss.name": "kto", "loss.mix": {"dpo": 0.5}}, "loss.mix is {'dpo': 0.5} with loss 'kto'"),
+        ({"loss.mix": {"kto": 0.5}}, "loss.mix is {'kto': 0.5} with loss 'kto'"),
+        ({"loss.name": "kto", "loss.ld_alpha": 0.5}, "loss.ld_alpha is 0.5 with loss 'kto'"),
+        ({"loss.name": "kto", "loss.weighting": "wpo"}, "loss.weighting is 'wpo' with loss 'kto'"),
     ],
 )
 def test_combinations_that_cannot_run(changes, said):
@@ -253,8 +355,32 @@ def test_combinations_that_cannot_run(changes, said):
         {"select.from_iteration": 1, "select.score": "annotator_gap"},
         {"select.keep": 0.0, "bootstrap.fresh": 0.0, "loop.iterations": 1},
         {"loop.best": True, "data.validation": 0.1},
+        {"loop.validate_every": 5, "loop.early_stop": 2, "data.validation": 0.1},
+        {"loop.best": True, "loop.best_by": "loss", "data.validation": 0.1},
+        {
+            "loop.best": True,
+            "loop.best_by": "loss",
+            "data.validation": 0.1,
+            "loss.reference": "ema",
+            "loop.iterations": 1,
+        },
+        {"reward.source": "file", "bootstrap.candidates_file": "c.jsonl", "bootstrap.from_iteration": 1},
+        {"reward.source": "file", "bootstrap.fresh": 0.0},
+        {"reward.source": "random", "bootstrap.from_iteration": 1},
+        {"bootstrap.candidates_file": "c.jsonl", "bootstrap.candidates": 1, "bootstrap.slots": 1},
         {"loss.mix": {"ipo": 0.5}, "loss.normalisation": "mean"},
+        {"loss.name": "exo_pair", "loss.label_smoothing": 1e-3},
+        {"loss.name": "simpo", "loss.gamma": 0.5},
+        {"loss.name": "alphapo", "loss.gamma_beta_ratio": 0.5},
+        {"loss.mix": {"simpo": 0.5}, "loss.gamma": 0.5},
+        {"loss.f_divergence": "alpha_divergence", "loss.f_alpha": 0.3},
+        {"loss.reference": "none", "reward.reference": "none"},
+        {"loss.name": "orpo", "select.from_iteration": 1, "bootstrap.from_iteration": 1},
+        {"loss.name": "slic_hf", "select.from_iteration": 1},
         {"mesh.data": -1, "mesh.fsdp": 1},
+        {"loss.name": "kto", "loop.iterations": 1, "data.format": "unpaired", "loss.desirable_weight": 2.0},
+        {"loss.name": "kto", "select.from_iteration": 4, "bootstrap.fresh": 0.0},
+        {"loss.ld_alpha": 0.0, "loss.weighting": "wpo", "loss.sft_weight": 0.1, "loss.mix": {"ipo": 0.5}},
     ],
 )
 def test_their_neighbours_run(changes):
@@ -265,6 +391,12 @@ def test_their_neighbours_run(changes):
 
 
 # --- one place per fact -----------------------------------------------------------------------------------------------
+
+
+def test_a_review_ranks_pairs():
+    refused(
+        changed(base(ReviewConfig), "loss.name", "kto"), "loss.name is 'kto', but a review ranks pairs; use 'kto_pa"
+    )
 
 
 def test_what_is_dumped_parses_to_the_same_config(tmp_path):
@@ -294,27 +426,138 @@ def test_every_field_has_a_line_in_the_docstring(record):
 
 
 def test_names_are_those_of_the_tables():
-    """The other tables are pinned beside them: LOSSES, the tables of sera, FORMATS."""
+    """The other tables are pinned beside them: LOSSES, the tables of sera."""
     names = lambda record, field: set(typing.get_args(typing.get_type_hints(record)[field]))
+    assert names(config.DataConfig, "format") == {"auto", *data.UNPAIRED}
+    assert names(config.DataConfig, "ranked") == set(data.RANKED)
+    assert names(config.LossConfig, "weighting") == set(losses.WEIGHTINGS)
     assert names(config.OptimizerConfig, "schedule") == set(step.SCHEDULES)
     assert names(config.ModelConfig, "remat") == set(model.REMAT)
+    assert names(config.RewardConfig, "source") == set(fresh.SOURCES)
+    assert names(config.LoopConfig, "best_by") == set(validate.BEST)
+
+
+# --- nothing in a config is idle: types followed through the syntax trees ---------------------------------------------
+
+HOUSE = pathlib.Path(sera_jax.__file__).parent
+SOURCES = {str(path.relative_to(HOUSE)): path.read_text(encoding="utf-8") for path in sorted(HOUSE.rglob("*.py"))}
+
+
+def named(annotation: ast.AST | None, known: set[str]) -> set[str]:
+    """The known classes that an annotation names by itself or as one of a union (not inside of list[...])."""
+    if isinstance(annotation, ast.BinOp):
+        return named(annotation.left, known) | named(annotation.right, known)
+    name = annotation.attr if isinstance(annotation, ast.Attribute) else getattr(annotation, "id", None)
+    return {name} & known
+
+
+def reads(sources: dict[str, str]) -> set[tuple[str, str]]:
+    """(class, field) of every read outside of config.py whose object's class follows from annotations: of parameters,
+    of fields of classes, of what is returned; through assignments, also of tuples. `getattr` of a literal name counts.
+    """
+    trees = {name: ast.parse(text) for name, text in sources.items()}
+    classes = {n.name: n for t in trees.values() for n in ast.walk(t) if isinstance(n, ast.ClassDef)}
+    known = set(classes)
+    fields = {
+        name: {n.target.id: named(n.annotation, known) for n in node.body if isinstance(n, ast.AnnAssign)}
+        for name, node in classes.items()
+    }
+    functions = [n for t in trees.values() for n in ast.walk(t) if isinstance(n, ast.FunctionDef)]
+    returned = {n.name: named(n.returns, known) for n in functions}
+    found: set[tuple[str, str]] = set()
+
+    def classes_of(node: ast.AST, names: dict[str, set[str]]) -> set[str]:
+        if isinstance(node, ast.Name):
+            return names.get(node.id, set())
+        if isinstance(node, ast.Call):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
+            if called == "parse" and node.args:  # configs.parse(TrainConfig, args) gives what it is asked for
+                return named(node.args[0], known)
+            return returned.get(called, set()) | ({called} & known)
+        if isinstance(node, ast.Attribute):
+            return set().union(*(fields[c].get(node.attr, set()) for c in classes_of(node.value, names)))
+        if isinstance(node, ast.IfExp):
+            return classes_of(node.body, names) | classes_of(node.orelse, names)
+        return set()
+
+    def walk(node: ast.AST, names: dict[str, set[str]]) -> None:
+        if isinstance(node, (ast.FunctionDef, ast.Lambda)):
+            every = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+            names = names | {a.arg: named(a.annotation, known) for a in every}
+        if isinstance(node, ast.Assign):
+            for target in node.targets:
+                pairs = [(target, node.value)]
+                if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                    pairs = list(zip(target.elts, node.value.elts))
+                for to, value in pairs:
+                    if isinstance(to, ast.Name):
+                        names[to.id] = classes_of(value, names)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            found.update((c, node.attr) for c in classes_of(node.value, names))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "getattr" and len(node.args) > 1:
+            if isinstance(node.args[1], ast.Constant):
+                found.update((c, node.args[1].value) for c in classes_of(node.args[0], names))
+        for child in ast.iter_child_nodes(node):
+            walk(child, names)
+
+    for name, tree in trees.items():
+        if name != "config.py":
+            walk(tree, {})
+    return found
+
+
+# Read by names that stand in a variable: keys of losses, of sampling, the two sides of an evaluation; read back from
+# config.yaml.
+DYNAMIC = (
+    {("LossConfig", key) for loss in losses.LOSSES.values() for key in loss.keys}
+    | {("GenerateConfig", key) for key in generate.SAMPLING}
+    | {("EvaluateDoorConfig", key) for key in ("policy", "baseline")}
+    | {("RunConfig", "dir")}
+)
+FIELDS = {(record.__name__, f.name) for record in RECORDS for f in dataclasses.fields(record)}
 
 
 def test_no_field_is_idle():
-    """Every key of a run is read by a room: as an attribute, or by its name (keys of losses, config.yaml read back)."""
-    house = pathlib.Path(sera_jax.__file__).parent
-    read = {key for loss in losses.LOSSES.values() for key in loss.keys}
-    for path in house.rglob("*.py"):
-        if path.name == "config.py":
-            continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                read.add(node.attr)
-            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr":
-                read.add(getattr(node.args[1], "value", None))
-            elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
-                read.add(node.slice.value)
-    sections = [f.type for f in dataclasses.fields(TrainConfig)]
-    fields = {(s.__name__, f.name) for s in sections for f in dataclasses.fields(s)}
-    assert {f for f in fields if f[1] not in read} == set()
-    assert set(SECTIONS) <= read
+    """Every key of every door is read by a room, off its own record."""
+    assert FIELDS - reads(SOURCES) - DYNAMIC == set()
+
+
+@pytest.mark.parametrize(
+    "file, used, instead, field",
+    [
+        ("train/validate.py", "best_by", "best", ("LoopConfig", "best_by")),
+        ("train/update.py", "config.bootstrap.replay", "False", ("BootstrapConfig", "replay")),
+        ("train/fresh.py", "values.temperature", "1.0", ("BootstrapConfig", "temperature")),
+        ("train/fresh.py", '"top_k", 0', '"top_q", 0', ("BootstrapConfig", "top_k")),
+        ("train/world.py", "optimizer.clip", "1.0", ("OptimizerConfig", "clip")),
+        ("review.py", "config.uninformative", "0.1", ("ReviewConfig", "uninformative")),
+    ],
+)
+def test_a_field_that_falls_idle_is_caught(file, used, instead, field):
+    """Also one whose name others have: temperature is read off other records all over the house."""
+    assert used in SOURCES[file]
+    changed_sources = SOURCES | {file: SOURCES[file].replace(used, instead)}
+    assert FIELDS - reads(changed_sources) - DYNAMIC >= {field}
+
+
+def test_reads_are_followed():
+    source = """
+@dataclass
+class Inner:
+    a: int
+    b: int
+    c: int
+    d: int
+class Outer:
+    inner: Inner
+class World:
+    outer: Outer | None
+def f(world: World, other: Any):
+    x, y = world.outer.inner, other
+    def g(inner: Inner | None = None):
+        return inner.b
+    return [x.a for _ in y.c], getattr(x, "d"), lambda: y.a
+"""
+    want = {("World", "outer"), ("Outer", "inner"), ("Inner", "a"), ("Inner", "b"), ("Inner", "d")}
+    assert reads({"x.py": source}) == want
+    assert reads({"config.py": source}) == set()

@@ -6,20 +6,33 @@ import typing
 
 import pytest
 
+from sera_jax import arms
 from sera_jax import config as configs
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
+SETS = [file for file in FILES if re.search("^arms:", file.read_text(encoding="utf-8"), re.M)]
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
-def test_a_config_parses_and_says_how_it_is_run(file):
-    text = file.read_text(encoding="utf-8")
+@pytest.mark.parametrize("file", sorted(set(FILES) - set(SETS)), ids=lambda f: f.stem)
+def test_a_config_parses(file):
     config = configs.parse(
         configs.TrainConfig, ["--config", str(file), "--model.path=model", "--data.pairs=[pairs.jsonl]"]
     )
     assert config.run.dir.startswith("runs/")
-    header = text[: text.index("run:")]
+
+
+@pytest.mark.parametrize("file", SETS, ids=lambda f: f.stem)
+def test_every_arm_of_a_set_is_a_config(file):
+    config = configs.parse(arms.ArmsConfig, ["--config", str(file)])
+    arms.check(config)
+    assert config.out.startswith("runs/") and config.baseline in config.arms
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+def test_a_config_says_how_it_is_run(file):
+    text = file.read_text(encoding="utf-8")
+    header = re.split("^(?:run|out):", text, maxsplit=1, flags=re.M)[0]
     assert re.search(r"^#   command   \S", header, re.M) and re.search(r"^#   hardware  \S", header, re.M)
     told = re.search(r"configs/RESULTS.md, \"(.+)\"", header)
     if told:
@@ -46,6 +59,9 @@ def test_every_choice_of_a_key_is_in_readme():
         configs.ScoreName,
         configs.RuleName,
         configs.PairRuleName,
+        configs.FormatName,
+        configs.RewardName,
+        configs.BestName,
     ):
         missing = [name for name in typing.get_args(names) if f"`{name}`" not in text]
         assert not missing, missing

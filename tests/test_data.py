@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import pathlib
 import typing
 
@@ -14,9 +15,11 @@ import tokenizers
 import transformers
 
 from sera_jax import config, data
-from sera_jax.records import Pair, Prompt, Tree
+from sera_jax.records import Pair, Prompt, Tree, Truth, Unpaired
 
-SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED = (
+    pathlib.Path(os.environ.get("SERA_JAX_SHARED", pathlib.Path(__file__).resolve().parents[2] / "shared")) / "data"
+)
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -36,7 +39,7 @@ WIDE = dict(max_length=10_000, max_prompt_length=5_000)
 
 def shared(name: str) -> pathlib.Path:
     if not (SHARED / name).exists():
-        pytest.skip(f"needs ../shared/data/{name}, which is not on this machine")
+        pytest.skip(f"no {name} in {SHARED} (set SERA_JAX_SHARED)")
     return SHARED / name
 
 
@@ -109,7 +112,8 @@ def decoded(tokenizer, tree: Tree, branch: int = 0) -> str:
 
 
 def test_formats_are_pinned_to_the_config():
-    assert set(data.FORMATS) == set(typing.get_args(config.FormatName)) - {"auto"}
+    assert ("auto", *data.UNPAIRED) == typing.get_args(config.FormatName)
+    assert set(data.FORMATS) == set(data.UNPAIRED) - {"unpaired"}
 
 
 @pytest.mark.parametrize(
@@ -153,6 +157,18 @@ def test_datasets_folders_and_splits(tmp_path):
     assert len(data.load_pairs([tmp_path / "hub"], split="test")[0]) == 1
     with pytest.raises(ValueError, match=r"hub: got data.split='dev'; expected one of test, train\."):
         data.load_pairs([tmp_path / "hub"], split="dev")
+    for subset, i in (("helpful", 7), ("harmless", 8)):
+        (tmp_path / "parts" / subset).mkdir(parents=True)
+        part = tmp_path / "parts" / subset / "train-00000-of-00001.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row(i)]), part)
+    table.save_to_disk(tmp_path / "parts" / "saved")
+    for subset, prompts in (("harmless", ["question 8"]), ("saved", [f"question {i}" for i in range(5)])):
+        pairs, _ = data.load_pairs([tmp_path / "parts"], subset=subset)
+        assert [p.prompt for p in pairs] == prompts and pairs[0].id == "parts:1"
+    with pytest.raises(
+        ValueError, match=r"parts: got data.subset='all'; expected one of its folders \(harmless, helpful, saved\)\."
+    ):
+        data.load_pairs([tmp_path / "parts"], subset="all")
     (tmp_path / "void").mkdir()
     with pytest.raises(ValueError, match=r"void: got a folder without dataset_dict.json, state.json or .parquet files"):
         data.load_pairs([tmp_path / "void"])
@@ -169,7 +185,14 @@ def test_hub_names_fetch_data_only(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
     assert data.load_pairs(["owner/name"], split="train_prefs")[0][0].id == "name:1"
-    assert asked == [(("owner/name",), {"split": "train_prefs"})]  # trust_remote_code is never passed
+    data.load_pairs(["owner/name"], subset="comparisons")
+    data.load_prompts(["owner/name"], subset="comparisons")
+    (owner, with_subset) = ("owner/name",), ("owner/name", "comparisons")
+    assert asked == [  # trust_remote_code is never passed
+        (owner, {"split": "train_prefs"}),
+        (with_subset, {"split": "train"}),
+        (with_subset, {"split": "train"}),
+    ]
     with pytest.raises(ValueError, match=r"owner/gone: no such local file or folder, and the hub gave: FileNotF"):
         data.load_pairs(["owner/gone"])
 
@@ -179,9 +202,11 @@ def test_paths_that_cannot_be_read(tmp_path):
         ValueError, match=r"nothing.jsonl: no such file or folder \(looked in .*expected a file \(.json"
     ):
         data.load_pairs([tmp_path / "nothing.jsonl"])
-    (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(ValueError, match=r"a.csv: got a file with extension '.csv'; expected .jsonl, .json, .parquet"):
-        data.load_pairs([tmp_path / "a.csv"])
+    (tmp_path / "a.tsv").write_text("x")
+    with pytest.raises(
+        ValueError, match=r"a.tsv: got a file with extension '.tsv'; expected .jsonl, .json, .parquet, .csv, each also"
+    ):
+        data.load_pairs([tmp_path / "a.tsv"])
     (tmp_path / "a.pkl").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
     with pytest.raises(ValueError, match=r"got a file with extension '.pkl'"):
         data.load_pairs([tmp_path / "a.pkl"])
@@ -193,8 +218,8 @@ def test_paths_that_cannot_be_read(tmp_path):
             data.load_pairs([tmp_path / name])
     with pytest.raises(ValueError, match=r"pairs: got 'a.jsonl'; expected a list of files"):
         data.load_pairs("a.jsonl")
-    with pytest.raises(ValueError, match=r"data.format: got 'trl'; expected auto, explicit, conversational, hh\."):
-        data.load_pairs([tmp_path / "a.csv"], format="trl")
+    with pytest.raises(ValueError, match=r"data.format: got 'trl'; expected auto, explicit, conversational, hh, imp"):
+        data.load_pairs([tmp_path / "a.tsv"], format="trl")
 
 
 def test_bad_rows_cost_only_themselves(tmp_path):
@@ -347,6 +372,82 @@ def test_ids_sources_scores_and_limit(tmp_path):
     assert report.files == ((a, "explicit", 2, 2),)  # the rest is not read
 
 
+def test_what_is_known_behind_a_label(tmp_path):
+    known = {"gold_chosen": 0.5, "gold_rejected": -1, "flipped": True, "cued": False, "upset": None, "author": "me"}
+    odd = {"gold_chosen": 1.0, "flipped": "no", "author": {"name": "x"}}  # somebody else's columns
+    pairs, report = data.load_pairs([write(tmp_path / "a.jsonl", [row(0, **known), row(1), row(2, **odd)])])
+    assert [p.truth for p in pairs] == [Truth((0.5, -1.0), True, False, None, "me"), Truth(), Truth()]
+    assert all(p.scores is None for p in pairs) and report.usable == 3
+
+
+def test_candidates_of_a_file(tmp_path):
+    chat = [turn("user", "hi")]
+    rows = [
+        {"id": "x", "prompt": "the", "responses": ["a", ""], "finished": [True, False], "lengths": [2, 1]},
+        {"prompt": chat, "responses": ["b"], "rewards": [0.5], "scores": ["unread"]},
+        {"prompt": "the", "responses": ["c"], "scores": [-1]},
+    ]
+    path = write(tmp_path / "c.jsonl", rows)
+    found = data.load_responses(path, scored=False)
+    assert [(r.prompt, r.texts, r.finished, r.scores) for r in found] == [
+        ("the", ("a", ""), (True, False), None),
+        (tuple(chat), ("b",), (True,), None),
+        ("the", ("c",), (True,), None),
+    ]
+    assert [r.where for r in found] == [f"{path}:{n}" for n in (1, 2, 3)]
+    scored = data.load_responses(write(tmp_path / "d.jsonl", rows[1:]), scored=True)
+    assert [r.scores for r in scored] == [(0.5,), (-1,)]
+
+
+@pytest.mark.parametrize(
+    "line, scored, reason",
+    [
+        ("{", False, "broken JSON"),
+        ("[1]", False, "not a JSON object"),
+        ('{"responses": ["a"]}', False, "missing column 'prompt'"),
+        ('{"prompt": " ", "responses": ["a"]}', False, "empty prompt"),
+        ('{"prompt": "p"}', False, "responses is no list of texts"),
+        ('{"prompt": "p", "responses": []}', False, "responses is no list of texts"),
+        ('{"prompt": "p", "responses": ["a", null]}', False, "responses is no list of texts"),
+        (
+            '{"prompt": "p", "responses": ["a", "b"], "finished": [true]}',
+            False,
+            "finished is no list of 2 booleans, one for each response",
+        ),
+        (
+            '{"prompt": "p", "responses": ["a"], "finished": ["stop"]}',
+            False,
+            "finished is no list of 1 booleans, one for each response",
+        ),
+        ('{"prompt": "p", "responses": ["a"]}', True, "no rewards and no scores, which reward.source 'file' needs"),
+        (
+            '{"prompt": "p", "responses": ["a"], "rewards": [NaN]}',
+            True,
+            "rewards is no list of 1 finite numbers, one for each response",
+        ),
+        (
+            '{"prompt": "p", "responses": ["a", "b"], "scores": [1, true]}',
+            True,
+            "scores is no list of 2 finite numbers, one for each response",
+        ),
+    ],
+)
+def test_a_line_of_candidates_that_cannot_be_used_is_an_error(tmp_path, line, scored, reason):
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"prompt": "p", "responses": ["a"], "rewards": [1]}\n\n' + line + "\n")
+    with pytest.raises(ValueError) as error:
+        data.load_responses(str(path), scored=scored)
+    assert str(error.value).startswith(f'{path}:3: {reason}; expected {{"prompt": text or messages, "responses": [')
+
+
+def test_files_of_candidates_that_are_none(tmp_path):
+    (tmp_path / "c.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"c.jsonl has no rows, expected candidates. Check bootstrap.candidates_file."):
+        data.load_responses(str(tmp_path / "c.jsonl"), scored=False)
+    with pytest.raises(ValueError, match="no such file"):
+        data.load_responses(str(tmp_path / "d.jsonl"), scored=False)
+
+
 def test_prompts(tmp_path):
     def get(*rows):
         return [p.prompt for p in data.load_prompts([write(tmp_path / "p.jsonl", list(rows))])[0]]
@@ -384,6 +485,84 @@ def test_texts(tmp_path):
     assert {reason for reason, _, _ in report.dropped} == {"no assistant turn", "empty prompt"}
     pair = Pair("i", "p", "c", "r", weight=0.5, source="s")
     assert data.demonstrations_of([pair]) == [data.Demonstration("i", "p", "c", 0.5, "s")]
+
+
+def labelled(i: int, **more) -> dict:
+    return {"prompt": f"question {i}", "completion": f"answer {i}", "label": i % 2 == 0, **more}
+
+
+def test_unpaired_rows(tmp_path):
+    user, answer = turn("user", "hi"), turn("assistant", "hello")
+    rows = [
+        labelled(0),
+        labelled(1, id="x", weight=0.5, source="s"),
+        {"prompt": [user], "completion": [answer], "label": True},
+        {"prompt": "hi", "completion": [answer], "label": False},
+        labelled(4, label=1),
+        labelled(5, label="yes"),
+        labelled(6, completion=" "),
+        {"prompt": "no label", "completion": "b", "label": None},
+    ]
+    path = write(tmp_path / "a.jsonl", rows)
+    examples, report = data.load_unpaired([path])
+    assert examples == [
+        Unpaired("a:1", "question 0", "answer 0", True, 1.0, "a"),
+        Unpaired("x", "question 1", "answer 1", False, 0.5, "s"),
+        Unpaired("a:3", (user,), (answer,), True, 1.0, "a"),
+        Unpaired("a:4", (user,), (answer,), False, 1.0, "a"),
+    ]
+    assert report.files == ((path, "unpaired", 4, 8),) and report.lines()[0].endswith("8 rows, format unpaired")
+    assert dict((reason, count) for reason, count, _ in report.dropped) == {
+        "label is int, expected true or false": 1,
+        "label is str, expected true or false": 1,
+        "empty completion": 1,
+        "label is NoneType, expected true or false": 1,
+    }
+    assert data.load_unpaired([path], limit=2)[0] == examples[:2]
+    parquet = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows[:2]), parquet)
+    assert [e.label for e in data.load_unpaired([str(parquet)], format="unpaired")[0]] == [True, False]
+
+
+def test_pairs_become_two_labelled_responses(tmp_path):
+    """As TRL unpairs them; a file of each form beside the other."""
+    pairs = write(tmp_path / "p.jsonl", [row(0, id="x", weight=0.5), row(1, rejected="good 1")])
+    single = write(tmp_path / "s.jsonl", [labelled(2)])
+    examples, report = data.load_unpaired([pairs, single])
+    assert examples == [
+        Unpaired("x/chosen", "question 0", "good 0", True, 0.5, "p"),
+        Unpaired("x/rejected", "question 0", "bad 0", False, 0.5, "p"),
+        Unpaired("s:1", "question 2", "answer 2", True, 1.0, "s"),
+    ]
+    assert [(form, items, rows) for _, form, items, rows in report.files] == [("explicit", 2, 2), ("unpaired", 1, 1)]
+    assert report.dropped[0][0] == "chosen and rejected are identical"
+    assert data.load_unpaired([pairs, single], limit=1)[0] == examples[:1]
+
+
+def test_unpaired_rows_where_they_do_not_belong(tmp_path):
+    path = write(tmp_path / "a.jsonl", [labelled(i) for i in range(4)])
+    with pytest.raises(
+        ValueError, match=r"Got columns completion, label, prompt; .*\(unpaired\) are for loss kto alone"
+    ):
+        data.load_pairs([path])
+    with pytest.raises(ValueError, match="data.format: got 'unpaired'; expected auto, explicit, conversational, hh"):
+        data.load_pairs([path], format="unpaired")
+    with pytest.raises(ValueError, match="data.format: got 'x'; expected auto, explicit, .*, alpaca_eval, unpaired"):
+        data.load_unpaired([path], format="x")
+    with pytest.raises(ValueError, match="data.ranked: got 'x'; expected best_worst"):
+        data.load_unpaired([path], ranked="x")
+    said = (
+        r"Got columns text; expected prompt, chosen .*, or prompt, completion and label \(true or false\) \(unpaired\)"
+    )
+    with pytest.raises(ValueError, match=said):
+        data.load_unpaired([write(tmp_path / "t.jsonl", [{"text": "a"}])])
+    # What is undesirable is nothing to imitate, in a file of its own or in the given data.
+    texts, report = data.load_texts([path])
+    assert [t.prompt for t in texts] == ["question 0", "question 2"]
+    assert report.dropped[0][:2] == ("label is false, an undesirable response", 2)
+    given = data.load_unpaired([path])[0]
+    assert [(d.id, d.response) for d in data.demonstrations_of(given)] == [("a:1", "answer 0"), ("a:3", "answer 2")]
+    assert [p.prompt for p in data.load_prompts([path])[0]] == [f"question {i}" for i in range(4)]
 
 
 def test_progress_sees_every_row_and_changes_nothing(tmp_path):
@@ -503,6 +682,27 @@ def test_prompt_and_response_decode_to_the_text(tmp_path, make):
     assert {t.id: t.prompt.tolist() for t in alone} == {p.id: first[p.prompt] for p in data.prompts_of(pairs)}
 
 
+@pytest.mark.parametrize("make", [bytelevel, piecelike])
+def test_implicit_prompts_end_where_tokens_end(tmp_path, make):
+    """The tokens of the prompt and of the responses are those of the whole texts."""
+    tokenizer = data.load_tokenizer(make(tmp_path))
+    texts = [
+        ("Sall the\nhe: the all", "Sall the\nhe: tell the"),
+        ("the hell", "the hello the"),
+        ("the\nhell", "the\nhe the"),
+        ("é 日本 語", "é 日本 本"),
+        ("the  hell", "the  all"),
+        ("a\nS:the", "a\nS:tell"),
+    ]
+    rows = [{"chosen": one, "rejected": other} for one, other in texts]
+    pairs, _ = data.load_pairs([write(tmp_path / "f.jsonl", rows)])
+    trees, _ = data.tokenise_pairs(pairs, tokenizer, (0,), **WIDE)
+    assert len(trees) == len(texts)
+    for tree, two in zip(trees, texts, strict=True):
+        for branch, text in zip(tree.branches, two, strict=True):
+            assert [*tree.prompt, *branch[:-1]] == tokenizer(text, add_special_tokens=True)["input_ids"]
+
+
 def test_a_response_that_merges_with_everything_is_dropped(tmp_path):
     merges = tuple((s, "Q") for s in ("\n", ":", "0", "#", "\x01"))
     tokenizer = data.load_tokenizer(piecelike(tmp_path, merges=merges))
@@ -526,6 +726,21 @@ def test_eos_in_the_text_is_not_doubled(tmp_path):
     assert [b.tolist().count(2) for b in tree.branches] == [1, 1] and tree.branches[0][-1] == 2
 
 
+@pytest.mark.parametrize("make", [bytelevel, piecelike])
+def test_responses_have_the_ids_that_pairs_have(tmp_path, make):
+    path = make(tmp_path)
+    tokenizer = data.load_tokenizer(path)
+    eos = data.eos_ids(path, tokenizer)
+    pairs = [Pair(str(i), a, b, b + "l") for i, (a, b) in enumerate(BOUNDARIES)]
+    trees, _ = data.tokenise_pairs(pairs, tokenizer, eos, **WIDE)
+    texts = [[p.chosen, p.rejected, ""] for p in pairs]
+    made = data.tokenise_responses([p.prompt for p in pairs], texts, tokenizer, eos)
+    for tree, (chosen, rejected, nothing) in zip(trees, made, strict=True):
+        np.testing.assert_array_equal(chosen, tree.branches[0])
+        np.testing.assert_array_equal(rejected, tree.branches[1])
+        assert chosen.dtype == np.int32 and len(nothing) == 0
+
+
 def test_sft_texts(tmp_path):
     texts = [data.Demonstration("a", "", "the S", 0.5), data.Demonstration("b", "the", "the")]
     tokenizer = data.load_tokenizer(piecelike(tmp_path / "p"))
@@ -538,6 +753,21 @@ def test_sft_texts(tmp_path):
     tokenizer = data.load_tokenizer(bytelevel(tmp_path / "b"))
     (text, _), _ = data.tokenise_texts(texts, tokenizer, (9,), **WIDE)
     assert text.prompt.shape == (0,) and text.branches[0].tolist() == [*tokenizer("the S")["input_ids"], 9]
+
+
+def test_unpaired_trees_carry_their_label(tmp_path):
+    examples = [Unpaired("a", "the", "the S", True, 0.5), Unpaired("b", "the S", "the", False)]
+    tokenizer = data.load_tokenizer(piecelike(tmp_path / "p"))
+    trees, counts = data.tokenise_unpaired(examples, tokenizer, (2,), **WIDE)
+    assert [(t.id, t.label, t.weight, len(t.branches)) for t in trees] == [("a", 1, 0.5, 1), ("b", -1, 1.0, 1)]
+    assert [decoded(tokenizer, t) for t in trees] == ["thethe S", "the Sthe"]
+    assert all(t.branches[0][-1] == 2 for t in trees) and counts.kept == 2
+    # The same ids as the chosen response of a pair has.
+    (pair,), _ = data.tokenise_pairs([Pair("a", "the", "the S", "x")], tokenizer, (2,), **WIDE)
+    assert pair.label == 0 and pair.branches[0].tolist() == trees[0].branches[0].tolist()
+    # Nothing to score a mismatch behind: only a text to imitate may stand without a prompt.
+    trees, counts = data.tokenise_unpaired([examples[0], Unpaired("c", "", "the", True)], tokenizer, (2,), **WIDE)
+    assert [t.id for t in trees] == ["a"] and counts.dropped == (("the prompt has no tokens", 1, ("c",)),)
 
 
 # Chat templates
@@ -578,6 +808,22 @@ def test_chat_ids_are_those_of_transformers(tmp_path, template, specials, eos, e
     last = tokenizer.convert_tokens_to_ids("<|end|>")
     trees, _ = data.tokenise_pairs(pairs, tokenizer, (last,), **WIDE)
     assert trees[0].branches[0][-2:].tolist() == [stop, last]
+
+
+def test_responses_in_a_chat_end_as_its_template_ends_a_turn(tmp_path):
+    path = bytelevel(tmp_path, ("<|end|>", "<|im_start|>", "<|im_end|>"), eos_token="<|im_end|>")
+    tokenizer = data.load_tokenizer(path)
+    tokenizer.chat_template = CHATML
+    eos = data.eos_ids(path, tokenizer)
+    pair = conversation(3)
+    (tree,), _ = data.tokenise_pairs([pair], tokenizer, eos, **WIDE)
+    text = pair.chosen[-1]["content"]
+    ((ids,),) = data.tokenise_responses([pair.prompt], [[text]], tokenizer, eos)
+    np.testing.assert_array_equal(ids, tree.branches[0])
+    assert tokenizer.decode(ids[:-1]) == text and ids[-1] == eos[0]
+    tokenizer.chat_template = "{{ raise_exception('no turns') }}"
+    with pytest.raises(ValueError, match="candidates of the prompt .* cannot be tokenised: chat template: no turns"):
+        data.tokenise_responses([pair.prompt], [[text]], tokenizer, eos)
 
 
 def test_a_response_never_changes_the_ids_of_its_prompt(tmp_path):
@@ -751,6 +997,46 @@ def test_batches_are_exactly_full():
         data.batches(0, 4, **where)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_derangement_sends_nothing_into_its_own_group(seed):
+    rng = np.random.default_rng(seed)
+    for n in (2, 3, 7, 50):
+        for kinds in (2, 3, n, 10 * n):
+            groups = rng.integers(kinds, size=n).tolist()
+            largest = max(map(groups.count, groups))
+            if 2 * largest > n:
+                with pytest.raises(ValueError, match=f"{largest} of {n} examples have the same prompt, expected at mo"):
+                    data.derangement(groups, seed)
+                continue
+            other = data.derangement(groups, seed)
+            assert sorted(other) == list(range(n)) and other.dtype == np.int64
+            assert all(groups[i] != groups[j] for i, j in enumerate(other))
+            assert np.array_equal(other, data.derangement(groups, seed))
+
+
+def test_derangements_of_other_seeds_are_others():
+    assert len({data.derangement(range(20), seed).tobytes() for seed in range(10)}) == 10
+
+
+def test_mismatches_are_completions_of_other_prompts():
+    rng = np.random.default_rng(0)
+    ids = lambda low, high: rng.integers(0, 90, rng.integers(low, high)).astype(np.int32)
+    prompts = [ids(1, 20) for _ in range(9)]
+    singles = [Tree(f"{i}", prompts[i // 2], (ids(1, 12),), 0.5, label=(-1) ** i) for i in range(18)]
+    trees = data.mismatched(singles, max_length=24, seed=3)
+    used = []
+    for single, tree in zip(singles, trees):
+        assert (tree.id, tree.weight, tree.label) == (single.id, single.weight, single.label)
+        own, mismatch = tree.branches
+        assert own is single.branches[0] and 1 <= len(mismatch) <= 24 - len(tree.prompt)
+        whole = [s for s in singles if s.branches[0][: len(mismatch)].tolist() == mismatch.tolist()]
+        cut = [s for s in whole if len(s.branches[0]) == len(mismatch) or len(tree.prompt) + len(mismatch) == 24]
+        assert cut and all(s.prompt.tolist() != tree.prompt.tolist() for s in cut)
+        used += [s.id for s in cut]
+    assert set(used) == {s.id for s in singles}  # each once, up to short ones that begin alike
+    assert any(len(t.prompt) + len(t.branches[1]) == 24 for t in trees)
+
+
 def test_validation_never_shares_a_prompt():
     rng = np.random.default_rng(0)
     pairs = [Pair(str(i), f"q{rng.integers(60)}", f"c{i}", "r") for i in range(300)]
@@ -830,6 +1116,25 @@ def test_real_tokenisers_keep_texts_exact(name, bos):
         first = tree.prompt.tolist().index(tokenizer.bos_token_id) if bos else None
         assert (first, tree.prompt.tolist().count(tokenizer.bos_token_id)) == ((0, 1) if bos else (None, 0))
     assert joint >= 100  # HH's replies start with a space: apart = together there
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox_20b", "llama2", "mistral_v1"])
+def test_real_tokenisers_part_at_implicit_prompts(tmp_path, name):
+    """Prompt and response apart have the tokens of the whole text, but where blank lines are merged at a text's end."""
+    path = str(shared(f"tokenizers/{name}"))
+    tokenizer = data.load_tokenizer(path)
+    raw = [json.loads(line) for line in gzip.open(shared("hh_rlhf/helpful_train.jsonl.gz"), "rt", encoding="utf-8")][
+        :80
+    ]
+    full = [{"chosen": r["prompt"] + r["chosen"], "rejected": r["prompt"] + r["rejected"]} for r in raw]
+    pairs, _ = data.load_pairs([write(tmp_path / "f.jsonl", full)], format="implicit")
+    trees, _ = data.tokenise_pairs(pairs, tokenizer, data.eos_ids(path, tokenizer), **WIDE)
+    assert len(trees) > 75
+    for pair, tree in zip(pairs, trees, strict=True):
+        for branch, response in enumerate((pair.chosen, pair.rejected)):
+            whole = tokenizer(pair.prompt + response, verbose=False)["input_ids"]
+            same = [*tree.prompt, *tree.branches[branch][:-1]] == whole
+            assert same or pair.prompt.endswith("\n\n")
 
 
 def test_llama2_chat_on_the_real_tokeniser(tmp_path):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from sera_jax import ledger
+from sera_jax.disk import DiskError
 
 TAG = "0123456789abcdef"
 
@@ -109,6 +110,25 @@ def test_a_chunk_cut_short_by_a_crash_is_cut_off(tmp_path, left):
     for reader in (after, ledger.Ledger(tmp_path)):
         assert reader.look_up(TAG, keys(1, 3)).tolist() == [-1, -3] and np.isnan(reader.look_up(TAG, keys(2)))
     assert file_of(tmp_path).stat().st_size == 2 * whole
+
+
+@pytest.mark.parametrize("room", [0, 5, 20, 33])
+def test_an_append_that_finds_the_disk_full(tmp_path, small_files, room):
+    """The kernel cuts it off behind `room` bytes: what stood before stays, and the next append overwrites the rest, by
+    the same ledger or by another run's."""
+    book = ledger.Ledger(tmp_path)
+    book.append(TAG, keys(1, 2), [-1.0, -2.0])
+    whole = file_of(tmp_path).read_bytes()
+    told = rf"^{file_of(tmp_path)} could not be written: File too large \(60 bytes to write, [\d,]+ free there\)"
+    with small_files(len(whole) + room), pytest.raises(DiskError, match=told):
+        book.append(TAG, keys(3, 4, 5), [-3.0, -4.0, -5.0])
+    assert len(file_of(tmp_path).read_bytes()) == len(whole) + room and file_of(tmp_path).read_bytes().startswith(whole)
+    for reader in (book, ledger.Ledger(tmp_path)):
+        assert np.isnan(reader.look_up(TAG, keys(1, 2, 3))).tolist() == [False, False, True]
+    writer = book if room % 2 else ledger.Ledger(tmp_path)
+    assert writer.append(TAG, keys(3), [-33.0]) == 1
+    for reader in (book, ledger.Ledger(tmp_path)):
+        assert reader.look_up(TAG, keys(1, 2, 3)).tolist() == [-1, -2, -33]
 
 
 def test_a_long_torn_chunk_leaves_nothing_behind_a_short_new_one(tmp_path):

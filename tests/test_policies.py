@@ -31,7 +31,7 @@ def scorer(eight_devices):
 def where(tmp_path, eight_devices, scorer) -> Policies:
     load = lambda: programs.random_params(ARCH, eight_devices)(jax.random.key(3))
     start = Folder("start", ARCH, None, (2,), eight_devices, BF16, "a" * 16, load)
-    return Policies(start, False, "config and data", tmp_path / "iterates", Ledger(tmp_path / "l"))
+    return Policies(start, False, None, "config and data", tmp_path / "iterates", Ledger(tmp_path / "l"))
 
 
 @pytest.fixture(scope="module")

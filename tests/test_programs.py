@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from sera_jax import losses, model, programs, score, sera, step
+from sera_jax import config, losses, model, programs, score, sera, step
 from sera_jax import mesh as meshes
 from sera_jax import rows as rowlib
 from sera_jax.model import Arch
@@ -27,17 +27,19 @@ SCHEDULE = {"peak": 0.1, "schedule": "constant", "warmup": 0.0}
 # Its state is the gradient itself.
 GRADIENT = optax.trace(decay=0.0)
 
+# On the real model; every other loss of the table below, on a smaller one.
 LOSSES = {
     "dpo": (losses.LOSSES["dpo"], {"beta": 0.3, "label_smoothing": 0.1}),
-    "ipo": (losses.LOSSES["ipo"], {"beta": 0.3, "normalisation": "mean"}),
-    "slic": (losses.LOSSES["slic"], {"beta": 0.3}),
     "kto_pair": (losses.LOSSES["kto_pair"], {"beta": 0.3}),
     "simpo": (losses.LOSSES["simpo"], {"beta": 0.3, "gamma": 0.5}),
     "mixture": (
         losses.mixture({"dpo": 1.0, "kto_pair": 0.5, "ipo": 0.1}, sft_weight=0.2),
         {"beta": 0.3, "label_smoothing": 0.1, "normalisation": "sum"},
     ),
+    "ld_wpo": (losses.LOSSES["dpo"], {"beta": 0.3}),
+    "kto": (losses.LOSSES["kto"], {"beta": 0.3, "desirable_weight": 1.5, "undesirable_weight": 0.7}),
 }
+OPTIONS = {"ld_wpo": {"ld_alpha": 0.4, "weighting": losses.wpo}}  # of the update, beside the loss
 # Layout → (devices, plan of a microbatch, how the trees below lie in it). The first two share their programs.
 LAYOUTS = {
     "all in one row": (1, Plan(160, 160, 16, 2), "packed"),  # one microbatch: all trees in a row, and an empty row
@@ -51,13 +53,16 @@ def trees_of(branches: int = 2, seed: int = 0) -> list[Tree]:
     rng = np.random.default_rng(seed)
     ids = lambda n: rng.integers(0, ARCH.vocab, n).astype(np.int32)
     shapes = [(5, 7, 3), (1, 1, 9), (6, 1, 1), (3, 30, 2), (4, 4, 4), (8, 6, 12), (2, 2, 2)]
-    return [Tree(f"t{i}", ids(p), tuple(ids(n) for n in (a, b)[:branches])) for i, (p, a, b) in enumerate(shapes)]
+    branched = [(ids(p), tuple(ids(n) for n in (a, b)[:branches])) for p, a, b in shapes]
+    # Labels are read by unpaired losses alone.
+    return [Tree(f"t{i}", *both, label=(-1) ** (i % 3)) for i, both in enumerate(branched)]
 
 
 TREES = trees_of()
 # Somewhat below the policy's log-probs, so that the KL estimates of kto_pair are not cut off at 0.
 REFERENCE_F = -5.2 * np.array([n for t in TREES for n in map(len, t.branches)], np.float32) + np.arange(14) % 3 - 1
 WEIGHT_N = np.array([1, 0.5, 2, 1, 1, 0.25, 1], np.float32)
+LABEL_N = np.array([tree.label for tree in TREES])
 
 
 def laid(trees, plan: Plan, how: str) -> Rows:
@@ -84,6 +89,7 @@ def batch_of(
         stacked,
         rowlib.spread(reference_F, stacked.example_BS),
         rowlib.spread(np.repeat(weight_N, branches), stacked.example_BS),
+        rowlib.spread(np.repeat([tree.label for tree in trees], branches), stacked.example_BS),
         np.int32(count),
     )
     return meshes.put(batch, programs.batch_shardings(mesh)), count
@@ -112,7 +118,8 @@ def small(mesh, total: int = 10, seed: int = 0) -> tuple[jax.Array, jax.Array]:
 @functools.cache
 def update_of(name: str, devices: int):
     loss, keys = LOSSES[name]
-    return programs.preference_update(ARCH, mesh_of(devices), COMPUTE, GRADIENT, loss, keys, SCHEDULE)
+    mesh, options = mesh_of(devices), OPTIONS.get(name, {})
+    return programs.preference_update(ARCH, mesh, COMPUTE, GRADIENT, loss, keys, SCHEDULE, **options)
 
 
 @functools.cache
@@ -157,47 +164,142 @@ def test_any_split_of_a_batch_gives_the_same_update(name, layout):
 ALONE = Plan(48, 48, 2, 1)
 
 
-def direct(params, plan=ALONE, trees=TREES) -> tuple[jax.Array, jax.Array]:
-    """logp and length of every branch by flat number, all rows in one forward pass."""
+def direct(params, plan=ALONE, trees=TREES, **options) -> score.SlotSums:
+    """What a forward pass says of every branch by flat number, all rows in one."""
     packed = rowlib.pack(trees, plan)
-    logp, length = score.row_logps(ARCH, params, packed, mesh=mesh_of(1), dtype=jnp.float32)
+    sums = score.slot_sums(ARCH, params, packed, mesh=mesh_of(1), dtype=jnp.float32, **options)
     flat = np.argsort(packed.example_BS.reshape(-1), kind="stable")[-sum(len(t.branches) for t in trees) :]
-    return logp.reshape(-1)[flat], length.reshape(-1)[flat]
+    return jax.tree.map(lambda a: a.reshape(-1)[flat], sums)
 
 
-@pytest.mark.parametrize("name", ["dpo", "kto_pair", "mixture"])
+def told(name, logp_P2, reward_P2) -> dict[str, float]:
+    """The metrics of an update, from all examples at once, in float64."""
+    logp_P2, reward_P2 = (np.asarray(a, np.float64) for a in (logp_P2, reward_P2))
+    side = np.stack([LABEL_N > 0, LABEL_N < 0]) if name == "kto" else np.ones((2, len(TREES)))
+    column = (0, 0) if name == "kto" else (0, 1)
+    mean = lambda value_P2, s: np.average(value_P2[:, column[s]], weights=WEIGHT_N * side[s])
+    out = {
+        f"{kind}/{which}": mean(value_P2, s)
+        for kind, value_P2 in (("rewards", reward_P2), ("logps", logp_P2))
+        for s, which in enumerate(("chosen", "rejected"))
+    }
+    out["rewards/margins"] = out["rewards/chosen"] - out["rewards/rejected"]
+    if name == "kto":
+        return out | {"kl": (logp_P2 - REFERENCE_F.reshape(-1, 2))[:, 1].mean()}
+    return out | {"rewards/accuracies": np.average(reward_P2[:, 0] > reward_P2[:, 1], weights=WEIGHT_N)}
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto_pair", "mixture", "ld_wpo", "kto"])
 def test_the_update_follows_the_gradient_of_the_global_loss(name):
     """Σ weight·loss / Σ weight over all pairs at once; the coupled losses see the whole batch."""
     loss, keys = LOSSES[name]
 
     def whole(params):
-        logp_P2, length_P2 = (a.reshape(-1, 2) for a in direct(params))
+        sums = direct(params, tail=OPTIONS.get(name, {}).get("ld_alpha", 1.0), alignment=name == "ld_wpo")
+        logp_P2, length_P2 = (a.reshape(-1, 2) for a in (sums.logp_BS, sums.length_BS))
         valid = (jnp.ones(len(TREES), bool),) if loss.coupled else ()
-        loss_P = loss.loss(logp_P2, jnp.asarray(REFERENCE_F).reshape(-1, 2), length_P2, *valid, **keys)
+        label = (jnp.asarray(LABEL_N),) if loss.unpaired else ()
+        loss_P = loss.loss(logp_P2, jnp.asarray(REFERENCE_F).reshape(-1, 2), length_P2, *valid, *label, **keys)
+        if name == "ld_wpo":
+            weight_P = jnp.minimum(jnp.exp((sums.alignment_BS.reshape(-1, 2) / length_P2).sum(1)), 1)
+            loss_P *= jax.lax.stop_gradient(weight_P)
         reward_P2 = loss.reward(logp_P2, REFERENCE_F.reshape(-1, 2), length_P2, **keys)
         return jnp.sum(WEIGHT_N * loss_P) / WEIGHT_N.sum(), (logp_P2, reward_P2)
 
     (value, (logp_P2, reward_P2)), want = jax.jit(jax.value_and_grad(whole, has_aux=True))(host_params())
     grads, params, metrics = updated(name, "one tree a row")
-    assert (np.mean(logp_P2 - REFERENCE_F.reshape(-1, 2), axis=0) > 0.5).all()
-    mean = lambda value_P: float(np.average(value_P, weights=WEIGHT_N))
-    assert metrics == pytest.approx(
-        {
-            "loss": float(value),
-            "rewards/chosen": mean(reward_P2[:, 0]),
-            "rewards/rejected": mean(reward_P2[:, 1]),
-            "rewards/margins": mean(reward_P2[:, 0] - reward_P2[:, 1]),
-            "rewards/accuracies": mean(reward_P2[:, 0] > reward_P2[:, 1]),
-            "logps/chosen": mean(logp_P2[:, 0]),
-            "logps/rejected": mean(logp_P2[:, 1]),
-            "grad_norm": float(optax.tree.norm(want)),
-            "learning_rate": SCHEDULE["peak"],
-        },
-        rel=1e-5,
-    )
+    if name != "ld_wpo":
+        assert (np.mean(logp_P2 - REFERENCE_F.reshape(-1, 2), axis=0) > 0.5).all()
+    last = {"loss": float(value), "grad_norm": float(optax.tree.norm(want)), "learning_rate": SCHEDULE["peak"]}
+    assert metrics == pytest.approx(told(name, logp_P2, reward_P2) | last, rel=1e-5)
     for got, expected, after, before in zip(*map(jax.tree.leaves, (grads, want, params, host_params()))):
         np.testing.assert_allclose(got, expected, atol=5e-6 * np.abs(expected).max())
         np.testing.assert_allclose(after, before - SCHEDULE["peak"] * got, rtol=1e-6, atol=1e-7)
+
+
+# Every loss of the table that is of pairs (kto is above, on the real model) in the program of an update, compiled once
+# for all of them: a number that rides on the lengths tells which, and the language model is the smallest there is,
+# where a token hangs on the one before it. Rows, the loop over microbatches, the two passes of coupled losses,
+# shardings and update are the real ones.
+PAIRED = {name: loss for name, loss in losses.LOSSES.items() if not loss.unpaired}
+BIGRAM = Arch("llama", 48, 8, 1, 2, 2, 4, 8, 1e-5, 1e4, tied=False, init_std=0.3)
+KEYS = dataclasses.asdict(config.LossConfig(beta=0.3, label_smoothing=0.1, normalisation="mean", gamma=0.5))
+BIGRAM_REFERENCE_F = (
+    -4.1 * np.array([n for t in TREES for n in map(len, t.branches)], np.float32) + np.arange(14) % 3 - 1
+)
+PICK = 1000.0
+
+
+def bigram(params: dict, rows: Rows) -> tuple[jax.Array, jax.Array]:
+    """logp_BS, length_BS."""
+    before_BMD = params["embed"]["table"][jnp.take_along_axis(rows.tokens_BL, rows.parent_BM, axis=1)]
+    logp_BMV = jax.nn.log_softmax(before_BMD @ params["head"]["table"].T)
+    by_slot = jax.vmap(functools.partial(jax.ops.segment_sum, num_segments=rows.example_BS.shape[1]))
+    logp_BM = jnp.take_along_axis(logp_BMV, rows.target_BM[:, :, None], axis=2)[..., 0]
+    return by_slot(logp_BM, rows.slot_BM), by_slot(jnp.ones_like(logp_BM), rows.slot_BM)
+
+
+def picked_slot_sums(arch, params, rows: Rows, **_) -> score.SlotSums:
+    """In the place of score.slot_sums: the first scale of the last norm is the number of the loss."""
+    logp_BS, length_BS = bigram(params, rows)
+    return score.SlotSums(logp_BS, length_BS + PICK * jax.lax.stop_gradient(params["final_norm"]["scale"][0]), None)
+
+
+@functools.cache
+def any_of(coupled: bool, devices: int):
+    """(names of the losses that are coupled or not, how a state begins, the update by the loss that is picked)."""
+    rows = {name: loss for name, loss in PAIRED.items() if loss.coupled == coupled}
+    keys = [{key: KEYS[key] for key in ("beta", *loss.keys)} for loss in rows.values()]
+
+    def pick(part):
+        branches = [functools.partial(getattr(loss, part), **keys) for loss, keys in zip(rows.values(), keys)]
+
+        def run(logp_P2, reference_P2, length_P2, *valid_P):
+            number = (jnp.max(length_P2) // PICK).astype(jnp.int32)
+            return jax.lax.switch(number, branches, logp_P2, reference_P2, length_P2 % PICK, *valid_P)
+
+        return run
+
+    either = losses.Loss(pick("loss"), pick("reward"), reference=True, coupled=coupled)
+    mesh = mesh_of(devices)
+    update = programs.preference_update(BIGRAM, mesh, COMPUTE, GRADIENT, either, {}, SCHEDULE)
+    return list(rows), programs.fresh_state(BIGRAM, mesh, GRADIENT), update
+
+
+@functools.cache
+def bigram_params() -> dict:
+    return jax.device_get(jax.jit(lambda key: model.init(BIGRAM, key))(jax.random.key(1)))
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_any_split_of_a_batch_gives_the_same_update_for_every_loss(name, monkeypatch):
+    monkeypatch.setattr(score, "slot_sums", picked_slot_sums)
+    loss, seen = PAIRED[name], []
+    for devices, plan, how in LAYOUTS.values():
+        mesh, (names, begin, update) = mesh_of(devices), any_of(loss.coupled, devices)
+        most = 4 if devices == 1 else 1
+        batch, _ = batch_of(TREES, plan, BIGRAM_REFERENCE_F, WEIGHT_N, mesh, most=most, how=how)
+        params = bigram_params() | {"final_norm": {"scale": np.full(BIGRAM.width, names.index(name), np.float32)}}
+        state = begin(meshes.put(params, programs.param_shardings(BIGRAM, mesh)))
+        state, metrics = update(state, batch, *small(mesh))
+        seen.append(meshes.get((state.moments.trace, metrics)))
+    (grads, metrics), *others = seen
+    for other_grads, other in others:
+        for key in metrics:
+            np.testing.assert_allclose(other[key], metrics[key], rtol=1e-5, atol=1e-6, err_msg=key)
+        for part in ("embed", "head"):
+            want = grads[part]["table"]
+            assert np.abs(want).max() > 0
+            np.testing.assert_allclose(other_grads[part]["table"], want, atol=1e-5 * np.abs(want).max())
+
+    # And it is the loss of the whole batch at once.
+    packed = rowlib.pack(TREES, ALONE)
+    flat = np.argsort(packed.example_BS.reshape(-1), kind="stable")[-14:]
+    logp_P2, length_P2 = (a.reshape(-1)[flat].reshape(-1, 2) for a in bigram(bigram_params(), packed))
+    valid = (jnp.ones(len(TREES), bool),) if loss.coupled else ()
+    keys = {key: KEYS[key] for key in ("beta", *loss.keys)}
+    loss_P = loss.loss(logp_P2, BIGRAM_REFERENCE_F.reshape(-1, 2), length_P2, *valid, **keys)
+    assert float(metrics["loss"]) == pytest.approx(float(np.average(loss_P, weights=WEIGHT_N)), rel=1e-5)
 
 
 def test_supervised_updates_are_means_over_tokens():
@@ -208,8 +310,7 @@ def test_supervised_updates_are_means_over_tokens():
     assert count > 1
 
     def whole(params):
-        logp, length = direct(params, plan, trees)
-        return -jnp.sum(logp) / sum(len(t.branches[0]) for t in trees) + 0 * length.sum()
+        return -jnp.sum(direct(params, plan, trees).logp_BS) / sum(len(t.branches[0]) for t in trees)
 
     value, want = jax.jit(jax.value_and_grad(whole))(host_params())
     state, metrics = update(new_state(mesh), batch, *small(mesh))
@@ -325,6 +426,7 @@ def signals(n: int = 64) -> dict[str, np.ndarray]:
         "reward_reference_N2": rng.normal(size=(n, 2), scale=5).astype(np.float32),
         "loss_reference_N2": rng.normal(size=(n, 2), scale=5).astype(np.float32),
         "length_N2": rng.integers(1, 40, (n, 2)).astype(np.float32),
+        "gold_N": rng.normal(size=n).astype(np.float32),
         "gap_N": rng.integers(0, 4, n).astype(np.float32),  # many ties
         "valid_N": np.arange(n) < n - 5,
         "group_N": rng.integers(0, 3, n).astype(np.int32),
@@ -462,8 +564,7 @@ def abstract_batch(mesh) -> Batch:
     array = lambda letter, dtype: jax.ShapeDtypeStruct(shape[letter], dtype, sharding=where.reference_ABS)
     return Batch(
         Rows(*(array(name[-1], jnp.int32) for name in fields)),
-        array("S", jnp.float32),
-        array("S", jnp.float32),
+        *[array("S", jnp.float32)] * 3,
         jax.ShapeDtypeStruct((), jnp.int32, sharding=where.count),
     )
 
@@ -473,7 +574,8 @@ def test_no_activations_cross_devices_but_the_head_s(name, shape):
     mesh = meshes.make(*shape)
     loss, keys = LOSSES[name]
     compute = Compute(jnp.float32, "full", CHUNK)
-    update = programs.preference_update(WIDE, mesh, compute, GRADIENT, loss, keys, SCHEDULE)
+    options = OPTIONS["ld_wpo"] if loss.coupled else {}  # what they add to the rest must stay at home as well
+    update = programs.preference_update(WIDE, mesh, compute, GRADIENT, loss, keys, SCHEDULE, **options)
     state = programs.abstract_state(WIDE, mesh, GRADIENT)
     text = update.lower(state, abstract_batch(mesh), *small(mesh)).compile().as_text()
     assert unexplained(text, mesh, loss.coupled) == []

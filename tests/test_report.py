@@ -159,6 +159,28 @@ def test_every_section_is_there(page):
     assert "perf/" not in page.text
 
 
+def test_warnings_are_shown_as_text(tmp_path):
+    folder = write_run(tmp_path / "run", pairs=5)
+    path = folder / "iterations" / "2" / "summary.json"
+    said = ["margins blow up <b>now</b>", "length drifts"]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"warnings": said, "watch/warnings": 2}))
+    page = Page(report.build(folder))
+    assert all(f"Iteration 2: {text}" in page.text for text in said) and "Iteration 1:" not in page.text
+    assert "watch/warnings 2" in page.text and "b" not in page.elements
+
+
+def test_curves_of_validation(tmp_path):
+    folder = write_run(tmp_path / "run", pairs=5)
+    before = report.build(folder).read_text().count("<svg")
+    with open(folder / "metrics.jsonl", "w") as file:
+        for step in (2, 4):
+            line = {"stage": "validation", "iteration": 1, "step": step, "validation/loss": 1 / step}
+            file.write(json.dumps(line | {"validation/accuracy": 0.5}) + "\n")
+    page = Page(report.build(folder))
+    assert "Stage validation" in page.text and "validation/accuracy" in page.text and "Stage sft" not in page.text
+    assert page.elements.count("svg") == before - 2
+
+
 def test_the_iteration_table_agrees_with_numpy(page, tmp_path):
     folder = write_run(tmp_path / "run")
     kept = pq.read_table(folder / "iterations" / "2" / "kept.parquet")

@@ -1,5 +1,6 @@
 """review: margins against a Llama in float64 NumPy; flipped labels are found; nothing is scored twice."""
 
+import dataclasses
 import json
 import shutil
 
@@ -123,7 +124,7 @@ def margins(tiny, folders):
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo"])
 def test_margins_are_those_of_a_float64_llama(run, margins, loss, tiny):
-    flags = {"ipo": ["--loss.normalisation=mean"], "simpo": ["--reference=not read"]}.get(loss, [])
+    flags = {"ipo": ["--loss.normalisation=mean"], "simpo": ["--reference=not read", "--loss.gamma=0.5"]}.get(loss, [])
     table = run(f"--loss.name={loss}", *flags)
     pairs = rows(tiny / "pairs.jsonl")
     assert table["id"] == [p["id"] for p in pairs]
@@ -207,6 +208,7 @@ def test_kept_pairs_are_read_back_as_they_were(run, folders, tmp_path):
             "weight": 0.5,
         }
         | {"score_chosen": 2.0 + i, "score_rejected": 1.0}
+        | {"gold_chosen": 0.5, "gold_rejected": 0.25 * i, "flipped": i == 2, "upset": True, "author": "me"}
         for i, w in enumerate(("cat", "ball", "a", "big"))
     ]
     turn = lambda role, content: {"role": role, "content": content}
@@ -238,10 +240,20 @@ def test_kept_pairs_are_read_back_as_they_were(run, folders, tmp_path):
     for pair, other, kept in zip(given, back(), table["kept"]):
         same = (pair.chosen, pair.rejected, pair.scores) == (other.chosen, other.rejected, other.scores)
         turned = (pair.rejected, pair.chosen, pair.scores[::-1]) == (other.chosen, other.rejected, other.scores)
+        truth = dataclasses.replace(pair.truth, gold=pair.truth.gold[::-1], flipped=not pair.truth.flipped)
+        assert other.truth == (truth if turned else pair.truth)
         assert (same, turned) == (kept, not kept)
     table = run(*text_only, "--select.unselected=soft_weight")
     want = 0.5 / (1 + np.exp(-np.array(table["score"])))
     np.testing.assert_allclose([pair.weight for pair in back()], want, rtol=1e-6)
+
+
+def test_pairs_of_ranked_responses(run, tmp_path):
+    rows_ = [{"prompt": "the dog", "responses": ["sits on", "runs", "sees it"], "scores": [0, 2, 1]}]
+    table = run(f"--data.pairs=[{write(tmp_path / 'k.jsonl', rows_)}]", "--data.ranked=all_pairs", "--select.rule=all")
+    assert table["id"] == ["k:1/1>0", "k:1/2>0", "k:1/1>2"]
+    pairs, _ = data.load_pairs([str(tmp_path / "out" / "kept.jsonl")])
+    assert [pair.scores for pair in pairs] == [(2.0, 0.0), (1.0, 0.0), (2.0, 1.0)]
 
 
 def test_what_cannot_be_reviewed(run, folders, tmp_path, tiny):

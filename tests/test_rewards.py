@@ -2,10 +2,11 @@
 
 import re
 
+import jax
 import numpy as np
 import pytest
 
-from sera_jax import losses, rewards, sera
+from sera_jax import bootstrap, losses, rewards, sample, sera
 from sera_jax.records import Candidates
 
 ids = lambda *tokens: np.array(tokens, np.int32)
@@ -51,6 +52,27 @@ def test_a_function_sees_prompt_and_response():
     assert seen == [("pp", "a"), ("pp", "bbbb"), (messages, ""), (messages, "ccc")]
     assert got.dtype == np.float32 and got.tolist() == [[-1, 2], [-1, 2]]
     assert rewards.by_function(lambda p, r: np.float32(1.5), ["p"], [["r"]], "x").tolist() == [[1.5]]
+
+
+def test_a_function_is_not_asked_where_there_is_no_candidate():
+    got = rewards.by_function(lambda p, r: len(r), ["p", "q"], [["a", None], [None, "bbb", "cc"]], "ranking")
+    np.testing.assert_array_equal(got, [[1, np.nan, np.nan], [np.nan, 3, 2]])
+
+
+def test_random_rewards_belong_to_prompt_and_number(candidates):
+    """Whatever the order of the prompts, and whatever the candidates say; another iteration draws anew."""
+    key = sample.seeded(3)
+    got = rewards.random(candidates, key)
+    assert got.shape == (3, 3) and got.dtype == np.float32 and len(np.unique(got)) == 9
+    assert (0 <= got).all() and (got < 1).all()
+    turned = bootstrap.take(candidates, np.array([2, 0]))
+    assert turned.ids == ("c", "a") and turned.tokens_PC == (candidates.tokens_PC[2], candidates.tokens_PC[0])
+    np.testing.assert_array_equal(rewards.random(turned, key), got[[2, 0]])
+    assert not np.isin(rewards.random(candidates, jax.random.fold_in(key, 1)), got).any()
+    prompts = tuple(ids(n) for n in range(500))
+    many = Candidates(("p",) * 500, prompts, ((),) * 500, ((),) * 500, np.ones((500, 4), bool))
+    best = np.bincount(rewards.random(many, key).argmax(axis=1), minlength=4)
+    assert (abs(best - 125) < 50).all()  # five standard deviations
 
 
 @pytest.mark.parametrize("value", [None, "0.5", float("nan"), float("inf"), [1.0]])

@@ -1,7 +1,17 @@
 """The run folder: what it refuses and in which words; a killed stage of updates goes on as if it had not been."""
 
 import dataclasses
+import errno
+import fcntl
 import json
+import math
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +26,7 @@ from sera_jax import run as runs
 from sera_jax.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from sera_jax.records import Tree
 from sera_jax.rows import Plan
-from sera_jax.run import Cursor, RunError, Stage
+from sera_jax.run import Checks, Cursor, RunError, Stage, Validation
 from sera_jax.step import TrainState
 
 
@@ -89,7 +99,7 @@ def test_another_config_is_refused_with_the_keys_that_differ(tmp_path, resume):
         opened(tmp_path, resume, loss__beta=0.2, loss__mix={"ipo": 0.5}, data__pairs=("q", "r"), run__seed=3)
     assert str(error.value) == (
         f"{tmp_path} belongs to another config; it differs in run.seed (0 → 3), data.pairs (['p.jsonl'] → ['q', 'r']), "
-        "loss.beta (0.1 → 0.2), loss.mix.ipo (None → 0.5). Choose another run.dir, or run with the folder's own "
+        "loss.beta (0.1 → 0.2), loss.mix.ipo (absent → 0.5). Choose another run.dir, or run with the folder's own "
         "config.yaml."
     )
     assert (tmp_path / "config.yaml").read_bytes() == before
@@ -125,6 +135,98 @@ def test_a_moved_folder_is_the_same_run(tmp_path):
     (tmp_path / "old").rename(tmp_path / "new")
     runs.close(opened(tmp_path / "new", "must"))
     assert yaml.safe_load((tmp_path / "new" / "config.yaml").read_text())["run"]["dir"] == str(tmp_path / "old")
+
+
+@pytest.mark.parametrize("name, text", [("config.yaml", "loss: ["), ("config.yaml", ""), ("content", None)])
+def test_a_damaged_folder_is_refused_and_left_as_it_is(tmp_path, name, text):
+    begun(tmp_path)
+    if text is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(RunError, match=f"{name} is missing or damaged, so that nobody can tell .* Restore it, or"):
+        opened(tmp_path)
+    assert (tmp_path / name).exists() == (text is not None) and (text is None or (tmp_path / name).read_text() == text)
+
+
+def test_a_key_that_only_one_side_knows_is_named(tmp_path):
+    """A folder of another version of the program."""
+    begun(tmp_path)
+    stored = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    del stored["loop"]["early_stop"]
+    stored["loss"]["old_key"] = None
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(stored))
+    with pytest.raises(RunError, match=re.escape("loop.early_stop (absent → 0), loss.old_key (None → absent).")):
+        opened(tmp_path)
+
+
+# --- one run a folder -------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_in_use_is_refused_and_free_again_when_it_is_closed(tmp_path):
+    run = opened(tmp_path)
+    (tmp_path / "iterations").mkdir()
+    told = rf"{tmp_path} is in use by another run \(process {os.getpid()} on {re.escape(socket.gethostname())}, since "
+    for resume in ("auto", "must", "never"):
+        with pytest.raises(RunError, match=told + r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4}\)\. Wait for it, stop it"):
+            opened(tmp_path, resume)
+        with pytest.raises(RunError, match="is in use"):  # also before another config is told
+            opened(tmp_path, loss__beta=0.7)
+    assert run.metrics.offset == 0  # and nothing was cut off under the one that runs
+    runs.close(run)
+    runs.close(opened(tmp_path))
+
+
+def test_a_refused_folder_is_not_held(tmp_path):
+    begun(tmp_path)
+    for _ in range(2):
+        with pytest.raises(RunError, match="belongs to another config"):
+            opened(tmp_path, loss__beta=0.7)
+    runs.close(opened(tmp_path))
+    (tmp_path / "metrics.jsonl").write_text("{}\n" * 3)
+    (tmp_path / "checkpoints" / "bad").mkdir()
+    runs.close(opened(tmp_path))
+
+
+def test_the_lock_file_alone_makes_no_run(tmp_path):
+    (tmp_path / runs.LOCK).write_text("process 1 on moon, since long ago\n" * 9)
+    runs.close(opened(tmp_path, "never"))
+    assert (tmp_path / runs.LOCK).read_text().count("\n") == 1
+
+
+HOLDER = """
+import sys, time
+from tests.test_run import opened
+import pathlib
+run = opened(pathlib.Path(sys.argv[1]))
+print("open", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_killed_process_lets_the_folder_go(tmp_path):
+    """SIGKILL: no handler, no clean-up, no lock that stays."""
+    root = pathlib.Path(runs.__file__).parents[1]
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert process.stdout.readline() == "open\n"
+        with pytest.raises(RunError, match=f"is in use by another run .process {process.pid} on "):
+            opened(tmp_path)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert f"process {process.pid}" in (tmp_path / runs.LOCK).read_text()
+    runs.close(opened(tmp_path))
+
+
+def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    runs.close(opened(tmp_path))
+    assert f"{tmp_path} cannot be locked (No locks available): see to it that no second run" in capsys.readouterr().out
 
 
 # --- a stage of updates -----------------------------------------------------------------------------------------------
@@ -178,16 +280,18 @@ def first_state(mesh) -> TrainState:
     return meshes.put(host, meshes.replicated(mesh))
 
 
-def staged(path, stage, update, mesh, count: int = 0, **settings):
+def staged(path, stage, update, mesh, count: int = 0, validation=None, **settings):
     """Opens the run and goes on from where it stands; returns the state, and what the run resumed from."""
     run = opened(path, **settings)
     try:
-        state, done = first_state(mesh), 0
+        state = first_state(mesh)
         if run.at is not None:
             like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
-            state, done = run.checkpoints.restore(run.at.count, like), run.at.update
+            state = run.checkpoints.restore(run.at.count, like)
         key = jax.random.key(11)
-        state = runs.run_stage(run, stage, state, update, done=done, count=count, key=key, mesh=mesh)
+        state, _ = runs.run_stage(
+            run, stage, state, update, at=run.at, count=count, key=key, mesh=mesh, validation=validation
+        )
         return meshes.get(state), run.at
     finally:
         runs.close(run)
@@ -292,6 +396,155 @@ def test_a_finished_stage_is_not_run_again(tmp_path, stage, update, eight_device
     assert cursor.update == cursor.total == UPDATES
     jax.tree.map(np.testing.assert_array_equal, got, want)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+# --- a disk that takes no more ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's threads, on their way out
+def test_a_stage_whose_save_fails_goes_on_from_the_one_before(tmp_path, stage, update, eight_devices, small_files):
+    """The kernel refuses the checkpoint behind update 6 (of 3, 6, 9, 10); with room again, nothing tells of it."""
+    want, _ = staged(tmp_path / "whole", stage, update, eight_devices, log_every=99)
+    path, calls = tmp_path / "full", []
+
+    def filling(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            run.checkpoints.wait()
+            limit.__enter__()
+        return update(*args)
+
+    limit = small_files(1)
+    run = opened(path, log_every=99)
+    try:
+        with pytest.raises(RunError) as error, runs.closing(run):
+            runs.run_stage(
+                run, stage, first_state(eight_devices), filling, at=None, count=0, key=jax.random.key(11),
+                mesh=eight_devices,
+            )  # fmt: skip
+    finally:
+        limit.__exit__(None, None, None)
+    said = str(error.value)
+    assert said.startswith(f"{path}/checkpoints/6 could not be written: File too large (40 bytes to write, ")
+    assert " free there). Make room, or raise the quota. What was saved before is whole: " in said
+    assert said.endswith("the same command goes on behind update 3 of 10 of iteration 2.") and "\n" not in said
+    got, at = staged(path, stage, update, eight_devices, log_every=99)
+    assert at.update == 3
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert without_timings(path) == without_timings(tmp_path / "whole")
+
+
+def test_before_the_first_save_the_run_begins_again(tmp_path, small_files):
+    run = opened(tmp_path)
+    with pytest.raises(RunError, match="No checkpoint was saved yet: the same command begins again.$"):
+        with small_files(10), runs.closing(run):
+            run.metrics.write({"stage": "update", "iteration": 1, "step": 1, "loss": 0.5})
+    assert (tmp_path / "metrics.jsonl").stat().st_size == 10  # a torn line
+    run = opened(tmp_path)
+    run.metrics.write({"stage": "update", "iteration": 1, "step": 1})
+    runs.close(run)
+    assert len(lines(tmp_path)) == 1
+
+
+def test_what_is_no_fault_of_the_disk_stays_what_it_was(tmp_path):
+    with pytest.raises(ConnectionError), runs.closing(opened(tmp_path)):
+        raise ConnectionError("the judge is away")
+    runs.close(opened(tmp_path))
+
+
+# --- checks on held-out pairs -----------------------------------------------------------------------------------------
+
+
+def stops_at(losses: list[float], patience: int) -> int | None:
+    """The first check (from 1) of which the last `patience` bring nothing below all before them."""
+    for n in range(1, len(losses) + 1):
+        early, late = losses[: n - patience], losses[max(n - patience, 0) : n]
+        least = min([x for x in early if math.isfinite(x)], default=math.inf)
+        if patience and n >= patience and not any(x < least for x in late):
+            return n
+    return None
+
+
+@pytest.mark.parametrize("patience", [0, 1, 2, 3])
+def test_patience_is_checks_without_a_new_lowest_loss(patience):
+    rng = np.random.default_rng(patience)
+    stopped = 0
+    for case in range(200):
+        values = rng.integers(0, 6, 8).astype(float).tolist()
+        if case % 4 == 0:
+            values[rng.integers(8)] = math.nan
+        checks, found = Checks(), None
+        for n, loss in enumerate(values, 1):
+            checks = runs.checked(checks, n, {"validation/loss": loss}, Validation(1, dict, patience))
+            if checks.stopped:
+                found = n
+                break
+        assert found == stops_at(values, patience), values
+        seen = [x for x in values[: found or 8] if math.isfinite(x)]
+        assert checks.lowest == min(seen, default=None)
+        stopped += found is not None
+    assert (stopped > 100) == bool(patience)
+
+
+def test_the_best_point_is_the_first_of_the_highest_values():
+    validation = Validation(1, dict, 0, best=lambda found: found["v"], keep=lambda params: None)
+    checks, bests = Checks(), []
+    for n, value in enumerate([math.nan, 0.2, 0.5, 0.5, math.nan, 0.4, 0.6], 1):
+        checks = runs.checked(checks, n, {"validation/loss": 1.0, "v": value}, validation)
+        bests.append((checks.best, checks.best_update))
+    assert bests == [(None, 0), (0.2, 2), (0.5, 3), (0.5, 3), (0.5, 3), (0.5, 3), (0.6, 7)]
+
+
+def measure(params) -> dict[str, float]:
+    """Depends on every bit of the weights."""
+    w = np.asarray(params["w"], np.float64)
+    return {"validation/loss": -float(w[1]), "validation/mean": float(w.mean()), "all": w.tolist()}
+
+
+def checks_of(path) -> list[dict]:
+    return [line for line in lines(path) if line["stage"] == "validation"]
+
+
+def test_checks_are_made_every_so_often_and_change_nothing(tmp_path, stage, update, eight_devices):
+    kept = []
+    keep = lambda params: kept.append(np.array(params["w"]))
+    validation = Validation(3, measure, 0, best=lambda found: -found["validation/mean"], keep=keep)
+    plain, _ = staged(tmp_path / "plain", stage, update, eight_devices, log_every=3)
+    got, _ = staged(tmp_path / "checked", stage, update, eight_devices, validation=validation, log_every=3)
+    jax.tree.map(np.testing.assert_array_equal, got, plain)
+    found = checks_of(tmp_path / "checked")
+    assert [line["step"] for line in found] == [3, 6, 9]  # the end of the stage is the summary's
+    order = [(line["stage"], line["step"]) for line in lines(tmp_path / "checked")]
+    assert order == [(s, n) for n in (3, 6, 9) for s in ("update", "validation")] + [("update", 10)]
+    value = [-line["validation/mean"] for line in found]
+    best = [n for n in range(3) if n == 0 or value[n] > max(value[:n])]
+    np.testing.assert_array_equal([float(w.astype(np.float64).mean()) for w in kept], [-value[n] for n in best])
+    run = opened(tmp_path / "checked")
+    assert run.at.checks.best == max(value) and run.at.checks.best_update == 3 * (value.index(max(value)) + 1)
+    runs.close(run)
+
+
+@pytest.mark.parametrize("save_every, dies", [(3, []), (3, [5]), (5, [6]), (2, [3, 4]), (1, [6]), (9, [6])])
+def test_an_early_stop_is_the_same_however_often_the_run_died(tmp_path, stage, update, eight_devices, save_every, dies):
+    every = {"save_every": save_every, "log_every": 4}
+    _, _ = staged(tmp_path / "all", stage, update, eight_devices, validation=Validation(1, measure), **every)
+    seen = [line["validation/loss"] for line in checks_of(tmp_path / "all")]
+    patience = 2
+    end = stops_at(seen, patience)
+    assert end == 6, "the kills below are made for it"
+    validation = Validation(1, measure, patience, lambda found: -found["validation/loss"], lambda params: None)
+    for at in dies:
+        with pytest.raises(RuntimeError, match="killed"):
+            staged(tmp_path / "r", stage, killed(update, at), eight_devices, validation=validation, **every)
+    staged(tmp_path / "r", stage, update, eight_devices, validation=validation, **every)
+    assert [line["validation/loss"] for line in checks_of(tmp_path / "r")] == seen[:end]
+    assert [line["step"] for line in lines(tmp_path / "r") if line["stage"] == "update"] == [4, end]
+    # Nothing is left to do, and the state that is found again is that of the stop.
+    got, at = staged(tmp_path / "r", stage, killed(update, 1), eight_devices, validation=validation, **every)
+    least = min(seen[:end])
+    assert at.checks == Checks(least, patience, -least, seen.index(least) + 1, stopped=True)
+    assert (at.update, at.total, at.count, int(got.step)) == (end, UPDATES, end, end)
+    assert measure(got.params)["validation/loss"] == seen[end - 1]
 
 
 def test_stages_share_one_program(tmp_path, stage, update, eight_devices):

@@ -30,8 +30,8 @@ def menagerie(seed: int = 0) -> list[Tree]:
     return [Tree(f"t{i}", ids(p), (ids(a), ids(b))) for i, (p, a, b) in enumerate(shapes)]
 
 
-def numpy_logp(params, prompt, response) -> float:
-    """Sum of log p(response | prompt), decoder written out in float64."""
+def numpy_tokens(params, prompt, response) -> tuple[np.ndarray, np.ndarray]:
+    """log p of each token of a response, and log Σ p² where it is predicted; decoder written out in float64."""
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
     ids = np.concatenate((prompt, response))
     norm = lambda x, s: x / np.sqrt((x * x).mean(-1, keepdims=True) + ARCH.norm_eps) * s
@@ -60,7 +60,13 @@ def numpy_logp(params, prompt, response) -> float:
     logits = norm(x, p["final_norm"]["scale"]) @ p["head"]["table"].T
     logits -= logits.max(-1, keepdims=True)
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    return sum(logp[len(prompt) + t - 1, token] for t, token in enumerate(response))
+    at = len(prompt) - 1 + np.arange(len(response))
+    return logp[at, response], np.log(np.exp(2 * logp[at]).sum(-1))
+
+
+def numpy_logp(params, prompt, response) -> float:
+    """Sum of log p(response | prompt)."""
+    return numpy_tokens(params, prompt, response)[0].sum()
 
 
 def logps(params, trees, plan, mesh, **kw) -> tuple[np.ndarray, np.ndarray]:
@@ -80,6 +86,53 @@ def test_log_probs_equal_a_float64_decoder(params, one_device):
     assert length.tolist() == [len(b) for t in trees for b in t.branches]
 
 
+@pytest.mark.parametrize("chunk", [16, 256])
+def test_slot_sums_equal_a_float64_decoder(params, one_device, chunk):
+    """LD-DPO's sums and WPO's, in rows of several pairs; lengths are plain counts."""
+    trees, tail = menagerie(5), 0.3
+    packed = rowlib.pack(trees, Plan(128, 128, 8, 1))
+    run = jax.jit(
+        lambda p: score.slot_sums(
+            ARCH, p, packed, mesh=one_device, dtype=jnp.float32, chunk=chunk, tail=tail, alignment=True
+        )
+    )
+    sums = run(params)
+    got = [
+        rowlib.unpack(np.asarray(a), packed.example_BS, 14) for a in (sums.logp_BS, sums.length_BS, sums.alignment_BS)
+    ]
+    want_logp, want_alignment = [], []
+    for tree in trees:
+        least = min(map(len, tree.branches))
+        for branch in tree.branches:
+            logp_T, collision_T = numpy_tokens(params, tree.prompt, branch)
+            want_logp.append(logp_T[:least].sum() + tail * logp_T[least:].sum())
+            want_alignment.append((logp_T - collision_T).sum())
+    # Measured floors: 2e-6 and 3e-6 relative.
+    np.testing.assert_allclose(got[0], want_logp, rtol=2e-5)
+    np.testing.assert_allclose(got[2], want_alignment, rtol=2e-5, atol=2e-5)
+    assert got[1].tolist() == [len(b) for t in trees for b in t.branches]
+    assert not any(
+        np.asarray(a)[packed.example_BS < 0].any() for a in (sums.logp_BS, sums.length_BS, sums.alignment_BS)
+    )
+    assert all(a.dtype == jnp.float32 for a in (sums.logp_BS, sums.length_BS, sums.alignment_BS))
+
+
+def test_a_tail_of_weight_0_has_no_gradient_and_alignment_none_at_all(params, one_device):
+    """Of the tokens behind the shared length only the context they are is left: nothing, at the end of a branch."""
+    tree = menagerie()[3]  # branches of 30 and 2 tokens
+    cut = dataclasses.replace(tree, branches=tuple(branch[:2] for branch in tree.branches))
+
+    @jax.jit
+    @jax.grad
+    def gradient(p, packed, factor):
+        sums = score.slot_sums(ARCH, p, packed, mesh=one_device, dtype=jnp.float32, tail=0.0, alignment=True)
+        return sums.logp_BS.sum() + factor * sums.alignment_BS.sum()
+
+    one, other = (gradient(params, rowlib.pack([t], Plan(128, 128, 2, 1)), f) for t, f in ((tree, 7.0), (cut, 0.0)))
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other)):
+        np.testing.assert_allclose(a, b, atol=2e-6 * np.abs(b).max())
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 48, 256])
 def test_the_head_gives_the_same_log_probs_and_gradients_at_any_chunk(params, one_device, chunk):
     packed = rowlib.pack(menagerie(), Plan(128, 128, 8, 1))
@@ -90,7 +143,9 @@ def test_the_head_gives_the_same_log_probs_and_gradients_at_any_chunk(params, on
     weight = jnp.asarray(rng.normal(size=(2, 48)), jnp.float32)
 
     def ours(h, w):
-        return (score.head_logps(h, w, target, one_device, chunk) * weight).sum()
+        logp, collision = score.head_logps_and_collision(h, w, target, one_device, chunk)
+        # The second output has no gradient, whatever weighs it.
+        return (logp * weight).sum() + ((collision - jax.lax.stop_gradient(collision)) * 3 * weight).sum()
 
     def plain(h, w):
         logits = jax.nn.log_softmax(jnp.einsum("bmd,vd->bmv", h, w))
@@ -99,6 +154,19 @@ def test_the_head_gives_the_same_log_probs_and_gradients_at_any_chunk(params, on
     table = jnp.asarray(params["head"]["table"])
     got, want = (jax.value_and_grad(f, argnums=(0, 1))(hidden, table) for f in (ours, plain))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, want)
+    logp, collision = score.head_logps_and_collision(hidden, table, target, one_device, chunk)
+    np.testing.assert_array_equal(logp, score.head_logps(hidden, table, target, one_device, chunk))
+    logits = np.einsum("bmd,vd->bmv", *(np.asarray(a, np.float64) for a in (hidden, table)))
+    p = np.exp(logits - logits.max(-1, keepdims=True))
+    np.testing.assert_allclose(collision, np.log(((p / p.sum(-1, keepdims=True)) ** 2).sum(-1)), rtol=1e-5, atol=1e-6)
+
+
+def test_collisions_of_peaked_and_flat_distributions(one_device):
+    """Logits up to ±200: log Σ p² lies between -log V and 0, and neither over- nor underflows."""
+    hidden = jnp.zeros((2, 48, 32)).at[0, 1, 5].set(200).at[0, 2, 5].set(-200).at[0, 3].set(200)
+    target = jnp.zeros((2, 48), jnp.int32)
+    _, got = score.head_logps_and_collision(hidden, jnp.eye(96, 32), target, one_device, 48)
+    np.testing.assert_allclose(got[0, :4], [-np.log(96), 0, -np.log(95), -np.log(32)], rtol=1e-6, atol=1e-6)
 
 
 def test_packed_equals_unpacked_in_value_and_gradient(params, one_device):
@@ -154,14 +222,14 @@ def test_any_mesh_gives_the_same_log_probs_and_gradients(params, one_device, sha
         placed = meshes.put(params, where)
 
         def loss(p):
-            logp, _ = score.row_logps(ARCH, p, packed, mesh=mesh, dtype=jnp.float32, chunk=40)
-            return jnp.tanh(logp / 50).sum(), logp
+            sums = score.slot_sums(ARCH, p, packed, mesh=mesh, dtype=jnp.float32, chunk=40, tail=0.5, alignment=True)
+            return jnp.tanh(sums.logp_BS / 50).sum(), (sums.logp_BS, sums.alignment_BS)
 
         return jax.jit(jax.value_and_grad(loss, has_aux=True), out_shardings=((None, None), where))(placed)
 
     (_, want), want_grads = value_and_grad(one_device)
     (_, got), got_grads = value_and_grad(meshes.make(*shape))
-    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-5), got, want)
     for a, b in zip(jax.tree.leaves(got_grads), jax.tree.leaves(want_grads)):
         np.testing.assert_allclose(a, b, atol=3e-6 * np.abs(b).max())
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from sera_jax import losses, programs, selection
-from sera_jax.records import Pair, Tree
+from sera_jax.records import Pair, Tree, Truth
 from sera_jax.selection import Selection
 
 DPO = losses.LOSSES["dpo"]
@@ -72,6 +72,31 @@ def test_a_score_that_is_not_finite_names_its_pair(one_device):
         ValueError, match=r"score irm: got 1 scores that are not finite, the first at index 3 \(example 'p3'\)"
     ):
         choose(one_device, pairs, trees, logp_N2)
+
+
+def test_gold_selects_by_what_is_true_and_by_nothing_else(one_device):
+    """Where annotator and policy are wrong, too."""
+    _, trees = given(6)
+    gold = [(1, 0), (0, 2), (5, 1), (0, 0.5), (3, 0), (1, 1)]
+    pairs = [Pair(f"p{i}", "x", "a", "b", (0.0, i), truth=Truth(gold=g)) for i, g in enumerate(gold)]
+    logp_N2 = np.array([[-b, b] for _, b in gold], np.float32)
+    got = choose(one_device, pairs, trees, logp_N2, score="gold_gap")
+    assert got.score_N.tolist() == [1, -2, 4, -0.5, 3, 0] and np.flatnonzero(got.mask_N).tolist() == [0, 2, 4]
+    unknown = [*pairs[:5], Pair("p5", "x", "a", "b")]
+    with pytest.raises(ValueError, match=r"got 1 scores that are not finite, the first at index 5 \(example 'p5'\)"):
+        choose(one_device, unknown, trees, logp_N2, score="gold_gap")
+
+
+def test_columns_of_what_is_known():
+    pairs, trees = given(3)
+    chosen = Selection(np.array([True, False, True]), np.float32([1, 3, 2]), np.float32([5, 6, 7]))
+    plain = set(selection.columns(pairs, trees, chosen))
+    assert not plain & {"gold_chosen", "flipped", "author"}
+    pairs[1] = Pair("p1", "x", "a", "b", truth=Truth((0.5, 1.0), True, False, None, "model"))
+    table = selection.columns(pairs, trees, chosen)
+    assert set(table) - plain == {"gold_chosen", "gold_rejected", "flipped", "cued", "author"}  # of upset nothing
+    assert table["gold_chosen"] == [None, 0.5, None] and table["gold_rejected"] == [None, 1.0, None]
+    assert table["flipped"] == [None, True, None] and table["author"] == [None, "model", None]
 
 
 def test_columns_have_a_row_for_every_pair():

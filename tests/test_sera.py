@@ -95,11 +95,19 @@ def signals(n=50, seed=0):
         length_N2=rng.integers(1, 60, (n, 2)).astype(np.int32),
         reference_logp_N2=-rng.gamma(3, 10, (n, 2)).astype(np.float32),
         gap_N=rng.integers(-3, 9, n).astype(np.float32),
+        gold_N=rng.normal(0, 1, n).astype(np.float32),
         loss_N=rng.gamma(1, 1, n).astype(np.float32),
         key=jax.random.key(seed),
         example_N=np.arange(n, dtype=np.int32),
         valid_N=rng.random(n) < 0.9,
     )
+
+
+def test_the_magnitude_does_not_look_at_labels():
+    """A pair and its swap get the same score, so what is kept says nothing of which response is called chosen."""
+    reward_N2 = signals()["reward_N2"]
+    score = lambda r: np.asarray(sera.score("irm_magnitude", reward_N2=r))
+    assert np.array_equal(score(reward_N2), score(reward_N2[:, ::-1])) and len(np.unique(score(reward_N2))) > 40
 
 
 def test_scores_equal_numpy():
@@ -115,7 +123,9 @@ def test_scores_equal_numpy():
         "irm": r[:, 0] - r[:, 1],
         "irm_per_token": per_token,
         "reference_logp": given["reference_logp_N2"][:, 0] / n[:, 0],
+        "irm_magnitude": np.abs(r[:, 0] - r[:, 1]),
         "annotator_gap": given["gap_N"],
+        "gold_gap": given["gold_N"],
         "loss": -given["loss_N"],
         "alignment_potential": z(given["gap_N"].astype(np.float64)) - z(np.abs(per_token)),
     }

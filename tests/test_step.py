@@ -1,5 +1,7 @@
 """One update: microbatches against the whole batch, schedules against their formulas, AdamW against float64 NumPy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +24,8 @@ def batch_of(a: int, padding: int = 0, seed: int = 0, weights=None) -> Batch:
         filler = np.full((padding, N // a, *x.shape[1:]), 1e3, np.float32)
         return jnp.asarray(np.concatenate((x.reshape(a, N // a, *x.shape[1:]), filler)))
 
-    return Batch(stack(rows), stack(reference), stack(weight), jnp.int32(a))
+    label = np.zeros(N, np.float32)
+    return Batch(*map(stack, (rows, reference, weight, label)), jnp.int32(a))
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +80,10 @@ def test_the_count_is_traced(params):
     full = batch_of(4)
     parts = []
     for count in (1, 2, 3, 4):
-        grads, metrics = run(params, Batch(full.rows, full.reference_ABS, full.weight_ABS, jnp.int32(count)))
+        grads, metrics = run(params, dataclasses.replace(full, count=jnp.int32(count)))
         parts.append((grads, metrics))
-        first = jax.tree.map(lambda x, c=count: x[:c], (full.rows, full.reference_ABS, full.weight_ABS))
-        want, _ = gradients(params, Batch(*first, jnp.int32(count)))
+        first = jax.tree.map(lambda x, c=count: x[:c], dataclasses.replace(full, count=None))
+        want, _ = gradients(params, dataclasses.replace(first, count=jnp.int32(count)))
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-8), grads, want)
     assert len(traces) == 1 and run._cache_size() == 1
     assert len({float(m["loss"]) for _, m in parts}) == 4
@@ -117,7 +120,7 @@ def test_coupled_gradients_are_those_of_the_whole_batch(params, a, padding):
         return coupled_loss(out, weight), {"mean": jnp.sum(out * weight) / jnp.sum(weight), "rest": out[batch.count :]}
 
     batch = batch_of(a, padding, weights=np.arange(1, N + 1))
-    batch_static = Batch(batch.rows, batch.reference_ABS, batch.weight_ABS, a)
+    batch_static = dataclasses.replace(batch, count=a)
     run = jax.jit(lambda p: step.coupled_gradients(outputs, outputs_loss, p, FROZEN, batch_static, jax.random.key(0)))
     grads, metrics = run(params)
 

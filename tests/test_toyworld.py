@@ -10,10 +10,10 @@ import transformers
 
 from sera_jax import data, toyworld
 from sera_jax.config import ConfigError
-from sera_jax.toyworld import Annotator, Author, ToyworldConfig, gold, lure, truth
+from sera_jax.toyworld import Annotator, Author, ToyworldConfig, door, facts, gold, labels, lure, truth
 
-SMALL = {"prompts": 300, "eval_prompts": 50, "sft": 400, "pairs": 400}
-FILES = ("sft.jsonl", "pairs.jsonl", "prompts.jsonl", "eval_prompts.jsonl")
+SMALL = {"prompts": 300, "tuning_prompts": 40, "eval_prompts": 50, "sft": 400, "pairs": 400}
+FILES = ("sft.jsonl", "pairs.jsonl", "prompts.jsonl", "tuning_prompts.jsonl", "eval_prompts.jsonl")
 
 
 def world(folder: pathlib.Path, **dials) -> tuple[pathlib.Path, dict[str, list[dict]]]:
@@ -32,17 +32,17 @@ def files(folder: pathlib.Path) -> dict[str, bytes]:
 # --- gold, by hand ----------------------------------------------------------------------------------------------------
 
 PROMPT = "please tell : tom colour pet ; ann town ?"
-COLOUR, PET, TOWN = (toyworld.BY_NAME[k].weight for k in ("colour", "pet", "town"))
+COLOUR, PET, TOWN = (facts.BY_NAME[k].weight for k in ("colour", "pet", "town"))
 ALL = COLOUR + PET + TOWN
 
 
 def right(person: str, kind: str) -> str:
-    return f"{person} {toyworld.BY_NAME[kind].verb} {truth(person, kind)}"
+    return f"{person} {facts.BY_NAME[kind].verb} {truth(person, kind)}"
 
 
 def off(person: str, kind: str, steps: int) -> str:
-    values = toyworld.BY_NAME[kind].values
-    return f"{person} {toyworld.BY_NAME[kind].verb} {values[(values.index(truth(person, kind)) + steps) % len(values)]}"
+    values = facts.BY_NAME[kind].values
+    return f"{person} {facts.BY_NAME[kind].verb} {values[(values.index(truth(person, kind)) + steps) % len(values)]}"
 
 
 A, B, C = right("tom", "colour"), right("tom", "pet"), right("ann", "town")
@@ -70,6 +70,9 @@ A, B, C = right("tom", "colour"), right("tom", "pet"), right("ann", "town")
         (f"well well {A} . .", COLOUR - 2 * 0.05),
         (f"tom {truth('tom', 'colour')} likes", 0),  # no statement
         ("<unk> tom 7 keeps", 0),
+        (f"tom truly likes {truth('tom', 'colour')}", COLOUR + 0.25),
+        (f"truly {A} truly", COLOUR + 2 * 0.25),
+        (f"truly {A} truly , truly {B} truly", COLOUR + PET + 2 * 0.25 - 2 * 0.5),  # the trap
     ],
 )
 def test_gold_by_hand(response, expected):
@@ -82,11 +85,11 @@ def test_filler_is_neutral():
     for _ in range(50):
         parts = [A, off("tom", "pet", 3), C, B]
         bare = " , ".join(parts)
-        for phrase in rng.permutation(len(toyworld.FILLER))[:6]:
-            parts.insert(int(rng.integers(len(parts) + 1)), " ".join(toyworld.FILLER[phrase]))
+        for phrase in rng.permutation(len(facts.FILLER))[:6]:
+            parts.insert(int(rng.integers(len(parts) + 1)), " ".join(facts.FILLER[phrase]))
         assert gold(PROMPT, " , ".join(parts)) == gold(PROMPT, bare)
-    spoken = {word for phrase in toyworld.FILLER for word in phrase}
-    meaning = {*toyworld.PEOPLE, *toyworld.BY_VERB, *toyworld.BY_NAME, *toyworld.VALUES}
+    spoken = {word for phrase in facts.FILLER for word in phrase}
+    meaning = {*facts.PEOPLE, *facts.BY_VERB, *facts.BY_NAME, *facts.VALUES}
     assert not spoken & meaning
 
 
@@ -101,11 +104,11 @@ def test_gold_refuses_a_foreign_prompt():
 
 
 def test_the_table_of_facts():
-    slots = [(p, k.name) for p in toyworld.PEOPLE for k in toyworld.KINDS]
+    slots = [(p, k.name) for p in facts.PEOPLE for k in facts.KINDS]
     assert all(truth(*s) != lure(*s) for s in slots)
-    assert len({truth(p, "pet") for p in toyworld.PEOPLE}) > 8  # not one value for all
-    assert len(toyworld.VALUES) == sum(len(k.values) for k in toyworld.KINDS)  # a value names its kind
-    known = np.mean([toyworld.obscurity(*s) < 0.5 for s in slots])
+    assert len({truth(p, "pet") for p in facts.PEOPLE}) > 8  # not one value for all
+    assert len(facts.VALUES) == sum(len(k.values) for k in facts.KINDS)  # a value names its kind
+    known = np.mean([facts.obscurity(*s) < 0.5 for s in slots])
     assert 0.4 < known < 0.6
     # Pinned: pairs labelled today must mean the same tomorrow.
     assert (truth("tom", "colour"), lure("tom", "colour")) == ("amber", "gold")
@@ -130,15 +133,16 @@ def test_a_longer_file_changes_no_other_file(plain, tmp_path):
 
 def test_splits_are_disjoint_in_content_and_lengths_hold(plain):
     rows = plain[1]
-    train, evaluation = ([frozenset(toyworld.asked(r["prompt"])) for r in rows[k]] for k in ("prompts", "eval_prompts"))
-    assert len({*train, *evaluation}) == len(train) + len(evaluation) == 350
+    splits = ("prompts", "tuning_prompts", "eval_prompts")
+    contents = [frozenset(toyworld.asked(r["prompt"])) for k in splits for r in rows[k]]
+    assert [len(rows[k]) for k in splits] == [300, 40, 50] and len(set(contents)) == 390
     prompts = {r["prompt"] for r in rows["prompts"]}
     assert {r["prompt"] for r in rows["sft"]} == {r["prompt"] for r in rows["pairs"]} == prompts
-    lengths = [len(r["prompt"].split()) for k in ("prompts", "eval_prompts") for r in rows[k]]
-    assert (min(lengths), max(lengths)) == toyworld.PROMPT_WORDS
+    lengths = [len(r["prompt"].split()) for k in splits for r in rows[k]]
+    assert (min(lengths), max(lengths)) == facts.PROMPT_WORDS
     responses = [r["completion"] for r in rows["sft"]] + [r[k] for r in rows["pairs"] for k in ("chosen", "rejected")]
     lengths = [len(r.split()) for r in responses]
-    assert toyworld.RESPONSE_WORDS[0] <= min(lengths) and max(lengths) <= toyworld.RESPONSE_WORDS[1]
+    assert facts.RESPONSE_WORDS[0] <= min(lengths) and max(lengths) <= facts.RESPONSE_WORDS[1]
 
 
 def test_filler_past_the_longest_response_is_left_out():
@@ -155,10 +159,10 @@ def test_filler_past_the_longest_response_is_left_out():
 def test_authors_are_mediocre_and_seldom_tie(plain):
     rows = plain[1]
     reward = np.array([gold(r["prompt"], r["completion"]) for r in rows["sft"]])
-    assert -0.1 < reward.mean() < 0.25 and reward.std() > 0.3
+    assert -0.1 < reward.mean() < 0.45 and reward.std() > 0.3
     assert len(np.unique(reward)) > 300  # many levels
-    assert np.mean(reward > 0.95) < 0.05  # not saturated
-    assert toyworld.tie_share(0, [r["prompt"] for r in rows["prompts"]] * 5, Author()) < 0.05
+    assert np.mean(reward > 0.95) < 0.1  # not saturated
+    assert door.tie_share(0, [r["prompt"] for r in rows["prompts"]] * 5, Author()) < 0.05
     words = [len(r["completion"].split()) for r in rows["sft"]]
     assert abs(np.corrcoef(reward, words)[0, 1]) < 0.15  # length tells nothing by itself
 
@@ -243,7 +247,7 @@ def test_the_model_is_a_small_llama(plain):
     assert isinstance(read, transformers.LlamaConfig)
     written = read.to_dict()
     assert {k: written[k] for k in config} == config
-    longest = toyworld.PROMPT_WORDS[1] + toyworld.RESPONSE_WORDS[1] + 2
+    longest = facts.PROMPT_WORDS[1] + facts.RESPONSE_WORDS[1] + 2
     assert config["max_position_embeddings"] >= longest
 
 
@@ -299,16 +303,48 @@ def test_temperature_costs_label_accuracy(tmp_path):
     assert shares[0] < 1 and shares[2] == pytest.approx(0.5, abs=0.09)
 
 
-def test_length_cue_makes_the_longer_response_win(plain, tmp_path):
-    def longer(rows: list[dict]) -> float:
-        gaps = np.array([len(r["chosen"].split()) - len(r["rejected"].split()) for r in rows])
-        return float(np.mean(gaps[gaps != 0] > 0))
+def test_gap_dependent_flips_hit_close_pairs(plain, tmp_path):
+    rows = world(tmp_path, gap_flip=0.6)[1]["pairs"]
+    gap = np.array([abs(r["gold_chosen"] - r["gold_rejected"]) for r in rows])
+    flipped = np.array([r["flipped"] for r in rows])
+    expected = 0.6 * np.exp(-gap / labels.GAP)
+    error = np.sqrt(np.sum(expected * (1 - expected))) / len(rows)
+    assert flipped.mean() == pytest.approx(expected.mean(), abs=4 * error)
+    close, far = flipped[gap < np.median(gap)].mean(), flipped[gap >= np.median(gap)].mean()
+    assert close > far + 0.1
+    # The same pairs are flipped or not, and nothing else moves.
+    assert [{r["chosen"], r["rejected"]} for r in rows] == [{r["chosen"], r["rejected"]} for r in plain[1]["pairs"]]
 
-    rows = [plain[1]["pairs"], *(world(tmp_path / str(c), length_cue=c)[1]["pairs"] for c in (0.5, 50.0))]
-    shares = [longer(r) for r in rows]
-    assert shares[0] == pytest.approx(0.5, abs=0.09) and shares[1] > shares[0] + 0.15 and shares[2] == 1
-    # `cued` is exactly what the cue got wrong.
-    assert all(right_share(r) == pytest.approx(1 - np.mean([x["cued"] for x in r])) for r in rows)
+
+def longer(rows: list[dict]) -> np.ndarray:
+    return np.array([np.sign(len(r["chosen"].split()) - len(r["rejected"].split())) for r in rows])
+
+
+def test_the_additive_cue_makes_the_longer_response_win(plain, tmp_path):
+    rows = [plain[1]["pairs"], *(world(tmp_path / str(c), cue_strength=c)[1]["pairs"] for c in (0.5, 50.0))]
+    shares = [float(np.mean(longer(r)[longer(r) != 0] > 0)) for r in rows]
+    assert shares[0] == pytest.approx(0.5, abs=0.1) and shares[1] > shares[0] + 0.15 and shares[2] == 1
+    # `cued` is what the cue got wrong (but for a gap of gold that the words outweigh to the last bit).
+    assert all(right_share(r) == pytest.approx(1 - np.mean([x["cued"] for x in r]), abs=0.005) for r in rows)
+
+
+def test_the_near_tie_cue_decides_close_pairs_only(plain, tmp_path):
+    rows = world(tmp_path, cue="near_tie", cue_strength=0.4)[1]["pairs"]
+    gap = np.array([abs(r["gold_chosen"] - r["gold_rejected"]) for r in rows])
+    wrong = np.array([r["gold_chosen"] < r["gold_rejected"] for r in rows])
+    assert wrong.any() and not wrong[gap > 0.4].any()  # beyond a step gold decides
+    assert all(longer(rows)[wrong] >= 0) and (longer(rows)[wrong] > 0).mean() > 0.9  # ties in words go either way
+    cued = np.array([r["cued"] for r in rows])
+    assert np.array_equal(cued[longer(rows) != 0], wrong[longer(rows) != 0]) and not cued[~wrong].any()
+    assert right_share(world(tmp_path / "off", cue="near_tie", cue_strength=0.0)[1]["pairs"]) == 1
+
+
+def test_lazy_annotators_go_by_length(plain, tmp_path):
+    rows = [world(tmp_path / str(c), cue="lazy", cue_strength=c)[1]["pairs"] for c in (0.0, 0.5, 1.0)]
+    assert right_share(rows[0]) == 1 and all(longer(rows[2]) >= 0)
+    wrong = [np.mean([r["gold_chosen"] < r["gold_rejected"] for r in w]) for w in rows]
+    assert 0.15 < wrong[1] < 0.35 < wrong[2]
+    assert wrong[2] == pytest.approx(2 * wrong[1], abs=0.1)  # half of them are lazy
 
 
 def test_layers_and_width_size_the_model(tmp_path):
@@ -359,6 +395,48 @@ def test_random_pairs_and_the_dials_of_candidates(tmp_path):
     assert right_share(label(tmp_path, rows, temperature=2.0, pair_rule="random")[0]) < 0.8
 
 
+def candidates_of(plain, count: int = 4) -> list[dict]:
+    """What a model that imitates the author could have sampled for the prompts of a world."""
+    rng = np.random.default_rng(5)
+    return [
+        {"id": r["id"], "prompt": r["prompt"], "responses": [toyworld.compose(rng, r["prompt"]) for _ in range(count)]}
+        for r in plain[1]["prompts"]
+    ]
+
+
+def test_coverage_keeps_good_candidates_and_the_trap_out(plain, tmp_path):
+    rows = candidates_of(plain)
+    every = np.array([gold(r["prompt"], t) for r in rows for t in r["responses"]])
+    made = {c: label(tmp_path, rows, coverage=c)[0] for c in (0.6, 1.0)}
+    best = {c: max(r["gold_chosen"] for r in m) for c, m in made.items()}
+    assert best[0.6] <= np.quantile(every, 0.6) < np.quantile(every, 0.95) < best[1.0]
+    trapped = [{**r, "responses": [f"truly truly truly {r['responses'][0]}", *r["responses"]]} for r in rows]
+    assert label(tmp_path, trapped)[0] == made[1.0]  # three emphases are outside the support of given pairs
+
+
+def test_off_policy_pairs_are_the_strangers(plain, tmp_path):
+    rows = candidates_of(plain)
+    made = {share: label(tmp_path, rows, off_policy=share, pair_rule="random")[0] for share in (0.0, 0.5, 1.0)}
+    share = {s: np.mean([r["author"] == "stranger" for r in m]) for s, m in made.items()}
+    assert share[0.0] == 0 and share[1.0] == 1 and share[0.5] == pytest.approx(0.5, abs=0.12)
+    text = {s: " ".join(r[k] for r in m for k in ("chosen", "rejected")).split() for s, m in made.items()}
+    commas = {s: w.count(",") / (w.count(",") + w.count("and")) for s, w in text.items()}
+    assert commas[1.0] < 0.1 < commas[0.0] - 0.3  # the manner
+    told = {s: [x for r in m for x in toyworld.statements(r["rejected"])] for s, m in made.items()}
+    lured = {s: np.mean([v == lure(*x) for x, v in t if x[0] and v != truth(*x)]) for s, t in told.items()}
+    assert lured[1.0] < lured[0.0] - 0.3  # the errors
+    worth = {s: np.mean([r["gold_chosen"] for r in m]) for s, m in made.items()}
+    assert worth[1.0] == pytest.approx(worth[0.0], abs=0.12)  # as good as the plain author
+    # What one prompt gives does not depend on the others: the strangers' half is the same in both.
+    half = {r["id"]: r["chosen"] for r in made[0.5] if r["author"] == "stranger"}
+    assert half.items() <= {r["id"]: r["chosen"] for r in made[1.0]}.items()
+
+
+def test_limit_cuts_the_pairs(plain, tmp_path):
+    rows = candidates_of(plain)
+    assert label(tmp_path, rows, limit=17)[0] == label(tmp_path, rows)[0][:17]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -382,7 +460,14 @@ def test_the_door_writes_and_tells(tmp_path, capsys):
     flags = [f"--{k}={v}" for k, v in SMALL.items()]
     toyworld.main(["--out", str(tmp_path / "w"), *flags, "--flip", "0.2"])
     told = capsys.readouterr().out
-    for part in ("parameters", "300 to train, 50 to evaluate", "gold", "Bayes accuracy", "tie in", "example"):
+    for part in (
+        "parameters",
+        "300 to train, 40 to tune, 50 to evaluate",
+        "gold",
+        "Bayes accuracy",
+        "tie in",
+        "example",
+    ):
         assert part in told
     assert sorted(p.name for p in (tmp_path / "w").iterdir()) == sorted((*FILES, "model"))
     candidates = tmp_path / "c.jsonl"
@@ -395,7 +480,20 @@ def test_the_door_writes_and_tells(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("flip", 1.5), ("prompts", 0), ("knowledge", -0.1), ("width", 100), ("temperature", -1.0), ("filler", 21.0)],
+    [
+        ("flip", 1.5),
+        ("prompts", 0),
+        ("knowledge", -0.1),
+        ("width", 100),
+        ("temperature", -1.0),
+        ("filler", 21.0),
+        ("coverage", 0.0),
+        ("off_policy", 1.5),
+        ("limit", -1),
+        ("gap_flip", 2.0),
+        ("cue_strength", -0.5),
+        ("tuning_prompts", 0),
+    ],
 )
 def test_values_out_of_range_are_refused(tmp_path, key, value):
     with pytest.raises(ConfigError, match=rf"toyworld: {key} is {value}, expected"):

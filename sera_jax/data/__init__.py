@@ -1,50 +1,67 @@
 """From files and `datasets` to preference pairs, to tokens, to the order of batches.
 
-`files` reads text, `tokens` makes trees of it, `order` says which of them an update takes. All on the host, NumPy only.
+`files` reads rows, `forms` says what they mean, `tokens` makes trees of texts, `mismatch` adds what KTO compares them
+with, `order` says which of them an update takes. All on the host, NumPy only.
 """
 
 from sera_jax.data.files import (
-    FORMATS,
-    Demonstration,
     Progress,
     Report,
+    Responses,
     demonstrations_of,
     load_pairs,
     load_prompts,
+    load_responses,
     load_texts,
+    load_unpaired,
     prompts_of,
     silent,
 )
+from sera_jax.data.forms import FORMATS, RANKED, UNPAIRED, Demonstration
+from sera_jax.data.mismatch import derangement, mismatched
 from sera_jax.data.order import batches, order, split_validation
 from sera_jax.data.tokens import (
     Counts,
+    Tokenizer,
     bos_id,
     eos_ids,
     load_tokenizer,
     tokenise_pairs,
     tokenise_prompts,
+    tokenise_responses,
     tokenise_texts,
+    tokenise_unpaired,
 )
 
 __all__ = [
     "FORMATS",
+    "RANKED",
+    "UNPAIRED",
     "Counts",
     "Demonstration",
     "Progress",
     "Report",
+    "Responses",
+    "Tokenizer",
     "batches",
     "bos_id",
     "demonstrations_of",
+    "derangement",
     "eos_ids",
     "load_pairs",
     "load_prompts",
+    "load_responses",
     "load_texts",
     "load_tokenizer",
+    "load_unpaired",
+    "mismatched",
     "order",
     "prompts_of",
     "silent",
     "split_validation",
     "tokenise_pairs",
     "tokenise_prompts",
+    "tokenise_responses",
     "tokenise_texts",
+    "tokenise_unpaired",
 ]

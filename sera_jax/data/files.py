@@ -5,23 +5,24 @@ that a file brings is executed: no remote code, no pickle.
 """
 
 import collections
+import csv
 import dataclasses
 import gzip
 import io
 import itertools
 import json
-import math
 import pathlib
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import datasets
 import pyarrow
 import pyarrow.parquet
 
-from sera_jax.records import Pair, Prompt, Text
+from sera_jax.data import forms
+from sera_jax.data.forms import FORMATS, RANKED, UNPAIRED, Demonstration, Responses, Unusable
+from sera_jax.records import Pair, Prompt, Unpaired
 
 Progress = Callable[[Iterable, int | None, str], Iterable]
 """progress(iterable, total or None, label) → the same items, shown while they pass."""
@@ -31,26 +32,16 @@ Row = tuple[int, dict | str]
 
 HEAD = 32  # rows that the detection of a format looks at
 PLACES = 5  # first places shown of each reason
-ASSISTANT = "\n\nAssistant:"
-
-
-@dataclasses.dataclass(frozen=True)
-class Demonstration:
-    """A response to imitate (SFT). An empty plain-text prompt means: the text stands by itself."""
-
-    id: str
-    prompt: Text
-    response: Text
-    weight: float = 1.0
-    source: str = ""
+CELL = 2**31 - 1  # characters that a cell of a CSV may have
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
     """What was read and what was not.
 
-    files: (path, format, usable rows, rows read) each; dropped: (reason, rows, first places "file:line") each, the most
-    frequent first; renamed: rows whose id was taken and got a suffix.
+    files: (path, format, items, rows read) each; dropped: (reason, rows, first places "file:line") each, the most
+    frequent first; renamed: items whose id was taken and got a suffix. A row of K ranked responses may give several
+    pairs, and be named under `dropped` for one of its responses.
     """
 
     what: str
@@ -86,290 +77,170 @@ def load_pairs(
     *,
     format: str = "auto",
     split: str = "train",
+    subset: str = "",
+    ranked: str = "best_worst",
+    seed: int = 0,
     limit: int = 0,
     progress: Progress = silent,
 ) -> tuple[list[Pair], Report]:
-    """Preference pairs of files (.jsonl, .json, .parquet, each also .gz), `datasets` folders and hub names.
+    """Preference pairs of files (see READERS, each also .gz), `datasets` folders and hub names.
 
-    format: a key of FORMATS, or auto: the one most of the first rows of each file have. limit: the first n usable
-    pairs over all files (0 = all). Columns carried where they are: id, score_chosen and score_rejected (or chosen_score
-    and rejected_score; null, NaN or one alone = none), weight, source or subset (default: the file's name without its
-    extension). ids are unique: "<file name>:<line>" where the file has none; an id that is taken gets "#2", "#3", …
+    format: a key of FORMATS, or auto: the one most of the first rows of each file have. split, subset: of folders and
+    hub names (see `_open`). ranked: a key of RANKED, how K scored responses become pairs; seed: of its random rules.
+    limit: the first n usable pairs over all files (0 = all).
+
+    Columns carried where they are: id, score_chosen and score_rejected (see forms.SCORES; null, NaN or one alone =
+    none), weight, source or subset (default: the file's name without its extension), and what is known behind the
+    label of a pair: gold_chosen and gold_rejected, flipped, cued, upset (true or false), author (text). ids are unique:
+    "<file name>:<line>" where the file has none, "<id>/<place of the chosen one>><of the rejected one>" among K
+    responses; an id that is taken gets "#2", "#3", …
 
     Raises ValueError for a path that cannot be read, a format that cannot be told, and when no pair is usable.
     """
-    if format != "auto" and format not in FORMATS:
-        raise ValueError(f"data.format: got {format!r}; expected auto, {', '.join(FORMATS)}.")
-    forced = None if format == "auto" else format
-    expected = (
-        "expected prompt, chosen and rejected as text (explicit) or as lists of messages (conversational), or chosen "
-        'and rejected as "\\n\\nHuman: …\\n\\nAssistant: …" transcripts (hh)'
+    expected = _expected(format, ranked, FORMATS)
+    if format == "auto":
+        expected += "; prompt, completion and label (unpaired) are for loss kto alone"
+
+    def make(form: str, row: dict, name: str, stem: str) -> list[Pair | Unusable]:
+        return forms.pairs_of(form, row, name, stem, rule=ranked, seed=seed)
+
+    return _collect(
+        paths,
+        "pairs",
+        expected,
+        forms.format_of,
+        make,
+        forced=None if format == "auto" else format,
+        where=(split, subset),
+        limit=limit,
+        progress=progress,
     )
-    return _collect(paths, "pairs", expected, _format, FORMATS, forced, _pair, split, limit, progress)
+
+
+def load_unpaired(
+    paths: Sequence[str],
+    *,
+    format: str = "auto",
+    split: str = "train",
+    subset: str = "",
+    ranked: str = "best_worst",
+    seed: int = 0,
+    limit: int = 0,
+    progress: Progress = silent,
+) -> tuple[list[Unpaired], Report]:
+    """Labelled responses: rows with prompt, completion (text or messages) and label (true = desirable), carrying id,
+    weight and source as pairs do; or preference pairs of any form, each of which becomes two, "<id>/chosen" (desirable)
+    and "<id>/rejected".
+
+    format: a key of UNPAIRED, or auto. limit: the first n responses. Otherwise as `load_pairs`.
+    """
+
+    def make(form: str, row: dict, name: str, stem: str) -> list[Unpaired | Unusable]:
+        return forms.unpaired_of(form, row, name, stem, rule=ranked, seed=seed)
+
+    return _collect(
+        paths,
+        "examples",
+        _expected(format, ranked, UNPAIRED),
+        forms.unpaired_format_of,
+        make,
+        forced=None if format == "auto" else format,
+        where=(split, subset),
+        limit=limit,
+        progress=progress,
+    )
+
+
+def _expected(format: str, ranked: str, table: dict[str, forms.Form]) -> str:
+    """What rows should have, for people. Raises ValueError for names that the tables lack."""
+    if format != "auto" and format not in table:
+        raise ValueError(f"data.format: got {format!r}; expected auto, {', '.join(table)}.")
+    if ranked not in RANKED:
+        raise ValueError(f"data.ranked: got {ranked!r}; expected {', '.join(RANKED)}.")
+    shown = list(table) if format == "auto" else [format]
+    return "expected " + ", or ".join(f"{table[name].columns} ({name})" for name in shown)
 
 
 def load_prompts(
-    paths: Sequence[str], *, split: str = "train", limit: int = 0, progress: Progress = silent
+    paths: Sequence[str], *, split: str = "train", subset: str = "", limit: int = 0, progress: Progress = silent
 ) -> tuple[list[Prompt], Report]:
     """Prompts to sample from: rows with prompt (text or messages), text, or instruction (and input, after a blank
     line); or the prompts of a pair file, each once. A prompt file keeps its repetitions: its rows stay countable.
     """
     seen: set[str] = set()
 
-    def make(form: str, row: dict, name: str, stem: str) -> Prompt:
-        prompt = PROMPTS[form](row)
-        _filled(prompt, "prompt")
+    def make(form: str, row: dict, name: str, stem: str) -> list[Prompt]:
+        prompt = forms.prompt_of(form, row, name, stem)
         if form in FORMATS:
-            key = json.dumps(prompt, sort_keys=True, default=str)
+            key = json.dumps(prompt.prompt, sort_keys=True, default=str)
             if key in seen:
                 raise Unusable("prompt of an earlier pair")
             seen.add(key)
-        return Prompt(_id(row, name), prompt)
+        return [prompt]
 
     expected = "expected a column prompt (text or messages), text or instruction, or preference pairs"
-    return _collect(paths, "prompts", expected, _prompt_form, PROMPTS, None, make, split, limit, progress)
+    return _collect(
+        paths, "prompts", expected, forms.prompt_form_of, make, where=(split, subset), limit=limit, progress=progress
+    )
 
 
 def load_texts(
-    paths: Sequence[str], *, split: str = "train", limit: int = 0, progress: Progress = silent
+    paths: Sequence[str], *, split: str = "train", subset: str = "", limit: int = 0, progress: Progress = silent
 ) -> tuple[list[Demonstration], Report]:
-    """Demonstrations for SFT: rows with prompt and completion (text or messages), messages (the last assistant turn is
-    the response, what follows it is left out), text (empty prompt), or instruction, input and output.
+    """Demonstrations for SFT: rows with prompt and completion (text or messages; a label, if any, must not be false),
+    messages (the last assistant turn is the response, what follows it is left out), text (empty prompt), or
+    instruction, input and output.
     """
+
+    def make(form: str, row: dict, name: str, stem: str) -> list[Demonstration]:
+        return [forms.demonstration_of(form, row, name, stem)]
+
     expected = "expected prompt and completion, messages, text, or instruction and output"
-    return _collect(paths, "texts", expected, _text_form, TEXTS, None, _demonstration, split, limit, progress)
+    return _collect(
+        paths, "texts", expected, forms.text_form_of, make, where=(split, subset), limit=limit, progress=progress
+    )
 
 
-def prompts_of(pairs: Sequence[Pair]) -> list[Prompt]:
-    """The prompts of pairs, each once, under the id of its first pair."""
+def load_responses(path: str, *, scored: bool, progress: Progress = silent) -> list[Responses]:
+    """Candidates that somebody sampled: rows of prompt (text or messages), responses (texts) and, for each response,
+    finished (default: all), rewards or scores (finite numbers; read where `scored`). Files as `load_pairs` reads them;
+    other columns, such as the id and the lengths that `sera_jax.generate` writes, are passed over.
+
+    Raises:
+        ValueError: the first line that is anything else, by its number; no row at all.
+    """
+    stem, total, rows = _open(path, "train", "")
+    found = []
+    for line, row in progress(rows, total, f"reading {stem}"):
+        try:
+            if isinstance(row, str):
+                raise Unusable(row)
+            found.append(forms.responses_of(row, f"{path}:{line}", scored))
+        except Unusable as reason:
+            raise ValueError(
+                f'{path}:{line}: {reason}; expected {{"prompt": text or messages, "responses": [text, ...]}} and, one '
+                'for each response, "finished": [true, ...], "rewards" or "scores": [number, ...].'
+            ) from None
+    if not found:
+        raise ValueError(f"{path} has no rows, expected candidates. Check bootstrap.candidates_file.")
+    return found
+
+
+def prompts_of(pairs: Sequence[Pair | Unpaired]) -> list[Prompt]:
+    """The prompts of pairs or unpaired responses, each once, under the id of its first pair."""
     first = {json.dumps(pair.prompt, sort_keys=True, default=str): pair for pair in reversed(pairs)}
     return [Prompt(pair.id, pair.prompt) for pair in reversed(first.values())]
 
 
-def demonstrations_of(pairs: Sequence[Pair]) -> list[Demonstration]:
-    """The chosen responses of pairs, to imitate."""
-    return [Demonstration(p.id, p.prompt, p.chosen, p.weight, p.source) for p in pairs]
+def demonstrations_of(given: Sequence[Pair | Unpaired]) -> list[Demonstration]:
+    """The chosen responses of pairs, or the desirable ones among unpaired responses, to imitate."""
+    good = [
+        (g, g.chosen) if isinstance(g, Pair) else (g, g.completion) for g in given if isinstance(g, Pair) or g.label
+    ]
+    return [Demonstration(g.id, g.prompt, response, g.weight, g.source) for g, response in good]
 
 
-class Unusable(ValueError):
-    """Why one row cannot be used: becomes a line of the report."""
-
-
-# Formats of pairs: row → (prompt, chosen, rejected)
-
-
-def explicit(row: dict) -> tuple[Text, Text, Text]:
-    """TRL's standard form: three texts, as they are."""
-    return _string(row, "prompt"), _string(row, "chosen"), _string(row, "rejected")
-
-
-def conversational(row: dict) -> tuple[Text, Text, Text]:
-    """Messages. chosen and rejected may be the answers alone (the prompt is then messages, or a text = one user turn),
-    or whole conversations, with or without a prompt beside them. Whichever: the last message of each, which must be the
-    assistant's, is the response, and all before it the prompt, which must be the same for both.
-    """
-    prompt = row.get("prompt")
-    given = () if prompt is None else _messages(row, "prompt", "user")
-    whole = []
-    for column in ("chosen", "rejected"):
-        turns = _messages(row, column, "assistant")
-        if not turns:
-            raise Unusable(f"empty {column}")
-        # A text beside conversations only repeats their first user turn (HuggingFaceH4/ultrafeedback_binarized).
-        repeated = len(turns) > 1 if isinstance(prompt, str) else turns[: len(given)] == given
-        whole.append(turns if repeated else given + turns)
-        if turns[-1]["role"] != "assistant":
-            raise Unusable(f"the last message of {column} is not the assistant's")
-    chosen, rejected = whole
-    if chosen[:-1] != rejected[:-1]:
-        raise Unusable("chosen and rejected have different prompts")
-    return chosen[:-1], chosen[-1:], rejected[-1:]
-
-
-def hh(row: dict) -> tuple[Text, Text, Text]:
-    """Anthropic's transcripts, cut after the last "\\n\\nAssistant:": prompt + reply is the transcript, the reply keeps
-    its leading space.
-    """
-    cut = {}
-    for column in ("chosen", "rejected"):
-        transcript = _string(row, column)
-        head, mark, reply = transcript.rpartition(ASSISTANT)
-        if not mark:
-            raise Unusable(f'no "\\n\\nAssistant:" in {column}')
-        cut[column] = head + mark, reply
-    if cut["chosen"][0] != cut["rejected"][0]:
-        raise Unusable("chosen and rejected have different prompts")
-    return cut["chosen"][0], cut["chosen"][1], cut["rejected"][1]
-
-
-FORMATS: dict[str, Callable[[dict], tuple[Text, Text, Text]]] = {
-    "explicit": explicit,
-    "conversational": conversational,
-    "hh": hh,
-}
-
-
-def _format(row: dict) -> str | None:
-    """The format of a row of pairs, None if it has none of them."""
-    chosen, rejected = row.get("chosen"), row.get("rejected")
-    if chosen is None or rejected is None:
-        return None
-    if any(isinstance(row.get(column), list) for column in ("prompt", "chosen", "rejected")):
-        return "conversational"
-    if row.get("prompt") is not None:
-        return "explicit"
-    return "hh" if ASSISTANT in str(chosen) else None
-
-
-def _pair(form: str, row: dict, name: str, stem: str) -> Pair:
-    prompt, chosen, rejected = FORMATS[form](row)
-    for column, text in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
-        _filled(text, column)
-    if chosen == rejected:
-        raise Unusable("chosen and rejected are identical")
-    scores = next((s for s in (_scores(row, "score_{}"), _scores(row, "{}_score")) if s), None)
-    return Pair(_id(row, name), prompt, chosen, rejected, scores, _weight(row), _source(row, stem))
-
-
-# Forms of prompts and of demonstrations
-
-
-def _instruction(row: dict) -> Text:
-    extra = _string(row, "input") if row.get("input") else ""
-    return _string(row, "instruction") + (f"\n\n{extra}" if extra else "")
-
-
-def _text_or_messages(row: dict, column: str, role: str) -> Text:
-    return _messages(row, column, role) if isinstance(row.get(column), list) else _string(row, column)
-
-
-def _completion(row: dict) -> tuple[Text, Text]:
-    prompt, response = _text_or_messages(row, "prompt", "user"), _text_or_messages(row, "completion", "assistant")
-    if isinstance(prompt, str) and isinstance(response, str):
-        return prompt, response
-    turns = _messages(row, "prompt", "user") + _messages(row, "completion", "assistant")
-    return _last_turn(turns)
-
-
-def _last_turn(turns: tuple[dict, ...]) -> tuple[Text, Text]:
-    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=None)
-    if last is None:
-        raise Unusable("no assistant turn")
-    _filled(turns[:last], "prompt")
-    return turns[:last], turns[last : last + 1]
-
-
-PROMPTS: dict[str, Callable[[dict], Text]] = {
-    **{name: (lambda row, parse=parse: parse(row)[0]) for name, parse in FORMATS.items() if name != "explicit"},
-    "explicit": lambda row: _string(row, "prompt"),  # its answers need not be usable
-    "prompt": lambda row: _text_or_messages(row, "prompt", "user"),
-    "text": lambda row: _string(row, "text"),
-    "instruction": _instruction,
-}
-
-TEXTS: dict[str, Callable[[dict], tuple[Text, Text]]] = {
-    "completion": _completion,
-    "messages": lambda row: _last_turn(_messages(row, "messages", "user")),
-    "instruction": lambda row: (_instruction(row), _string(row, "output")),
-    "text": lambda row: ("", _string(row, "text")),
-}
-
-COLUMNS = {"completion": ("prompt", "completion"), "instruction": ("instruction", "output")}
-"""What tells the forms that are not told by the column of their name."""
-
-
-def _prompt_form(row: dict) -> str | None:
-    return _format(row) or next((c for c in ("prompt", "text", "instruction") if row.get(c) is not None), None)
-
-
-def _text_form(row: dict) -> str | None:
-    return next((f for f in TEXTS if all(row.get(c) is not None for c in COLUMNS.get(f, (f,)))), None)
-
-
-def _demonstration(form: str, row: dict, name: str, stem: str) -> Demonstration:
-    prompt, response = TEXTS[form](row)
-    _filled(response, "response")
-    return Demonstration(_id(row, name), prompt, response, _weight(row), _source(row, stem))
-
-
-# Columns
-
-
-def _string(row: dict, column: str) -> str:
-    value = row.get(column)
-    if value is None:
-        raise Unusable(f"missing column {column!r}")
-    if not isinstance(value, str):
-        raise Unusable(f"{column} is {type(value).__name__}, expected text")
-    return _unicode(value, column)
-
-
-def _unicode(text: str, column: str) -> str:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        raise Unusable(f"{column} is not valid Unicode (a lone surrogate)") from None
-    return text
-
-
-def _messages(row: dict, column: str, role: str) -> tuple[dict, ...]:
-    value = row.get(column)
-    if value is None or isinstance(value, str):
-        return ({"role": role, "content": _string(row, column)},)
-    if not isinstance(value, list):
-        raise Unusable(f"{column} is {type(value).__name__}, expected messages")
-    for turn in value:
-        if not (isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)):
-            raise Unusable(f'a message of {column} is not {{"role": text, "content": text}}')
-        _unicode(turn["content"], column)
-    # Columns of structs give every message the keys of all of them, as nulls.
-    return tuple({key: item for key, item in turn.items() if item is not None} for turn in value)
-
-
-def _filled(text: Text, column: str) -> None:
-    contents = [text] if isinstance(text, str) else [turn["content"] for turn in text]
-    if not any(content.strip() for content in contents):
-        raise Unusable(f"empty {column}")
-
-
-def _number(row: dict, column: str) -> float | None:
-    value = row.get(column)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise Unusable(f"{column} is {type(value).__name__}, expected a number")
-    return float(value) if math.isfinite(value) else None
-
-
-def _scores(row: dict, form: str) -> tuple[float, float] | None:
-    chosen, rejected = _number(row, form.format("chosen")), _number(row, form.format("rejected"))
-    return None if chosen is None or rejected is None else (chosen, rejected)
-
-
-def _weight(row: dict) -> float:
-    if row.get("weight") is None:
-        return 1.0
-    weight = _number(row, "weight")
-    if weight is None or weight < 0:
-        raise Unusable("weight is not a finite number of 0 or more")
-    return weight
-
-
-def _id(row: dict, name: str) -> str:
-    value = row.get("id")
-    if value is None or value == "":
-        return name
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise Unusable(f"id is {type(value).__name__}, expected text or an integer")
-    return _unicode(str(value), "id")
-
-
-def _source(row: dict, stem: str) -> str:
-    named = (row.get(column) for column in ("source", "subset"))
-    return next((value for value in named if isinstance(value, str) and value), stem)
-
-
-# Walking through files
+# --- Walking through files --------------------------------------------------------------------------------------------
 
 
 def _collect(
@@ -377,13 +248,17 @@ def _collect(
     what: str,
     expected: str,
     detect: Callable[[dict], str | None],
-    table: dict[str, Callable],
-    forced: str | None,
-    make: Callable[[str, dict, str, str], Any],
-    split: str,
+    make: Callable[[str, dict, str, str], list],
+    *,
+    forced: str | None = None,
+    where: tuple[str, str],
     limit: int,
     progress: Progress,
 ) -> tuple[list, Report]:
+    """The items that `make(form, row, name, source)` makes of every row, and what it did not.
+
+    detect: row → form, asked where none is forced. where: (split, subset).
+    """
     if isinstance(paths, str) or not paths:
         raise ValueError(f"{what}: got {paths!r}; expected a list of files, `datasets` folders or hub names.")
     items, ids, files, renamed = [], set(), [], 0
@@ -392,7 +267,7 @@ def _collect(
     for path in map(str, paths):
         if limit and len(items) >= limit:
             break
-        stem, total, rows = _open(path, split)
+        stem, total, rows = _open(path, *where)
         before, read, form = len(items), 0, forced
         rows = iter(rows)
         head = list(itertools.islice(rows, HEAD))
@@ -403,18 +278,21 @@ def _collect(
             try:
                 if isinstance(row, str):
                     raise Unusable(row)
-                item = make(form, row, f"{stem}:{line}", stem)
+                made = make(form, row, f"{stem}:{line}", stem)
             except Unusable as reason:
-                counts[str(reason)] += 1
-                if len(places[str(reason)]) < PLACES:
-                    places[str(reason)].append(f"{stem}:{line}")
-                continue
-            if item.id in ids:
-                free = next(f"{item.id}#{k}" for k in itertools.count(2) if f"{item.id}#{k}" not in ids)
-                item = dataclasses.replace(item, id=free)
-                renamed += 1
-            ids.add(item.id)
-            items.append(item)
+                made = [reason]
+            for item in made:
+                if isinstance(item, Unusable):
+                    counts[str(item)] += 1
+                    if len(places[str(item)]) < PLACES:
+                        places[str(item)].append(f"{stem}:{line}")
+                elif not limit or len(items) < limit:
+                    if item.id in ids:
+                        free = next(f"{item.id}#{k}" for k in itertools.count(2) if f"{item.id}#{k}" not in ids)
+                        item = dataclasses.replace(item, id=free)
+                        renamed += 1
+                    ids.add(item.id)
+                    items.append(item)
             if limit and len(items) >= limit:
                 break
         files.append((path, form, len(items) - before, read))
@@ -422,9 +300,9 @@ def _collect(
     report = Report(what, tuple(files), dropped, renamed)
     if not items:
         got = "; ".join(f"{count} × {reason} ({', '.join(where)})" for reason, count, where in dropped) or "no rows"
-        forms = ", ".join(f"{path} as {form}" for path, form, _, _ in files)
+        read_as = ", ".join(f"{path} as {form}" for path, form, _, _ in files)
         raise ValueError(
-            f"no usable {what} in {forms}. Got {report.rows} rows: {got}; {expected}. "
+            f"no usable {what} in {read_as}. Got {report.rows} rows: {got}; {expected}. "
             + ("Give data.format the format that the file has, or auto." if forced else "Repair or convert the file.")
         )
     return items, report
@@ -442,11 +320,11 @@ def _vote(path: str, rows: list[dict], detect: Callable[[dict], str | None], exp
     return votes.most_common(1)[0][0]
 
 
-def _open(path: str, split: str) -> tuple[str, int | None, Iterable[Row]]:
-    """(name for ids and sources, rows if known, rows)."""
+def _open(path: str, split: str, subset: str) -> tuple[str, int | None, Iterable[Row]]:
+    """(name for ids and sources, rows if known, rows). split, subset: of a folder or a hub name, nothing to a file."""
     local = pathlib.Path(path).expanduser()
     if local.is_dir():
-        return (local.name or local.resolve().name, *_folder(local, split))
+        return (local.name or local.resolve().name, *_folder(local, split, subset))
     name = local.name.removesuffix(".gz")
     suffix = pathlib.Path(name).suffix
     if local.exists():
@@ -457,7 +335,7 @@ def _open(path: str, split: str) -> tuple[str, int | None, Iterable[Row]]:
             )
         return (name.removesuffix(suffix), *_guarded(path, READERS[suffix], local))
     if suffix not in READERS and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path):
-        return (path.split("/")[1], *_hub(path, split))
+        return (path.split("/")[1], *_hub(path, split, subset))
     raise ValueError(
         f"{path}: no such file or folder (looked in {local.resolve().parent}); expected a file ({', '.join(READERS)}, "
         "each also .gz), a `datasets` folder, or a hub name like owner/name. Check data.pairs, data.prompts, sft.data."
@@ -536,15 +414,56 @@ def _parquet(path: pathlib.Path) -> tuple[int, Iterator[Row]]:
     return table.metadata.num_rows, enumerate((row for b in table.iter_batches(1024) for row in b.to_pylist()), 1)
 
 
+def _csv(path: pathlib.Path) -> tuple[None, Iterator[Row]]:
+    """A first line of column names, then rows; cells become values as forms.from_cells says."""
+    csv.field_size_limit(CELL)
+
+    def walk() -> Iterator[Row]:
+        with _bytes(path) as file:
+            text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+            reader, columns = csv.reader(text, strict=True), None
+            while True:
+                line = reader.line_num + 1  # of the row's start: cells may hold line breaks
+                try:
+                    cells = next(reader)
+                except StopIteration:
+                    return
+                except csv.Error:
+                    yield line, "broken CSV (a quote that is not closed, or text behind one that is)"
+                    continue
+                if cells and columns is None:
+                    columns = cells
+                elif cells:
+                    yield line, _cells(columns, cells)
+
+    return None, walk()
+
+
+def _cells(columns: list[str], cells: list[str]) -> dict | str:
+    if len(cells) != len(columns):
+        return "not as many cells as columns"
+    if any("\udc80" <= c <= "\udcff" for cell in cells for c in cell):  # what surrogateescape makes of other bytes
+        return "not UTF-8"
+    return forms.from_cells(dict(zip(columns, cells)))
+
+
 READERS: dict[str, Callable[[pathlib.Path], tuple[int | None, Iterator[Row]]]] = {
     ".jsonl": _json_lines,
     ".json": _json,
     ".parquet": _parquet,
+    ".csv": _csv,
 }
 
 
-def _folder(folder: pathlib.Path, split: str) -> tuple[int | None, Iterable[Row]]:
-    """What `save_to_disk` wrote, or a folder of parquet files as the hub has them."""
+def _folder(folder: pathlib.Path, split: str, subset: str) -> tuple[int | None, Iterable[Row]]:
+    """What `save_to_disk` wrote, or a folder of parquet files as the hub has them; a subset is a folder in it."""
+    if subset:
+        inner = sorted(part.name for part in folder.iterdir() if part.is_dir())
+        if subset not in inner:
+            raise ValueError(
+                f"{folder}: got data.subset={subset!r}; expected one of its folders ({', '.join(inner) or 'none'})."
+            )
+        folder = folder / subset
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         try:
             loaded = datasets.load_from_disk(str(folder))
@@ -571,13 +490,13 @@ def _folder(folder: pathlib.Path, split: str) -> tuple[int | None, Iterable[Row]
     return sum(total for total, _ in parts), enumerate((row for _, rows in parts for _, row in rows), 1)
 
 
-def _hub(name: str, split: str) -> tuple[int, Iterable[Row]]:
+def _hub(name: str, split: str, subset: str) -> tuple[int, Iterable[Row]]:
     """A data set of the hub. Only data is fetched: `datasets` runs a repository's code only when told to, it is not."""
     try:
-        loaded = datasets.load_dataset(name, split=split)
+        loaded = datasets.load_dataset(name, *([subset] if subset else []), split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
             f"{name}: no such local file or folder, and the hub gave: {type(error).__name__}: {error}. Check the name, "
-            f"data.split={split!r} and the network, or give local files."
+            f"data.split={split!r}, data.subset={subset!r} and the network, or give local files."
         ) from error
     return len(loaded), enumerate(loaded, 1)

@@ -9,10 +9,11 @@ a million indices takes about 0.1 s once an epoch, so a lazily computed one (gra
 import hashlib
 import json
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
-from sera_jax.records import Pair, Text
+from sera_jax.records import Pair, Text, Unpaired
 
 WORD = 2**64
 
@@ -50,7 +51,10 @@ def batches(
     return list(indices.reshape(updates, batch_size))
 
 
-def split_validation(pairs: Sequence[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+Given = TypeVar("Given", Pair, Unpaired)
+
+
+def split_validation(pairs: Sequence[Given], share: float, seed: int) -> tuple[list[Given], list[Given]]:
     """(training pairs, validation pairs), both in the given order; no prompt stands on both sides.
 
     Prompts are ranked by a keyed hash of their content and held out until `share` of the pairs is reached (the last one

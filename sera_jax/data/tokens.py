@@ -26,8 +26,9 @@ import jinja2
 import numpy as np
 import transformers
 
-from sera_jax.data.files import Demonstration, Progress, silent
-from sera_jax.records import Pair, Prompt, Text, Tree
+from sera_jax.data.files import Progress, silent
+from sera_jax.data.forms import Demonstration
+from sera_jax.records import Pair, Prompt, Text, Tree, Unpaired
 
 CHUNK = 1024  # items a call of the tokeniser
 SENTINELS = ("", "\n", ":", "0", "#", "\x01")
@@ -43,8 +44,8 @@ class Counts:
 
     items: given; kept: trees that came out; tokens: of these, after cutting; prompts_cut: prompts that were shortened;
     responses_cut: responses that were (they have no EOS); dropped: (reason, items, first ids), the most frequent first;
-    lengths: (name, mean, 95 % quantile, maximum) in tokens before any cutting, dropped items included where they have
-    a length: of prompts, of every response, and of prompt + longer response, which is what max_length bounds.
+    measured: int by name, [items] each, in tokens before any cutting, dropped items included where they have a length:
+    of prompts, of every response, and of prompt + longer response, which is what max_length bounds.
     """
 
     items: int
@@ -53,13 +54,26 @@ class Counts:
     prompts_cut: int
     responses_cut: int
     dropped: tuple[tuple[str, int, tuple[str, ...]], ...]
-    lengths: tuple[tuple[str, float, float, int], ...]
+    measured: dict[str, np.ndarray] = dataclasses.field(compare=False)
+
+    @property
+    def lengths(self) -> tuple[tuple[str, float, float, int], ...]:
+        """(name, mean, 95 % quantile, maximum) of what was measured."""
+        return tuple(
+            (name, float(column.mean()), float(np.quantile(column, 0.95)), int(column.max()))
+            for name, column in self.measured.items()
+        )
 
     def lines(self) -> list[str]:
         """For people, one fact a line."""
         out = [f"{self.kept} of {self.items} tokenised, {self.tokens} tokens"]
         for name, mean, p95, top in self.lengths:
             out.append(f"  {name}: mean {mean:.0f}, 95 % {p95:.0f}, longest {top} tokens")
+        return out + self.losses()
+
+    def losses(self) -> list[str]:
+        """What was cut and what was not used, one fact a line."""
+        out = []
         if self.prompts_cut or self.responses_cut:
             out.append(f"  cut: {self.prompts_cut} prompts, {self.responses_cut} responses (these have no EOS)")
         for reason, count, ids in self.dropped:
@@ -163,6 +177,24 @@ def tokenise_pairs(
     return _trees(asked, tokenizer, eos_ids, bounds, progress, "tokenising pairs")
 
 
+def tokenise_unpaired(
+    examples: Sequence[Unpaired],
+    tokenizer: Tokenizer,
+    eos_ids: Sequence[int],
+    *,
+    max_length: int,
+    max_prompt_length: int,
+    truncation: str = "keep_end",
+    progress: Progress = silent,
+) -> tuple[list[Tree], Counts]:
+    """Trees of one branch and a label, cut as pairs are, in the order of the examples (`mismatched` adds a branch)."""
+    asked = [(example.id, example.prompt, (example.completion,), example.weight) for example in examples]
+    bounds = _bounds(max_length, max_prompt_length, truncation)
+    trees, counts = _trees(asked, tokenizer, eos_ids, bounds, progress, "tokenising responses")
+    label = {example.id: 1 if example.label else -1 for example in examples}
+    return [dataclasses.replace(tree, label=label[tree.id]) for tree in trees], counts
+
+
 def tokenise_texts(
     texts: Sequence[Demonstration],
     tokenizer: Tokenizer,
@@ -178,7 +210,7 @@ def tokenise_texts(
     """
     asked = [(text.id, text.prompt, (text.response,), text.weight) for text in texts]
     bounds = _bounds(max_length, max_prompt_length, truncation)
-    return _trees(asked, tokenizer, eos_ids, bounds, progress, "tokenising texts")
+    return _trees(asked, tokenizer, eos_ids, bounds, progress, "tokenising texts", bare=True)
 
 
 def tokenise_prompts(
@@ -193,6 +225,33 @@ def tokenise_prompts(
     asked = [(prompt.id, prompt.prompt, (), 1.0) for prompt in prompts]
     bounds = _bounds(max_prompt_length, max_prompt_length, truncation)
     return _trees(asked, tokenizer, (), bounds, progress, "tokenising prompts")
+
+
+def tokenise_responses(
+    prompts: Sequence[Text],
+    texts_PC: Sequence[Sequence[str]],
+    tokenizer: Tokenizer,
+    eos_ids: Sequence[int],
+    *,
+    progress: Progress = silent,
+) -> list[list[np.ndarray]]:
+    """Ids of C responses to each prompt, not cut: int32 [r], with the EOS that ends a finished one; empty for a text of
+    no tokens or without an exact boundary.
+    """
+    sentinels, ends, out = _sentinels(tokenizer), _end_strings(tokenizer, eos_ids), []
+    for start in progress(range(0, len(prompts), CHUNK), -(-len(prompts) // CHUNK), "tokenising candidates"):
+        rendered = []
+        for prompt, texts in zip(prompts[start : start + CHUNK], texts_PC[start : start + CHUNK], strict=True):
+            result = _render(tokenizer, prompt, tuple(texts), ends)
+            if isinstance(result, str):
+                raise ValueError(f"candidates of the prompt {str(prompt)[:80]!r} cannot be tokenised: {result}.")
+            rendered.append(result[1])
+        flat = iter(_continue(tokenizer, [text for texts in rendered for text in texts], sentinels))
+        for texts in rendered:
+            ids_C = [next(flat) or [] for _ in texts]
+            ended = [ids if not ids or ids[-1] in eos_ids else [*ids, eos_ids[0]] for ids in ids_C]
+            out.append([np.asarray([] if ids and ids[0] in eos_ids else ids, np.int32) for ids in ended])
+    return out
 
 
 # Walking
@@ -216,7 +275,9 @@ def _trees(
     bounds: tuple[int, int, str],
     progress: Progress,
     label: str,
+    bare: bool = False,
 ) -> tuple[list[Tree], Counts]:
+    """bare: a response may stand without a prompt."""
     if not asked:
         raise ValueError(f"{label}: got nothing; expected at least one item.")
     if any(branches for _, _, branches, _ in asked):
@@ -247,7 +308,7 @@ def _trees(
                 text, responses, chat = row
                 ids = [next(continued if text else started) for _ in responses]
                 result = _tree(
-                    next(prompts), ids, None if chat else bos, tokenizer.bos_token_id, eos, bounds, lengths, cut
+                    next(prompts), ids, None if chat else bos, tokenizer.bos_token_id, eos, bounds, bare, lengths, cut
                 )
             if isinstance(result, str):
                 counts[result] += 1
@@ -258,7 +319,7 @@ def _trees(
                 trees.append(Tree(name, prompt, branches, weight))
     dropped = tuple((reason, count, tuple(examples[reason])) for reason, count in counts.most_common())
     tokens = sum(tree.length for tree in trees)
-    out = Counts(len(asked), len(trees), tokens, cut["prompts"], cut["responses"], dropped, _lengths(lengths))
+    out = Counts(len(asked), len(trees), tokens, cut["prompts"], cut["responses"], dropped, _measured(lengths))
     if not trees:
         got = "; ".join(f"{count} × {reason} ({', '.join(ids)})" for reason, count, ids in dropped)
         raise ValueError(
@@ -274,6 +335,7 @@ def _tree(
     bos_token: int | None,
     eos: Sequence[int],
     bounds: tuple[int, int, str],
+    bare: bool,
     lengths: list[tuple[int, ...]],
     cut: collections.Counter,
 ) -> tuple[np.ndarray, tuple[np.ndarray, ...]] | str:
@@ -281,7 +343,7 @@ def _tree(
     max_length, max_prompt_length, truncation = bounds
     if any(ids is None for ids in branches):
         return "a response merges with every text before it, no boundary is exact"
-    if not prompt and len(branches) != 1:
+    if not (prompt or bare):
         return "the prompt has no tokens"
     if any(not ids or (len(ids) == 1 and ids[0] in eos) for ids in branches):
         return "a response has no tokens"
@@ -314,17 +376,14 @@ CUTS: dict[str, Callable[[list[int], int], list[int]]] = {
 }
 
 
-def _lengths(lengths: list[tuple[int, ...]]) -> tuple[tuple[str, float, float, int], ...]:
+def _measured(lengths: list[tuple[int, ...]]) -> dict[str, np.ndarray]:
     if not lengths:
-        return ()
+        return {}
     columns = np.asarray(lengths).T  # [prompt, responses …, prompt + longer]
     names = {2: ("prompt",), 3: ("prompt", "response", "prompt + response")}.get(
         len(columns), ("prompt", "chosen", "rejected", "prompt + longer response")
     )
-    return tuple(
-        (name, float(column.mean()), float(np.quantile(column, 0.95)), int(column.max()))
-        for name, column in zip(names, columns, strict=False)
-    )
+    return dict(zip(names, columns, strict=False))
 
 
 # Chat templates

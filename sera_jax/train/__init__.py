@@ -6,8 +6,9 @@ select   score → margins → select, over the given pairs
 fresh    sample → reward → pairs, from the policy's own samples
 update   what the updates of a stage take; the SFT stage
 outcome  what an iteration leaves: files, evaluation, summary, export
+check    what is in the data of a config; instead of a run
 
-python -m sera_jax.train --config configs/x.yaml [--loss.beta 0.2 ...]
+python -m sera_jax.train --config configs/x.yaml [--loss.beta 0.2 ...] [--data.check true]
 """
 
 from sera_jax.train.loop import main, train

@@ -1,14 +1,18 @@
 """sample → reward → pairs: candidates of the policy, ranked, and the fresh pairs made of them."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
-from sera_jax import bootstrap, policies, programs, rewards, sample, score
+from sera_jax import bootstrap, disk, policies, programs, rewards, sample, score
 from sera_jax.bootstrap import Fresh
+from sera_jax.config import BootstrapConfig, EvaluateConfig
+from sera_jax.ledger import branch_key, derived_tag
 from sera_jax.policies import Live, Name
 from sera_jax.records import Candidates, Prompt
 from sera_jax.train import world as worlds
@@ -37,23 +41,22 @@ def bootstrap_pairs(world: World, t: int, scored: Live) -> Made | None:
         len(given.prompts), b.prompts_per_iteration, seed=config.run.seed, iteration=t
     )
     prompts = tuple(given.prompts[i] for i in drawn)
-    candidates = bootstrap.sample_candidates(
-        sampler(world, scored, worlds.key(world, "sample", t), b.candidates, b),
-        prompts,
-        [given.prompt_tokens[i] for i in drawn],
-        lambda ids: world.policies.start.tokenizer.decode(ids, skip_special_tokens=True),
-        candidates=b.candidates,
-        slots=b.slots,
-        path=worlds.folder(world, t) / "candidates.jsonl",
-        label=f"iteration {t}: sampling {b.candidates} candidates a prompt",
-    )
-    kl = None
-    if config.reward.source == "function":
-        function = rewards.load_function(config.reward.function)
-        label = f"iteration {t}: reward function"
-        rewards_PC = rewards.by_function(function, [p.prompt for p in prompts], candidates.texts_PC, label)
+    if given.imported is not None:
+        candidates = bootstrap.take(given.imported.candidates, drawn)
     else:
-        rewards_PC, kl = _implicit_rewards(world, scored, candidates)
+        candidates = responses(
+            world,
+            scored,
+            prompts,
+            [given.prompt_tokens[i] for i in drawn],
+            use="sample",
+            t=t,
+            candidates=b.candidates,
+            values=b,
+            path=worlds.folder(world, t) / "candidates.jsonl",
+            label=f"iteration {t}: sampling {b.candidates} candidates a prompt",
+        )
+    rewards_PC, kl = SOURCES[config.reward.source](world, t, scored, drawn, candidates)
     rewards_PC = rewards.adjusted(
         rewards_PC,
         rewards.lengths(candidates),
@@ -71,12 +74,65 @@ def bootstrap_pairs(world: World, t: int, scored: Live) -> Made | None:
     return Made(prompts, candidates, made, kl)
 
 
-def sampler(world: World, live: Live, key: jax.Array, candidates: int, values: Any) -> Callable:
-    """Prompts on the host → candidates on the host (`bootstrap.sample_candidates`).
+def responses(
+    world: World,
+    live: Live,
+    prompts: Sequence[Prompt],
+    tokens: Sequence[np.ndarray],
+    *,
+    use: str,
+    t: int,
+    candidates: int,
+    values: BootstrapConfig | EvaluateConfig,
+    path: pathlib.Path,
+    label: str,
+) -> Candidates:
+    """Candidates of a model, kept in `path`. What is the same for several runs (model, prompts, noise, sampling) is
+    sampled once where they share a ledger: its folder `responses` holds finished files by the hash of all that.
 
     Args:
-        live: samples; its weights are read if they are not in memory. values: BootstrapConfig or EvaluateConfig.
+        live: samples; its weights are read if they are not in memory. use, t: of the noise (worlds.key).
+        values: the sampling parameters.
     """
+    config = world.config
+    shared = None
+    if config.run.ledger:
+        sampling = [getattr(values, k, None) for k in ("temperature", "top_k", "top_p", "min_p", "max_new_tokens")]
+        noise = (config.run.seed, use, t, candidates, config.bootstrap.slots, *sampling)
+        said = derived_tag(
+            policies.tag(world.policies, live.name), repr(noise), *(branch_key(ids, ()).hex() for ids in tokens)
+        )
+        shared = pathlib.Path(config.run.ledger) / "responses" / f"{said}.jsonl"
+        if shared.is_file() and not path.exists():
+            _copy(shared, path)
+    made = bootstrap.sample_candidates(
+        _sampler(world, live, worlds.key(world, use, t), candidates, values),
+        prompts,
+        tokens,
+        lambda ids: world.policies.start.tokenizer.decode(ids, skip_special_tokens=True),
+        candidates=candidates,
+        slots=config.bootstrap.slots,
+        path=path,
+        label=label,
+    )
+    if shared is not None and not shared.exists():
+        _copy(path, shared)
+    return made
+
+
+def _copy(source: pathlib.Path, to: pathlib.Path) -> None:
+    """Copies a file; it appears when complete, whoever else does the same."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    beside = to.with_name(f"{to.name}.{os.getpid()}.tmp")
+    with disk.guarded(to):
+        shutil.copyfile(source, beside)
+        os.replace(beside, to)
+
+
+def _sampler(
+    world: World, live: Live, key: jax.Array, candidates: int, values: BootstrapConfig | EvaluateConfig
+) -> Callable:
+    """Prompts on the host → candidates on the host (`bootstrap.sample_candidates`)."""
     where = world.policies
     sampling = sample.sampling(
         temperature=values.temperature,
@@ -105,8 +161,14 @@ def candidate_logps(world: World, name: Name | None, candidates: Candidates, liv
     return rewards.on_grid(flat, candidates)
 
 
-def _implicit_rewards(world: World, scored: Live, candidates: Candidates) -> tuple[np.ndarray, float | None]:
-    """Rewards of the ensemble, [P, C], and the KL of the policy's samples (None without a reference)."""
+# --- who ranks: (world, t, the policy that scores, which of the run's prompts, their candidates) → rewards_PC, and the
+# KL of the policy's samples where it falls out
+
+
+def _implicit(
+    world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Candidates
+) -> tuple[np.ndarray, float | None]:
+    """Rewards of the ensemble; the KL is None without a reference, and of samples that are somebody else's."""
     names, weights_E = ensemble(world, scored)
     logp_EPC = np.stack([candidate_logps(world, name, candidates, scored) for name in names])
     reference = reward_reference(world, scored)
@@ -118,4 +180,37 @@ def _implicit_rewards(world: World, scored: Live, candidates: Candidates) -> tup
         weights_E,
         lambda logp, ref, length: world.loss.reward(logp, ref, length, **world.loss_keys),
     )
-    return rewards_PC, None if reference is None else float(np.nanmean(logp_EPC[-1] - reference_PC))
+    known = reference is not None and world.given.imported is None
+    return rewards_PC, float(np.nanmean(logp_EPC[-1] - reference_PC)) if known else None
+
+
+def _function(
+    world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Candidates
+) -> tuple[np.ndarray, float | None]:
+    function = rewards.load_function(world.config.reward.function)
+    prompts = [world.given.prompts[i].prompt for i in drawn]
+    texts_PC = [
+        [text if len(ids) else None for text, ids in zip(*row)]
+        for row in zip(candidates.texts_PC, candidates.tokens_PC)
+    ]
+    return rewards.by_function(function, prompts, texts_PC, f"iteration {t}: reward function"), None
+
+
+def _file(
+    world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Candidates
+) -> tuple[np.ndarray, float | None]:
+    return world.given.imported.scores_PC[drawn], None
+
+
+def _random(
+    world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Candidates
+) -> tuple[np.ndarray, float | None]:
+    return rewards.random(candidates, worlds.key(world, "reward", t)), None
+
+
+SOURCES: dict[str, Callable[..., tuple[np.ndarray, float | None]]] = {
+    "implicit": _implicit,
+    "function": _function,
+    "file": _file,
+    "random": _random,
+}

@@ -4,24 +4,26 @@ import json
 import pathlib
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
+import jax
 
 from sera_jax import config as configs
 from sera_jax import policies, programs
 from sera_jax import run as runs
 from sera_jax.config import TrainConfig
 from sera_jax.policies import Live, Name
-from sera_jax.train import fresh, outcome, select, update
+from sera_jax.train import check, fresh, outcome, select, update, validate, watch
 from sera_jax.train import world as worlds
 from sera_jax.train.world import World
 
 
 def main(args: list[str] | None = None) -> None:
-    """Reads the config and runs; an error of the user's ends with one line."""
+    """Reads the config and runs, or only checks the data; an error of the user's ends with one line."""
     try:
-        train(configs.parse(TrainConfig, args))
+        config = configs.parse(TrainConfig, args)
+        check.check(config) if config.data.check else train(config)
     except ValueError as error:
         sys.exit(f"error: {error}")
 
@@ -33,15 +35,14 @@ def train(config: TrainConfig) -> pathlib.Path:
         the exported Hugging Face folder.
 
     Raises:
-        ValueError: of config, files, data or run folder, before any update; of scores, where they are found.
+        ValueError: of config, files, data or run folder, before any update; of scores, where they are found; of a disk
+            that takes no more, with the update from which the run goes on.
     """
     programs.compilation_cache(config.run.compilation_cache)
     with programs.precision(config.model.compute):
         world = worlds.prepare(config)
-        try:
+        with runs.closing(world.run):
             return walk(world)
-        finally:
-            runs.close(world.run)
 
 
 def walk(world: World) -> pathlib.Path:
@@ -50,17 +51,33 @@ def walk(world: World) -> pathlib.Path:
     first = max(1, live.name.t)  # on resume the policy in memory is iterate `first`, as far as it was trained
     summaries = [json.loads((worlds.folder(world, t) / "summary.json").read_text()) for t in range(1, first)]
     for t in range(first, world.config.loop.iterations + 1):
-        live, moments, summary = iterate(world, t, live, moments)
+        if t == 1 and world.policies.first:
+            live, summary = adopt(world, live)
+        else:
+            live, moments, summary = iterate(world, t, live, moments, summaries)
         summaries.append(summary)
     return outcome.finish(world, live, summaries)
 
 
-def iterate(world: World, t: int, live: Live, moments: Any) -> tuple[Live, Any, dict]:
+def adopt(world: World, live: Live) -> tuple[Live, dict]:
+    """Iteration 1 of a run whose iterate 1 is given (loop.first); the weights of `live` are let go."""
+    began = time.monotonic()
+    watch.begin(world, 1, live)
+    jax.tree.map(lambda a: a.delete(), live.params)
+    live = Live(Name("iterate", 1), world.policies.first.load())
+    policies.save(world.policies, live, update.ema_decay(world.config))
+    summary = outcome.summarise(world, 1, live, None, None, None)
+    summary["perf/seconds"] = time.monotonic() - began
+    outcome.write_summary(world, 1, summary)
+    return live, summary
+
+
+def iterate(world: World, t: int, live: Live, moments: Any, before: Sequence[dict[str, Any]]) -> tuple[Live, Any, dict]:
     """Iteration t: score → select → sample → reward → pairs → update → save.
 
     Args:
         live: iterate t-1, or, on resume, the TrainState of iterate t as far as it was trained.
-        moments: of the optimiser, carried from iteration t-1; None = fresh.
+        moments: of the optimiser, carried from iteration t-1; None = fresh. before: the summaries so far.
 
     Returns:
         iterate t, its moments (None where they are not carried), and the iteration's summary.
@@ -72,22 +89,26 @@ def iterate(world: World, t: int, live: Live, moments: Any) -> tuple[Live, Any, 
     chosen = select.review(world, t, scored)
     made = fresh.bootstrap_pairs(world, t, scored)
     stage = update.training_set(world, t, scored, chosen, made)
-    outcome.write_pairs(world, t, chosen, made)
+    watch.begin(world, t, scored)
+    validation = validate.of_stage(world, t, scored)
+    gold_F2 = outcome.judged(world, t, made)
+    outcome.write_pairs(world, t, chosen, made, gold_F2)
     state = live.params if resumed else update.starting_state(world, live, moments)
     del live, scored, moments  # the state's buffers are donated from here on
-    state = runs.run_stage(
+    state, at = runs.run_stage(
         world.run,
         stage,
         state,
         world.update,
-        done=world.run.at.update if resumed else 0,
+        at=world.run.at if resumed else None,
         count=update.updates_before(world, t),
         key=worlds.key(world, "update", t),
         mesh=world.mesh,
+        validation=validation,
     )
     live = Live(Name("iterate", t), state.params)
     policies.save(world.policies, live, update.ema_decay(config))
-    summary = outcome.summarise(world, t, live, chosen, made, len(np.unique(np.concatenate(stage.batches))))
+    summary = outcome.summarise(world, t, live, chosen, made, stage, at=at, gold_F2=gold_F2, before=before)
     summary["perf/seconds"] = time.monotonic() - began
     outcome.write_summary(world, t, summary)
     return live, state.moments if config.loop.optimizer_state == "carried" else None, summary

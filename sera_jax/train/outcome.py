@@ -3,30 +3,52 @@
 import json
 import pathlib
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from sera_jax import bootstrap, hf, metrics, policies, report, rewards, selection, winrate
+from sera_jax import disk, hf, metrics, model, policies, report, rewards, selection, sera, winrate
 from sera_jax.policies import Live, Name
-from sera_jax.records import Candidates
+from sera_jax.records import Candidates, Tree
+from sera_jax.run import Checks, Cursor, Stage
 from sera_jax.selection import Selection
+from sera_jax.train import validate, watch
 from sera_jax.train import world as worlds
-from sera_jax.train.fresh import Made, candidate_logps, sampler
-from sera_jax.train.select import pair_logps
+from sera_jax.train.fresh import Made, candidate_logps, responses
 from sera_jax.train.world import World
 
 
-def write_pairs(world: World, t: int, chosen: Selection | None, made: Made | None) -> None:
-    """iterations/t/kept.parquet (every given pair with its verdict) and fresh.parquet (every fresh pair)."""
+def judged(world: World, t: int, made: Made | None) -> np.ndarray | None:
+    """float32 [F, 2]: what evaluate.function thinks of (chosen, rejected) of every fresh pair, None without function.
+    For files and the log alone: called when the iteration's training set stands.
+    """
+    if made is None or not world.config.evaluate.function:
+        return None
+    prompts = [made.prompts[p].prompt for p in made.fresh.prompt_F]
+    texts_PC = made.candidates.texts_PC
+    texts_F2 = [[texts_PC[p][c] for c in pair] for p, pair in zip(made.fresh.prompt_F, made.fresh.pair_F2)]
+    function = rewards.load_function(world.config.evaluate.function)
+    return rewards.by_function(function, prompts, texts_F2, f"iteration {t}: judging fresh pairs").reshape(-1, 2)
+
+
+def write_pairs(
+    world: World, t: int, chosen: Selection | None, made: Made | None, gold_F2: np.ndarray | None = None
+) -> None:
+    """iterations/t/kept.parquet (every given pair with its verdict) and fresh.parquet (every fresh pair).
+
+    Args:
+        gold_F2: of the fresh pairs (`judged`).
+    """
     folder = worlds.folder(world, t)
     folder.mkdir(parents=True, exist_ok=True)
     if chosen is not None:
         columns = selection.columns(world.given.pairs, world.given.trees, chosen)
-        pyarrow.parquet.write_table(pyarrow.table(columns), folder / "kept.parquet")
+        _write_table(columns, folder / "kept.parquet")
     if made is not None:
         candidates, fresh = made.candidates, made.fresh
         text = lambda p, c: candidates.texts_PC[p][c]
@@ -44,35 +66,105 @@ def write_pairs(world: World, t: int, chosen: Selection | None, made: Made | Non
             "finished_chosen": [bool(candidates.finished_PC[p, c]) for p, c, _ in picks],
             "finished_rejected": [bool(candidates.finished_PC[p, r]) for p, _, r in picks],
             "kept": fresh.kept_F,
+            **({} if gold_F2 is None else {"gold_chosen": gold_F2[:, 0], "gold_rejected": gold_F2[:, 1]}),
             "prompt_tokens": [tree.prompt for tree in fresh.trees],
             "chosen_tokens": [tree.branches[0] for tree in fresh.trees],
             "rejected_tokens": [tree.branches[1] for tree in fresh.trees],
         }
-        pyarrow.parquet.write_table(pyarrow.table(columns), folder / "fresh.parquet")
+        _write_table(columns, folder / "fresh.parquet")
+
+
+def _write_table(columns: dict[str, Any], path: pathlib.Path) -> None:
+    with disk.whole(path) as beside:
+        pyarrow.parquet.write_table(pyarrow.table(columns), beside)
 
 
 # --- the summary of an iteration --------------------------------------------------------------------------------------
 
 
 def summarise(
-    world: World, t: int, live: Live, chosen: Selection | None, made: Made | None, trained: int
+    world: World,
+    t: int,
+    live: Live,
+    chosen: Selection | None,
+    made: Made | None,
+    stage: Stage | None,
+    *,
+    at: Cursor | None = None,
+    gold_F2: np.ndarray | None = None,
+    before: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """What iteration t did and what became of the policy; also written to metrics.jsonl and shown as a table."""
-    summary: dict[str, Any] = {"iteration": t, "pairs/given": len(world.given.trees), "pairs/trained": trained}
+    """What iteration t did and what became of the policy; also written to metrics.jsonl and shown as a table.
+
+    Args:
+        stage: its updates; None = the iterate was given (loop.first). at: the end of the updates; None = it had none.
+        gold_F2: of the fresh pairs (`judged`). before: the summaries of the iterations before.
+    """
+    summary: dict[str, Any] = {"iteration": t, "pairs/given": len(world.given.trees)}
+    if stage is not None:
+        done = stage.batches[: at.update]
+        summary |= {"pairs/trained": len(np.unique(np.concatenate(done))), "updates": at.update}
+        summary |= _flops(world, t, chosen, made, stage.trees, done)
     summary |= _of_selection(world, chosen)
-    summary |= _of_candidates(made)
-    summary |= _of_held_out(world, live)
+    summary |= _of_candidates(made, gold_F2)
+    summary |= watch.of_samples(world, made)
+    summary |= watch.of_policy(world, live)
+    summary |= validate.at_end(world, t, live, at.checks if at else Checks(), at.update if at else 0)
     summary |= _of_evaluation(world, live)
+    if at is not None and at.checks.stopped:
+        metrics.say(
+            f"iteration {t}: stopped behind update {at.update} of {at.total}, no lower validation loss in "
+            f"{at.checks.waited} checks (loop.early_stop)"
+        )
+    said = watch.warnings(summary, before)
+    summary |= {"watch/warnings": len(said), "warnings": said}
     world.run.metrics.write({"stage": "iteration", "step": 0, **summary})
-    metrics.table(f"iteration {t}", ["measure", "value"], [[k, v] for k, v in summary.items() if k != "iteration"])
+    shown = [[k, v] for k, v in summary.items() if k not in ("iteration", "warnings")]
+    metrics.table(f"iteration {t}", ["measure", "value"], shown)
     return summary
+
+
+def _flops(
+    world: World,
+    t: int,
+    chosen: Selection | None,
+    made: Made | None,
+    trees: Sequence[Tree],
+    batches: Sequence[np.ndarray],
+) -> dict[str, float]:
+    """What the iteration must cost: 2 FLOPs a parameter and token in a forward pass, 6 in training, once for every
+    log-prob that its method needs, whoever computed it. Attention, padding, logging and evaluation are not counted.
+    """
+    config = world.config
+    forward = 2 * sum(a.size for a in jax.tree.leaves(model.abstract(world.policies.arch)))
+    given = sum(tree.length for tree in world.given.trees)
+    trained = np.array([tree.length for tree in trees])
+    scored = given if t == 1 and world.loss.reference else 0
+    weighs = config.select.rule != "all" or config.select.unselected == "soft_weight"
+    if chosen is not None and weighs and {"reward_N2", "loss_N"} & set(sera.needs(config.select.score)):
+        scored += given  # under the iterate before; older ones were scored in their time
+    sampled = 0
+    if made is not None:
+        candidates = rewards.trees(made.candidates)
+        sampled = sum(tree.length for tree in candidates)
+        if config.reward.source == "implicit":
+            iterates = np.count_nonzero(sera.ensemble_weights(t - 1, config.reward.ensemble, config.reward.gamma))
+            scored += sampled * (iterates + world.loss.reference)
+        elif world.loss.reference:
+            scored += sum(tree.length for tree, kept in zip(made.fresh.trees, made.fresh.kept_F) if kept)
+    return {
+        "flops/train": float(3 * forward * sum(trained[batch].sum() for batch in batches)),
+        "flops/score": float(forward * scored),
+        "flops/sample": float(forward * sampled),
+    }
 
 
 def _of_selection(world: World, chosen: Selection | None) -> dict[str, Any]:
     """Margins of the given pairs under the policy that scored them, and what was kept."""
     if chosen is None:
         return {}
-    lengths_N = np.array([tree.targets for tree in world.given.trees], np.float64)
+    length_N2 = np.array([[len(b) for b in tree.branches] for tree in world.given.trees], np.float64)
+    lengths_N = length_N2.sum(axis=1)
     quantiles = dict(zip(("10", "50", "90"), np.quantile(chosen.margin_N, [0.1, 0.5, 0.9])))
     kept = chosen.mask_N.any()
     return {
@@ -82,14 +174,45 @@ def _of_selection(world: World, chosen: Selection | None) -> dict[str, Any]:
         "sera/margin_mean": float(chosen.margin_N.mean()),
         **{f"sera/margin_q{q}": float(v) for q, v in quantiles.items()},
         "sera/kept_length_ratio": float(lengths_N[chosen.mask_N].mean() / lengths_N.mean()) if kept else None,
+        "sera/kept_length_gap": _mean(length_N2[:, 0] - length_N2[:, 1], chosen.mask_N),
+        **_of_truth(world, chosen, length_N2),
     }
 
 
-def _of_candidates(made: Made | None) -> dict[str, Any]:
-    """What the policy sampled, and the fresh pairs made of it; KL is to the reward's reference."""
+def _of_truth(world: World, chosen: Selection, length_N2: np.ndarray) -> dict[str, Any]:
+    """Whether selection found out what is true, where that is known; equal gold counts half.
+
+    sera/flips_kept: share of the flipped pairs that were kept. gold_accuracy, gold_gap: of the pairs kept and dropped.
+    gold_length_gap: tokens of the truly better response less those of the other, over the kept pairs; beside
+    kept_length_gap it tells what the labels add to the length cue.
+    """
+    pairs = world.given.pairs
+    told: dict[str, Any] = {}
+    flipped_N = np.array([bool(pair.truth.flipped) for pair in pairs])
+    if any(pair.truth.flipped is not None for pair in pairs):
+        told["sera/flips_kept"] = _mean(chosen.mask_N, flipped_N)
+    gold_N = selection.gaps([pair.truth.gold for pair in pairs]).astype(np.float64)
+    known_N = np.isfinite(gold_N)
+    if not known_N.any():
+        return told
+    for name, group_N in (("kept", chosen.mask_N), ("dropped", ~chosen.mask_N)):
+        told[f"sera/gold_accuracy_{name}"] = _mean((np.sign(gold_N) + 1) / 2, group_N & known_N)
+        told[f"sera/gold_gap_{name}"] = _mean(gold_N, group_N & known_N)
+    towards_N = np.sign(gold_N) * (length_N2[:, 0] - length_N2[:, 1])
+    told["sera/gold_length_gap"] = _mean(towards_N, chosen.mask_N & known_N)
+    return told
+
+
+def _mean(value_N: np.ndarray, group_N: np.ndarray) -> float | None:
+    """Of a group; None of an empty one."""
+    return float(np.mean(value_N[group_N], dtype=np.float64)) if group_N.any() else None
+
+
+def _of_candidates(made: Made | None, gold_F2: np.ndarray | None) -> dict[str, Any]:
+    """The fresh pairs made of what the policy sampled; KL is to the reward's reference."""
     if made is None:
         return {}
-    fresh, lengths_PC = made.fresh, rewards.lengths(made.candidates)
+    fresh = made.fresh
     kept = fresh.kept_F.any()
     length = np.array([[len(b) for b in tree.branches] for tree in fresh.trees], np.float64).reshape(-1, 2)
     return {
@@ -97,29 +220,20 @@ def _of_candidates(made: Made | None) -> dict[str, Any]:
         "sera/fresh_pairs": int(fresh.kept_F.sum()),
         "sera/fresh_margin_mean": float(fresh.margin_F[fresh.kept_F].mean()) if kept else None,
         "sera/fresh_length_gap": float((length[:, 0] - length[:, 1])[fresh.kept_F].mean()) if kept else None,
-        "gen/length": float(lengths_PC.mean()),
-        "gen/finished": float(made.candidates.finished_PC.mean()),
+        **_of_fresh_gold(fresh.kept_F, gold_F2),
         **({} if made.kl is None else {"gen/kl": made.kl}),
     }
 
 
-def _of_held_out(world: World, live: Live) -> dict[str, Any]:
-    """Implicit-reward accuracy on the held-out pairs, against iterate 0."""
-    trees = world.given.held_out
-    if not trees:
+def _of_fresh_gold(kept_F: np.ndarray, gold_F2: np.ndarray | None) -> dict[str, Any]:
+    """Whether evaluate.function agrees with the fresh pairs that are trained on; equal values count half."""
+    if gold_F2 is None:
         return {}
-    reference = Name("iterate", 0) if world.loss.reference else None
-    length_N2 = np.array([[len(b) for b in tree.branches] for tree in trees], np.float32)
-    reward_N2 = np.asarray(
-        world.loss.reward(
-            jnp.asarray(pair_logps(world, live.name, trees, live)),
-            jnp.asarray(pair_logps(world, reference, trees, live)),
-            jnp.asarray(length_N2),
-            **world.loss_keys,
-        )
-    )
-    margin_N = reward_N2[:, 0] - reward_N2[:, 1]
-    return {"validation/accuracy": float((margin_N > 0).mean()), "validation/margin": float(margin_N.mean())}
+    gap_F = gold_F2[:, 0].astype(np.float64) - gold_F2[:, 1]
+    return {
+        "sera/fresh_gold_accuracy": _mean((np.sign(gap_F) + 1) / 2, kept_F),
+        "sera/fresh_gold_gap": _mean(gap_F, kept_F),
+    }
 
 
 def _of_evaluation(world: World, live: Live) -> dict[str, Any]:
@@ -131,27 +245,37 @@ def _of_evaluation(world: World, live: Live) -> dict[str, Any]:
     before = Live(Name("iterate", 0), None)
     told = {}
     for who in (before, live):
-        responses = _responses(world, who)
-        label = f"judging iterate {who.name.t}"
-        told[who.name.t] = (
-            responses,
-            rewards.by_function(function, [p.prompt for p in prompts], responses.texts_PC, label)[:, 0],
+        said = _responses(world, who)
+        label = f"judging {who.name.kind} {who.name.t}"
+        told[who.name] = (
+            said,
+            rewards.by_function(function, [p.prompt for p in prompts], said.texts_PC, label)[:, 0],
         )
-    responses, reward_P = told[live.name.t]
-    wins = winrate.win_rate(reward_P, told[0][1], seed=world.config.run.seed)
-    texts = winrate.texts(
-        [t[0] for t in responses.texts_PC], rewards.lengths(responses)[:, 0], responses.finished_PC[:, 0]
-    )
-    logp_P, start_P = (candidate_logps(world, who.name, responses, live)[:, 0] for who in (live, before))
+    said, reward_P = told[live.name]
+    start_reward_P = told[before.name][1]
+    wins = winrate.win_rate(reward_P, start_reward_P, seed=world.config.run.seed)
+    texts = winrate.texts([t[0] for t in said.texts_PC], rewards.lengths(said)[:, 0], said.finished_PC[:, 0])
+    logp_P, start_P = (candidate_logps(world, who.name, said, live)[:, 0] for who in (live, before))
+    columns = {
+        "id": said.ids,
+        "response": [t[0] for t in said.texts_PC],
+        "reward": reward_P,
+        "reward_start": start_reward_P,
+        "length": rewards.lengths(said)[:, 0],
+        "finished": said.finished_PC[:, 0],
+        "logp": logp_P,
+        "logp_start": start_P,
+    }
+    _write_table(columns, world.run.path / "evaluation" / f"{policies.folder_name(live.name)}.parquet")
     return {
         "eval/win_rate": wins.rate,
         "eval/win_rate_low": wins.low,
         "eval/win_rate_high": wins.high,
         "eval/ties": wins.ties,
         "eval/reward": float(reward_P.mean()),
-        "eval/reward_start": float(told[0][1].mean()),
+        "eval/reward_start": float(start_reward_P.mean()),
         "eval/kl": float(np.nanmean(logp_P - start_P)),
-        "eval/nll_start": float(np.nansum(-start_P) / max(rewards.lengths(responses).sum(), 1)),
+        "eval/nll_start": float(np.nansum(-start_P) / max(rewards.lengths(said).sum(), 1)),
         "eval/length": texts.length,
         "eval/finished": texts.finished,
         "eval/distinct_2": texts.distinct_2,
@@ -159,23 +283,27 @@ def _of_evaluation(world: World, live: Live) -> dict[str, Any]:
 
 
 def _responses(world: World, live: Live) -> Candidates:
-    """One response to each evaluation prompt, kept in evaluation/<t>.jsonl."""
+    """One response to each evaluation prompt, kept in evaluation/."""
     config = world.config
-    return bootstrap.sample_candidates(
-        sampler(world, live, worlds.key(world, "evaluate", 0), 1, config.evaluate),
+    return responses(
+        world,
+        live,
         world.given.eval_prompts,
         world.given.eval_tokens,
-        lambda ids: world.policies.start.tokenizer.decode(ids, skip_special_tokens=True),
+        use="evaluate",
+        t=0,
         candidates=1,
-        slots=config.bootstrap.slots,
-        path=world.run.path / "evaluation" / f"{live.name.t}.jsonl",
-        label=f"evaluation: responses of iterate {live.name.t}",
+        values=config.evaluate,
+        path=world.run.path / "evaluation" / f"{policies.folder_name(live.name)}.jsonl",
+        label=f"evaluation: responses of {live.name.kind} {live.name.t}",
     )
 
 
 def write_summary(world: World, t: int, summary: dict[str, Any]) -> None:
     """iterations/t/summary.json."""
-    (worlds.folder(world, t) / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    worlds.folder(world, t).mkdir(parents=True, exist_ok=True)
+    with disk.whole(worlds.folder(world, t) / "summary.json") as beside:
+        beside.write_text(json.dumps(summary, indent=1), encoding="utf-8")
 
 
 # --- the end ----------------------------------------------------------------------------------------------------------
@@ -196,18 +324,20 @@ COLUMNS = {
 
 
 def finish(world: World, live: Live, summaries: list[dict]) -> pathlib.Path:
-    """Exports the last (or the best) iterate as a Hugging Face folder, writes the report, says where they lie."""
+    """Exports the last iterate, or the best point, as a Hugging Face folder, writes the report, says where they lie."""
     config, where = world.config, world.policies
     used = {key: name for key, name in COLUMNS.items() if any(key in s for s in summaries)}
     if summaries:
         metrics.table("the run", list(used.values()), [[s.get(key) for key in used] for s in summaries])
-    t = live.name.t
+    name, behind = live.name, ""
     if config.loop.best and summaries:
-        t = max(summaries, key=lambda s: s["validation/accuracy"])["iteration"]
-    params = live.params if t == live.name.t else policies.params(where, Name("iterate", t))
+        name, update = validate.best(world, summaries)
+        behind = f" behind update {update}" if name.kind == "best" else ""
+    t = name.t
+    params = live.params if name == live.name else policies.params(where, name)
     last = summaries[t - 1] if t else {}
     facts = [
-        f"Trained with sera_jax from `{config.model.path}`: iterate {t} of {config.loop.iterations}, "
+        f"Trained with sera_jax from `{config.model.path}`: iterate {t} of {config.loop.iterations}{behind}, "
         f"loss {config.loss.name}, β {config.loss.beta}.",
         *(f"- {key}: {value}" for key, value in last.items() if not key.startswith("perf/")),
     ]
@@ -216,7 +346,12 @@ def finish(world: World, live: Live, summaries: list[dict]) -> pathlib.Path:
     )
     if config.data.chat_template != "auto":  # who chats with the model needs the template that it was aligned with
         shutil.copyfile(pathlib.Path(config.data.chat_template).expanduser(), export / "chat_template.jinja")
+    if name.kind == "best":
+        _of_evaluation(world, Live(name, params))
     page = report.build(world.run.path)
-    metrics.say(f"exported iterate {t}: {export}")
+    result = {"exported": policies.folder_name(name), "iteration": t, "iterations": len(summaries)}
+    with disk.whole(world.run.path / "result.json") as beside:
+        beside.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    metrics.say(f"exported iterate {t}{behind}: {export}")
     metrics.say(f"report: {page}")
     return export

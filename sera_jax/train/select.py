@@ -1,6 +1,7 @@
 """score → margins → select: what the policy says of the given pairs, and which of them an iteration trains on."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -8,6 +9,7 @@ from sera_jax import losses, policies, selection, sera
 from sera_jax.config import MARGIN_SCORES
 from sera_jax.policies import Live, Name
 from sera_jax.records import Tree
+from sera_jax.rows import Plan
 from sera_jax.selection import Selection
 from sera_jax.train import world as worlds
 from sera_jax.train.world import World
@@ -46,9 +48,55 @@ def review(world: World, t: int, scored: Live) -> Selection | None:
 
 
 def pair_logps(world: World, name: Name | None, trees: Sequence[Tree], live: Live) -> np.ndarray:
-    """float32 [N, 2]: log-probs of pairs under a model of the run."""
-    flat = policies.logps(world.policies, name, trees, live=live, plan=world.score_plan, what="the pairs")
+    """float32 [N, 2]: log-probs of pairs, or of (response, mismatch), under a model of the run."""
+    what = "the examples" if world.loss.unpaired else "the pairs"
+    flat = policies.logps(world.policies, name, trees, live=live, plan=world.score_plan, what=what)
     return flat.reshape(-1, 2)
+
+
+def loss_logps(
+    world: World, name: Name | None, trees: Sequence[Tree], live: Live, *, plan: Plan, what: str
+) -> np.ndarray:
+    """float32 by flat branch number: log-probs under a model of the run as the loss sees them (`weighed`).
+
+    Whole sets are scored, as the ledger knows them.
+    """
+
+    def run(some: Sequence[Tree], said: str = "the shared part of " + what) -> np.ndarray:
+        return policies.logps(world.policies, name, some, live=live, plan=plan, what=said)
+
+    return weighed(world, trees, run(trees, what), run)
+
+
+def weighed(
+    world: World, trees: Sequence[Tree], whole_F: np.ndarray, score: Callable[[Sequence[Tree]], np.ndarray]
+) -> np.ndarray:
+    """float32 by flat branch number: LD-DPO's log-probs where loss.ld_alpha is below 1, else those of all tokens alike.
+
+    The trees are scored once more, cut to the lengths that the branches of a pair share: Σ_{t ≤ m} + α·Σ_{t > m} =
+    α·whole + (1 - α)·shared. TRL 1.16 weighs policy and reference alike, as here; TRL up to 0.28, LLaMA-Factory and
+    ms-swift the policy alone.
+
+    Args:
+        whole_F: log-probs of all tokens. score: trees → theirs.
+    """
+    alpha = world.config.loss.ld_alpha
+    return whole_F if alpha == 1 else alpha * whole_F + (1 - alpha) * score([_shared(tree) for tree in trees])
+
+
+def _shared(tree: Tree) -> Tree:
+    """A tree whose branches are cut to the length of the shortest."""
+    shortest = min(map(len, tree.branches))
+    return dataclasses.replace(tree, branches=tuple(branch[:shortest] for branch in tree.branches))
+
+
+def margins(world: World, trees: Sequence[Tree], reward_N2: np.ndarray) -> np.ndarray:
+    """float32 [N]: implicit reward of the chosen response less that of the rejected one; of an unpaired example, its
+    label times its reward. Above 0: the policy agrees with the data.
+    """
+    if world.loss.unpaired:
+        return reward_N2[:, 0] * np.array([tree.label for tree in trees], np.float32)
+    return reward_N2[:, 0] - reward_N2[:, 1]
 
 
 def ensemble(world: World, scored: Live) -> tuple[list[Name], np.ndarray]:

@@ -1,6 +1,7 @@
 """What the updates of an iteration take: kept ∪ fresh pairs, reference log-probs, the state; and the SFT stage."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,11 +17,11 @@ from sera_jax.config import TrainConfig
 from sera_jax.ledger import branch_key
 from sera_jax.policies import Live, Name
 from sera_jax.records import Tree
-from sera_jax.run import Stage
+from sera_jax.run import Cursor, Stage
 from sera_jax.selection import Selection
 from sera_jax.train import world as worlds
 from sera_jax.train.fresh import Made
-from sera_jax.train.select import loss_reference, pair_logps
+from sera_jax.train.select import loss_logps, loss_reference
 from sera_jax.train.world import Given, World
 
 
@@ -38,13 +39,15 @@ def start(world: World) -> Live:
         state = programs.fresh_state(world.policies.arch, world.mesh, transform)(params)
     else:
         state = world.run.checkpoints.restore(at.count, _abstract_state(world, transform))
-    state = _sft(world, transform, state, 0 if at is None else at.update)
+    state = _sft(world, transform, state, at)
     live = Live(Name("iterate", 0), state.params)
     policies.save(world.policies, live, 0.0)
     return live
 
 
-def _sft(world: World, transform: optax.GradientTransformation, state: step.TrainState, done: int) -> step.TrainState:
+def _sft(
+    world: World, transform: optax.GradientTransformation, state: step.TrainState, at: Cursor | None
+) -> step.TrainState:
     """The supervised stage: iterate 0 is its result."""
     config, optimizer = world.config, world.config.sft.optimizer
     trees = world.given.sft
@@ -60,9 +63,10 @@ def _sft(world: World, transform: optax.GradientTransformation, state: step.Trai
         weight_N=np.ones(len(trees), np.float32),
         plan=worlds.update_plan(rowlib.measure(trees), optimizer, world.policies.arch, world.mesh),
     )
-    return runs.run_stage(
-        world.run, stage, state, update, done=done, count=0, key=worlds.key(world, "sft", 0), mesh=world.mesh
+    state, _ = runs.run_stage(
+        world.run, stage, state, update, at=at, count=0, key=worlds.key(world, "sft", 0), mesh=world.mesh
     )
+    return state
 
 
 def _abstract_state(world: World, transform: optax.GradientTransformation) -> step.TrainState:
@@ -93,35 +97,36 @@ def training_set(world: World, t: int, scored: Live, chosen: Selection | None, m
     if not trees:
         raise ValueError(f"iteration {t} has nothing to train on: no given pair was kept and no fresh pair was made.")
     weight_N = np.concatenate((weight_N, np.ones(len(extra), np.float32)))
-    reference = loss_reference(world, t)
-    given_logps = dict(
-        zip(
-            (branch_key(tree.prompt, b) for tree in given.trees for b in tree.branches),
-            pair_logps(world, reference, given.trees, scored).reshape(-1),
-        )
-    )
-    if extra:
-        flat = policies.logps(
-            world.policies,
-            reference,
-            extra,
-            live=scored,
-            plan=world.plan,
-            what="fresh pairs",
-        )
-        given_logps |= dict(zip((branch_key(tree.prompt, b) for tree in extra for b in tree.branches), flat))
-    reference_F = np.array(
-        [given_logps[branch_key(tree.prompt, b)] for tree in trees for b in tree.branches], np.float32
-    )
     return Stage(
         name="update",
         iteration=t,
         batches=_batches(len(trees), config.optimizer.batch_size, config, t, config.loop.epochs, len(given.trees)),
         trees=trees,
-        reference_F=reference_F,
+        reference_F=_reference_logps(world, t, scored, trees, extra),
         weight_N=weight_N,
         plan=world.plan,
     )
+
+
+def _reference_logps(world: World, t: int, scored: Live, trees: list[Tree], extra: list[Tree]) -> np.ndarray:
+    """float32 by flat branch number of `trees`: log-probs under the loss's reference, as the loss sees them.
+
+    Whole sets are scored: the given one, and `extra`.
+    """
+    reference, known = loss_reference(world, t), {}
+    for what, some, plan in (
+        ("the given set", world.given.trees, world.score_plan),
+        ("fresh pairs", extra, world.plan),
+    ):
+        known |= dict(zip(_keys(some), loss_logps(world, reference, some, scored, plan=plan, what=what)))
+    return np.array([known[key] for key in _keys(trees)], np.float32)
+
+
+def _keys(trees: Sequence[Tree]) -> list[tuple[bytes, int]]:
+    """Of every branch: its content, and the length that its pair shares, on which its weights depend (LD-DPO)."""
+    return [
+        (branch_key(tree.prompt, branch), min(map(len, tree.branches))) for tree in trees for branch in tree.branches
+    ]
 
 
 def _kept(config: TrainConfig, given: Given, chosen: Selection | None) -> tuple[list[Tree], np.ndarray]:

@@ -1,6 +1,7 @@
 """What a config becomes before the first update: files read, trees made, programs built; constant afterwards."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Sequence
@@ -11,30 +12,32 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from sera_jax import bootstrap, data, losses, metrics, model, policies, programs, rewards, sample, score, sera, step
 from sera_jax import config as configs
-from sera_jax import data, losses, metrics, model, policies, programs, rewards, sample, score, sera, step
 from sera_jax import mesh as meshes
 from sera_jax import rows as rowlib
 from sera_jax import run as runs
+from sera_jax.bootstrap import Imported
 from sera_jax.config import OptimizerConfig, TrainConfig
 from sera_jax.ledger import Ledger, branch_key, derived_tag
 from sera_jax.losses import Loss
 from sera_jax.model import Arch
 from sera_jax.policies import Folder, Policies
-from sera_jax.records import Pair, Prompt, Tree
+from sera_jax.records import Pair, Prompt, Tree, Unpaired
 from sera_jax.rows import Plan
 from sera_jax.run import Run
 
-KEYS = {"sft": 0, "sample": 1, "select": 2, "update": 3, "pairs": 4, "evaluate": 5}  # folded into run.seed
+KEYS = {"sft": 0, "sample": 1, "select": 2, "update": 3, "pairs": 4, "evaluate": 5, "reward": 6}  # folded into run.seed
 
 
 @dataclasses.dataclass(frozen=True)
 class Given:
     """Text and trees, one to one: the given pairs (`held_out` only as trees), the prompts to sample from, those to
-    evaluate on; the trees of the SFT stage.
+    evaluate on; the trees of the SFT stage. imported: candidates of the prompts to sample from, None = none are given.
+    Under an unpaired loss the pairs are labelled single responses, their trees (own completion, mismatch).
     """
 
-    pairs: tuple[Pair, ...]
+    pairs: tuple[Pair, ...] | tuple[Unpaired, ...]
     trees: tuple[Tree, ...]
     held_out: tuple[Tree, ...]
     prompts: tuple[Prompt, ...]
@@ -42,6 +45,7 @@ class Given:
     sft: tuple[Tree, ...]
     eval_prompts: tuple[Prompt, ...]
     eval_tokens: tuple[np.ndarray, ...]
+    imported: Imported | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +80,17 @@ def prepare(config: TrainConfig) -> World:
     )
     arch, compute = start.arch, start.compute
     given = load(config, start)
-    _check_early(config, given)
-    content = _content(given, start)
+    _check_early(config, given.pairs)
+    first = _first(config, start, mesh)
+    content = _content(given, start, first)
+    loss = _mixture((config.loss.name, *config.loss.mix), (1.0, *config.loss.mix.values()), config.loss.sft_weight)
+    loss_keys = {"beta": config.loss.beta, **{key: getattr(config.loss, key) for key in loss.keys}}
+    transform = adam(config.optimizer, arch)
+    # An SFT stage alone has no pairs; its trees then stand for them in plans that nothing runs by.
+    trees = given.trees or given.sft
+    lengths_N3 = np.concatenate((rowlib.measure(trees), _largest_fresh(config, given)))
+    plan = update_plan(lengths_N3, config.optimizer, arch, mesh)
+    score_plan = score.plan_for([*trees, *given.held_out], arch, mesh)
     run = runs.open_run(
         configs.dump(config),
         content=content,
@@ -92,13 +105,10 @@ def prepare(config: TrainConfig) -> World:
         start=start,
         trained_start=config.sft.epochs > 0,
         fingerprint=_fingerprint(config, content),
+        first=first,
         iterates=run.path / "iterates",
         ledger=Ledger(config.run.ledger or run.path / "ledger"),
     )
-    loss = losses.mixture({config.loss.name: 1.0, **config.loss.mix}, config.loss.sft_weight)
-    loss_keys = {"beta": config.loss.beta, **{key: getattr(config.loss, key) for key in loss.keys}}
-    transform = adam(config.optimizer, arch)
-    lengths_N3 = np.concatenate((rowlib.measure(given.trees), _largest_fresh(config, given)))
     world = World(
         config=config,
         run=run,
@@ -116,15 +126,25 @@ def prepare(config: TrainConfig) -> World:
             rule=config.select.rule,
             threshold=config.select.threshold,
         ),
-        update=programs.preference_update(arch, mesh, compute, transform, loss, loss_keys, schedule(config.optimizer)),
-        plan=update_plan(lengths_N3, config.optimizer, arch, mesh),
-        score_plan=score.plan_for([*given.trees, *given.held_out], arch, mesh),
+        update=programs.preference_update(
+            arch,
+            mesh,
+            compute,
+            transform,
+            loss,
+            loss_keys,
+            schedule(config.optimizer),
+            ld_alpha=config.loss.ld_alpha,
+            weighting=losses.WEIGHTINGS[config.loss.weighting],
+        ),
+        plan=plan,
+        score_plan=score_plan,
     )
     _describe(world)
     return world
 
 
-def _check_early(config: TrainConfig, given: Given) -> None:
+def _check_early(config: TrainConfig, pairs: Sequence[Pair]) -> None:
     """What would else be found after the first iteration: reward functions, scores in the data, ensemble weights.
 
     Raises:
@@ -132,76 +152,77 @@ def _check_early(config: TrainConfig, given: Given) -> None:
     """
     if config.reward.source == "function" and bootstraps(config):
         rewards.load_function(config.reward.function)
-    if config.evaluate.prompts:
+    if config.evaluate.function:
         rewards.load_function(config.evaluate.function)
-    selects = config.loop.iterations >= config.select.from_iteration
-    if selects and "gap_N" in sera.needs(config.select.score):
-        lacking = [pair.id for pair in given.pairs if pair.scores is None]
-        if lacking:
-            raise ValueError(
-                f"select.score {config.select.score!r} needs the annotator's scores, but {len(lacking)} of "
-                f"{len(given.pairs)} pairs have none, the first {lacking[0]!r}. Give score_chosen and score_rejected, "
-                "or use another score."
-            )
+    check_scores(config, pairs)
     for t in range(1, config.loop.iterations):
         sera.ensemble_weights(t, config.reward.ensemble, config.reward.gamma)
+
+
+def check_scores(config: TrainConfig, pairs: Sequence[Pair]) -> None:
+    """Raises ValueError, naming the key and the first pair without, where a selection needs scores that are missing."""
+    if config.loop.iterations < config.select.from_iteration:
+        return
+    for signal, whose, columns, scores in (
+        ("gap_N", "the annotator's", "score_chosen and score_rejected", lambda pair: pair.scores),
+        ("gold_N", "gold", "gold_chosen and gold_rejected", lambda pair: pair.truth.gold),
+    ):
+        lacking = [pair.id for pair in pairs if scores(pair) is None]
+        if lacking and signal in sera.needs(config.select.score):
+            raise ValueError(
+                f"select.score {config.select.score!r} needs {whose} scores, but {len(lacking)} of "
+                f"{len(pairs)} pairs have none, the first {lacking[0]!r}. Give {columns}, or use another score."
+            )
 
 
 def load(config: TrainConfig, start: Folder) -> Given:
     """Files → pairs → trees; says what was read and what could not be used."""
     tokenizer, eos_ids = start.tokenizer, start.eos_ids
 
-    def progress(items: Any, total: int | None, label: str) -> Any:
-        return metrics.track(items, total=total, label=label, unit="rows" if label.startswith("reading") else "chunks")
-
-    cut = {
-        "max_length": config.data.max_length,
-        "max_prompt_length": config.data.max_prompt_length,
-        "truncation": config.data.truncation,
-        "progress": progress,
-    }
-
-    def told(result: tuple[list, Any]) -> list:
-        for line in result[1].lines():
+    def told(result: tuple[Any, Any]) -> Any:
+        for line in result[1] if isinstance(result[1], list) else result[1].lines():
             metrics.say(line)
         return result[0]
 
-    pairs = told(
-        data.load_pairs(
-            config.data.pairs,
-            format=config.data.format,
-            split=config.data.split,
-            limit=config.data.limit,
-            progress=progress,
-        )
-    )
+    pairs = told(read_pairs(config)) if config.data.pairs else []
     pairs, held_out = data.split_validation(pairs, config.data.validation, config.run.seed)
-    trees = told(data.tokenise_pairs(pairs, tokenizer, eos_ids, **cut))
-    held_out = told(data.tokenise_pairs(held_out, tokenizer, eos_ids, **cut)) if held_out else []
-    if not trees:
+    trees, held_out = (
+        mismatched(config, told(tokenise(config, some, tokenizer, eos_ids)), key) if some else []
+        for some, key in ((pairs, "data.pairs"), (held_out, "data.validation"))
+    )
+    if not trees and config.data.pairs:
         raise ValueError(
             "no pair is left after tokenising; expected at least one. See the counts above for the reasons."
         )
     by_id = {pair.id: pair for pair in pairs}
     pairs = [by_id[tree.id] for tree in trees]
-    if config.data.prompts:
-        prompts = told(data.load_prompts(config.data.prompts, split=config.data.split, progress=progress))
-    else:
-        prompts = data.prompts_of(pairs)
+    prompts = told(read_prompts(config)) if config.data.prompts else data.prompts_of(pairs)
     prompts, prompt_tokens = sampled_prompts(prompts, tokenizer, config.data.max_prompt_length, config.data.truncation)
-    evaluated = told(data.load_prompts(config.evaluate.prompts, progress=progress)) if config.evaluate.prompts else []
-    evaluated = evaluated[: config.evaluate.limit or None]
+    imported = None
+    if config.bootstrap.candidates_file and bootstraps(config) and prompts:
+        scored, path = config.reward.source == "file", config.bootstrap.candidates_file
+        imported = told(
+            bootstrap.imported(
+                data.load_responses(path, scored=scored, progress=progress),
+                prompts,
+                prompt_tokens,
+                tokenizer,
+                eos_ids,
+                path=path,
+                max_length=config.data.max_length,
+                progress=progress,
+            )
+        )
+        prompts = tuple(prompts[i] for i in imported.used_P)
+        prompt_tokens = imported.candidates.prompts
+    evaluated = told(read_evaluated(config)) if config.evaluate.prompts else []
     eval_prompts, eval_tokens = sampled_prompts(
         evaluated, tokenizer, config.data.max_prompt_length, config.data.truncation
     )
     sft = []
     if config.sft.epochs:
-        texts = (
-            told(data.load_texts(config.sft.data, split=config.data.split, progress=progress))
-            if config.sft.data
-            else data.demonstrations_of(pairs)
-        )
-        sft = told(data.tokenise_texts(texts, tokenizer, eos_ids, **cut))
+        texts = told(read_texts(config)) if config.sft.data else data.demonstrations_of(pairs)
+        sft = told(data.tokenise_texts(texts, tokenizer, eos_ids, **cutting(config)))
     return Given(
         pairs=tuple(pairs),
         trees=tuple(trees),
@@ -211,7 +232,82 @@ def load(config: TrainConfig, start: Folder) -> Given:
         sft=tuple(sft),
         eval_prompts=eval_prompts,
         eval_tokens=eval_tokens,
+        imported=imported,
     )
+
+
+def unpaired(config: TrainConfig) -> bool:
+    """Does the loss learn from labelled single responses?"""
+    return losses.LOSSES[config.loss.name].unpaired
+
+
+def read_pairs(config: TrainConfig) -> tuple[list[Pair] | list[Unpaired], data.Report]:
+    """All given pairs, held out or not; the examples of an unpaired loss."""
+    given, read = config.data, data.load_unpaired if unpaired(config) else data.load_pairs
+    return read(
+        given.pairs,
+        format=given.format,
+        split=given.split,
+        subset=given.subset,
+        ranked=given.ranked,
+        seed=config.run.seed,
+        limit=given.limit,
+        progress=progress,
+    )
+
+
+def tokenise(
+    config: TrainConfig, pairs: Sequence[Pair] | Sequence[Unpaired], tokenizer: Any, eos_ids: Sequence[int]
+) -> tuple[list[Tree], data.Counts]:
+    """Trees of what `read_pairs` reads; those of an unpaired loss have their own branch alone."""
+    make = data.tokenise_unpaired if unpaired(config) else data.tokenise_pairs
+    return make(pairs, tokenizer, eos_ids, **cutting(config))
+
+
+def mismatched(config: TrainConfig, trees: list[Tree], key: str) -> list[Tree]:
+    """Of an unpaired loss: each with a mismatch out of the same trees. Others as they are. key: where they come from.
+
+    Raises:
+        ValueError: more than half of them have the same prompt.
+    """
+    if not unpaired(config):
+        return trees
+    try:
+        return data.mismatched(trees, max_length=config.data.max_length, seed=config.run.seed)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+
+
+def read_prompts(config: TrainConfig) -> tuple[list[Prompt], data.Report]:
+    """The prompts to sample from, where they have files of their own."""
+    given = config.data
+    return data.load_prompts(given.prompts, split=given.split, subset=given.subset, progress=progress)
+
+
+def read_evaluated(config: TrainConfig) -> tuple[list[Prompt], data.Report]:
+    """The prompts to evaluate on."""
+    return data.load_prompts(config.evaluate.prompts, limit=config.evaluate.limit, progress=progress)
+
+
+def read_texts(config: TrainConfig) -> tuple[list[data.Demonstration], data.Report]:
+    """The demonstrations of the SFT stage, where they have files of their own."""
+    return data.load_texts(config.sft.data, split=config.data.split, subset=config.data.subset, progress=progress)
+
+
+def cutting(config: TrainConfig) -> dict[str, Any]:
+    """Keywords of data.tokenise_pairs, data.tokenise_unpaired and data.tokenise_texts."""
+    given = config.data
+    return {
+        "max_length": given.max_length,
+        "max_prompt_length": given.max_prompt_length,
+        "truncation": given.truncation,
+        "progress": progress,
+    }
+
+
+def progress(items: Any, total: int | None, label: str) -> Any:
+    """As data.Progress, shown."""
+    return metrics.track(items, total=total, label=label, unit="rows" if label.startswith("reading") else "chunks")
 
 
 def sampled_prompts(
@@ -232,17 +328,52 @@ def _largest_fresh(config: TrainConfig, given: Given) -> np.ndarray:
         return np.zeros((0, 3), np.int64)
     if not given.prompts:
         raise ValueError("no prompt to sample from has a token; expected at least one. See data.prompts, or fresh: 0.")
+    if given.imported is not None:  # the two longest candidates of each prompt
+        pairs = [
+            (len(prompt), *sorted(map(len, tokens))[-2:])
+            for prompt, tokens in zip(given.imported.candidates.prompts, given.imported.candidates.tokens_PC)
+        ]
+        responses = max(sum(lengths[1:]) for lengths in pairs)
+        return np.array([[max(map(sum, pairs)), responses, 2]])
     new = config.bootstrap.max_new_tokens
     return np.array([[max(map(len, given.prompt_tokens)) + 2 * new, 2 * new, 2]])
 
 
-def _content(given: Given, start: Folder) -> str:
+def _first(config: TrainConfig, start: Folder, mesh: Mesh) -> Folder | None:
+    """The folder that is iterate 1, if one is.
+
+    Raises:
+        ValueError: another architecture or other tokens than those of model.path.
+    """
+    if not config.loop.first:
+        return None
+    folder = policies.open_folder(config.loop.first, mesh, compute=config.model.compute)
+    if folder.arch != start.arch or not policies.same_tokens(folder, start):
+        raise ValueError(
+            f"loop.first: {config.loop.first} is no policy trained from model.path {config.model.path}: "
+            f"{'its tokens' if folder.arch == start.arch else 'its architecture'} differ. Give a folder that a run "
+            "from the same start exported."
+        )
+    return folder
+
+
+def _content(given: Given, start: Folder, first: Folder | None) -> str:
     """Hash of what is behind the config's paths: the model, the data that decides the iterates."""
     trees = (*given.trees, *given.held_out, *given.sft)
     branches = [branch_key(tree.prompt, branch).hex() for tree in trees for branch in tree.branches]
     prompts = [branch_key(tokens, ()).hex() for tokens in (*given.prompt_tokens, *given.eval_tokens)]
-    told = [repr((pair.id, pair.scores, pair.weight, pair.source)) for pair in given.pairs]
-    return derived_tag(start.tag, *branches, *prompts, *told)
+    told = [
+        repr((said.id, said.scores, said.weight, said.source, said.truth))
+        if isinstance(said, Pair)
+        else repr((said.id, said.label, said.weight, said.source))
+        for said in given.pairs
+    ]
+    if given.imported is not None:
+        made, scores_PC = given.imported.candidates, given.imported.scores_PC
+        told += [branch_key(prompt, ids).hex() for prompt, row in zip(made.prompts, made.tokens_PC) for ids in row]
+        told += [repr(made.texts_PC), made.finished_PC.tobytes().hex()]
+        told += [] if scores_PC is None else [scores_PC.tobytes().hex()]
+    return derived_tag(start.tag, *([first.tag] if first else []), *branches, *prompts, *told)
 
 
 def _fingerprint(config: TrainConfig, content: str) -> str:
@@ -262,9 +393,24 @@ def _describe(world: World) -> None:
         f"{arch.family}, {size / 1e6:.2f} M parameters, compute {config.model.compute}, "
         f"mesh {'×'.join(f'{axis} {n}' for axis, n in world.mesh.shape.items())} ({jax.devices()[0].device_kind})"
     )
+    kind = "examples" if world.loss.unpaired else "pairs"
     metrics.say(
-        f"rows of {plan.length} tokens, {plan.rows} a microbatch; {len(world.given.trees)} pairs, "
+        f"rows of {plan.length} tokens, {plan.rows} a microbatch; {len(world.given.trees)} {kind}, "
         f"{len(world.given.prompts)} prompts, {len(world.given.held_out)} held out; run folder {world.run.path}"
+    )
+    if world.loss.unpaired:
+        metrics.say(balance(config, world.given.trees))
+
+
+def balance(config: TrainConfig, trees: Sequence[Tree]) -> str:
+    """Desirable and undesirable examples, and what their weights make of the two numbers (Ethayarajh et al., eq. 8)."""
+    loss = config.loss
+    desirable = sum(tree.label > 0 for tree in trees)
+    other = len(trees) - desirable
+    balance = loss.desirable_weight * desirable / max(loss.undesirable_weight * other, 1e-9)
+    return (
+        f"{desirable} desirable and {other} undesirable examples, weights {loss.desirable_weight:g} and "
+        f"{loss.undesirable_weight:g}: {balance:.3g} : 1 by weight (between 1 and 4/3 is advised)"
     )
 
 
@@ -273,6 +419,13 @@ def bootstraps(config: TrainConfig) -> bool:
     return config.bootstrap.fresh > 0 and config.loop.iterations >= config.bootstrap.from_iteration
 
 
+@functools.cache
+def _mixture(names: tuple[str, ...], weights: tuple[float, ...], sft_weight: float) -> Loss:
+    """One record for the same plain values, so that the runs of a process share their programs."""
+    return losses.mixture(dict(zip(names, weights)), sft_weight)
+
+
+@functools.cache
 def adam(optimizer: OptimizerConfig, arch: Arch) -> optax.GradientTransformation:
     """The optimiser of a stage."""
     return step.optimizer(

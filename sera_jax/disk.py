@@ -1,0 +1,76 @@
+"""Files that are whole or not there, and what a disk that takes no more has to say."""
+
+import contextlib
+import errno
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+# What a disk answers that is full (a quota and a limit of file sizes included), read-only or broken.
+_ANSWERS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+
+
+class DiskError(ValueError):
+    """A write that the disk refused: says where, why, how much was to be written and how much room there is."""
+
+
+def refusal(path: str | os.PathLike[str], reason: str, need: int | None = None) -> DiskError:
+    """The error to raise.
+
+    Args:
+        path: that was to be written. reason: in the system's words. need: bytes, None = not known.
+    """
+    place = pathlib.Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    wanted = "" if need is None else f"{need:,} bytes to write, "
+    return DiskError(
+        f"{path} could not be written: {reason} ({wanted}{shutil.disk_usage(place).free:,} free there). Make room, or "
+        "raise the quota."
+    )
+
+
+@contextlib.contextmanager
+def guarded(path: str | os.PathLike[str], need: int | None = None) -> Iterator[None]:
+    """Within it, an OSError of the disk becomes a DiskError about `path`, or about the file that it names; others pass.
+
+    Args:
+        need: bytes that are to be written, None = not known.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _ANSWERS:
+            raise
+        raise refusal(error.filename or path, os.strerror(error.errno), need) from error
+
+
+@contextlib.contextmanager
+def whole(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """A path beside `path` to write a file to. It becomes `path` at the end, on the disk; if anything fails, `path`
+    stays what it was.
+
+    Raises:
+        DiskError: the disk took no more.
+    """
+    path = pathlib.Path(path)
+    beside = path.with_name(f"{path.name}.tmp")
+    try:
+        with guarded(path):
+            yield beside
+            sync(beside)
+            os.replace(beside, path)
+            sync(path.parent)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def sync(path: str | os.PathLike[str]) -> None:
+    """Returns when a file, or the names in a folder, would survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

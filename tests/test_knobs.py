@@ -1,0 +1,353 @@
+"""Each knob of the algorithm acts, through the config, in the direction that its line in config.py claims.
+
+One world of the tiny data with two policies that stand for trained ones; a test changes a key and looks at what the
+walk makes of it. What a value means to the last digit is the business of the rooms' own tests.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sera_jax import losses, policies, programs
+from sera_jax.policies import Live, Name
+from sera_jax.train import fresh, outcome, select, update, validate
+from sera_jax.train import world as worlds
+from sera_jax.train.world import World
+
+N = 44
+KEEP = 26  # of 0.6
+
+
+@pytest.fixture(scope="module")
+def made():
+    return {}
+
+
+@pytest.fixture
+def base(made, tiny, tiny_config) -> World:
+    if not made:
+        config = tiny_config(f"--data.pairs=[{tiny}/gold.jsonl]", "--select.keep=0.6", "--loop.iterations=3")
+        world = worlds.prepare(config)
+        start = world.policies.start.load()
+        for t in (1, 2):
+            leaves, tree = jax.tree.flatten(start)
+            keys = jax.random.split(jax.random.key(t), len(leaves))
+            moved = [w + 0.1 * jax.random.normal(k, w.shape) for w, k in zip(leaves, keys)]
+            live = Live(Name("iterate", t), jax.tree.unflatten(tree, moved))
+            if t == 1:
+                policies.save(world.policies, Live(Name("iterate", 0), start), 0.5)
+            policies.save(world.policies, live, 0.5)
+            made[t] = live
+        made["world"] = world
+    return made["world"]
+
+
+def scored(made, t: int) -> Live:
+    """Iterate t; copies, because the walk lets go of what it is given."""
+    return Live(made[t].name, jax.tree.map(jnp.copy, made[t].params))
+
+
+def turned(world: World, path=None, **changes) -> World:
+    """The world with other values at keys like select__keep; `path`: another run folder, for what is written there."""
+    config = world.config
+    for key, value in changes.items():
+        section, field = key.split("__")
+        config = dataclasses.replace(
+            config, **{section: dataclasses.replace(getattr(config, section), **{field: value})}
+        )
+    loss = losses.mixture({config.loss.name: 1.0, **config.loss.mix}, config.loss.sft_weight)
+    loss_keys = {"beta": config.loss.beta, **{key: getattr(config.loss, key) for key in loss.keys}}
+    chosen = config.select
+    return dataclasses.replace(
+        world,
+        config=config,
+        loss=loss,
+        loss_keys=loss_keys,
+        select=programs.selector(
+            world.mesh, loss, loss_keys, score_name=chosen.score, rule=chosen.rule, threshold=chosen.threshold
+        ),
+        run=dataclasses.replace(world.run, path=path or world.run.path),
+    )
+
+
+def logps(world: World, name: Name, live: Live) -> np.ndarray:
+    return select.pair_logps(world, name, world.given.trees, live).astype(np.float64)
+
+
+@pytest.fixture
+def rho(base, made):
+    """β·(log π_t - log π_0) margins of both policies."""
+    found = {t: logps(base, Name("iterate", t), made[2]) for t in (0, 1, 2)}
+    return {t: 0.1 * np.diff(found[0] - found[t])[:, 0] for t in (1, 2)}
+
+
+# --- the reward -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "ensemble, gamma, weights",
+    [("current", 0.4, (0, 1)), ("two_term", 0.4, (0.4, 0.6)), ("ema", 0.4, (0.24, 0.6)), ("mean", 0.4, (0.5, 0.5))]
+    + [("two_term", 0.1, (0.1, 0.9))],
+)
+def test_ensemble_and_gamma(base, made, rho, ensemble, gamma, weights):
+    got = select.review(turned(base, reward__ensemble=ensemble, reward__gamma=gamma), 3, scored(made, 2))
+    np.testing.assert_allclose(got.margin_N, weights[0] * rho[1] + weights[1] * rho[2], atol=2e-5)
+
+
+def test_references_of_reward_and_loss(base, made, rho):
+    of = lambda name: logps(base, name, made[2])
+    now, flat = of(Name("iterate", 2)), lambda value: value.reshape(-1)
+    names = {"initial": Name("iterate", 0), "previous": Name("iterate", 1), "ema": Name("ema", 1)}
+    live = scored(made, 2)
+    for key, name in names.items():
+        world = turned(base, reward__reference=key, reward__ensemble="current")
+        want = 0.1 * np.diff(of(name) - now)[:, 0]
+        np.testing.assert_allclose(select.review(world, 3, live).margin_N, want, atol=2e-5)
+    free = select.review(turned(base, reward__reference="none", reward__ensemble="current"), 3, live)
+    np.testing.assert_allclose(free.margin_N, 0.1 * np.diff(-now)[:, 0], atol=2e-5)
+    # For the loss, previous is the iterate before the one that trains.
+    names = {"initial": Name("iterate", 0), "previous": Name("iterate", 2), "ema": Name("ema", 2)}
+    for key, name in names.items():
+        stage = update.training_set(turned(base, loss__reference=key), 3, live, None, None)
+        np.testing.assert_array_equal(stage.reference_F, flat(of(name)).astype(np.float32))
+    assert not update.training_set(turned(base, loss__reference="none"), 3, live, None, None).reference_F.any()
+    halves = turned(base, reward__ema_decay=0.25, loss__reference="ema")
+    assert update.ema_decay(halves.config) == 0.25 and update.ema_decay(base.config) == 0
+
+
+def test_references_of_held_out_pairs(base, made):
+    """The loss against its own reference; rewards against iterate 0 always, so that iterations compare."""
+    live, held = scored(made, 2), base.given.trees[:6]
+    base = dataclasses.replace(base, given=dataclasses.replace(base.given, held_out=held))
+    of = lambda name: select.pair_logps(base, name, held, live)
+    for key, name in {"initial": Name("iterate", 0), "previous": Name("iterate", 2), "ema": Name("ema", 2)}.items():
+        got = validate.references(turned(base, loss__reference=key), 3, live)
+        np.testing.assert_array_equal(got.loss_N2, of(name))
+        np.testing.assert_array_equal(got.start_N2, of(Name("iterate", 0)))
+    free = validate.references(turned(base, loss__reference="none"), 3, live)
+    assert not free.loss_N2.any() and np.array_equal(free.start_N2, of(Name("iterate", 0)))
+
+
+@pytest.mark.parametrize(
+    "changes, want",
+    [
+        ({"loss__beta": 0.5}, lambda d, c, n: np.log1p(np.exp(-0.5 * d))),
+        (
+            {"loss__label_smoothing": 0.2},
+            lambda d, c, n: 0.8 * np.log1p(np.exp(-0.1 * d)) + 0.2 * np.log1p(np.exp(0.1 * d)),
+        ),
+        ({"loss__name": "ipo"}, lambda d, c, n: (d - 5) ** 2),
+        ({"loss__name": "ipo", "loss__normalisation": "mean"}, lambda d, c, n: (2 / n[0] + 3 / n[1] - 5) ** 2),
+        ({"loss__name": "slic"}, lambda d, c, n: np.maximum(0, 1 - 0.1 * d)),
+        (
+            {"loss__name": "simpo", "loss__gamma": 0.3},
+            lambda d, c, n: np.log1p(np.exp(-(0.1 * (-7 / n[0] + 12 / n[1]) - 0.3))),
+        ),
+        ({"loss__sft_weight": 0.5}, lambda d, c, n: np.log1p(np.exp(-0.1 * d)) + 0.5 * 7 / n[0]),
+        ({"loss__mix": {"slic": 0.25}}, lambda d, c, n: np.log1p(np.exp(-0.1 * d)) + 0.25 * np.maximum(0, 1 - 0.1 * d)),
+    ],
+    ids=lambda v: "-".join(v) if isinstance(v, dict) else "",
+)
+def test_keys_of_the_loss(base, changes, want):
+    """log π - log π_ref is 2 of the chosen and -3 of the rejected response."""
+    world = turned(base, **changes)
+    arrays = (jnp.array([[-7.0, -12.0]]), jnp.array([[-9.0, -9.0]]), jnp.array([[4.0, 5.0]]))
+    got = world.loss.loss(*arrays, **world.loss_keys)
+    np.testing.assert_allclose(got, [want(5.0, 2.0, (4.0, 5.0))], rtol=1e-6)
+
+
+# --- which given pairs ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("score", ["irm", "irm_per_token", "reference_logp", "gold_gap", "loss"])
+def test_scores(base, made, rho, score):
+    world = turned(base, select__score=score, reward__ensemble="current")
+    got = select.review(world, 3, scored(made, 2))
+    length = np.array([[len(b) for b in tree.branches] for tree in world.given.trees])
+    of = {t: logps(base, Name("iterate", t), made[2]) for t in (0, 2)}
+    gold = [pair.truth.gold for pair in world.given.pairs]
+    want = {
+        "irm": rho[2],
+        "irm_per_token": 0.1 * -np.diff((of[2] - of[0]) / length)[:, 0],
+        "reference_logp": of[0][:, 0] / length[:, 0],
+        "gold_gap": np.array([a - b for a, b in gold]),
+        "loss": -np.log1p(np.exp(-rho[2])),
+    }[score]
+    np.testing.assert_allclose(got.score_N, want, atol=2e-5)
+    assert want[got.mask_N].min() >= want[~got.mask_N].max() - 1e-6 and got.mask_N.sum() == KEEP
+
+
+def test_rules_share_and_threshold(base, made, rho):
+    live, order = scored(made, 2), None
+    kept = {}
+    for rule in ("top_k", "bottom_k", "middle", "threshold", "all"):
+        world = turned(base, select__rule=rule, select__threshold=0.05, reward__ensemble="current")
+        chosen = select.review(world, 3, live)
+        kept[rule], order = set(np.flatnonzero(chosen.mask_N)), np.argsort(-chosen.score_N)
+    over = (N - KEEP) // 2
+    assert kept["top_k"] == set(order[:KEEP]) and kept["bottom_k"] == set(order[-KEEP:])
+    assert kept["middle"] == set(order[over : over + KEEP]) and kept["all"] == set(range(N))
+    assert kept["threshold"] == set(np.flatnonzero(rho[2] > 0.05)) and 0 < len(kept["threshold"]) < N
+    for share, count in ((0.25, 11), (1.0, N)):
+        assert select.review(turned(base, select__keep=share), 3, live).mask_N.sum() == count
+    assert select.review(turned(base, select__from_iteration=3), 2, scored(made, 1)) is None
+    draws = [select.review(turned(base, select__score="random", run__seed=s), 3, live).mask_N for s in (0, 0, 1)]
+    assert (draws[0] == draws[1]).all() and (draws[0] != draws[2]).any()
+
+
+def test_stratify(base, made):
+    live = scored(made, 2)
+    length = np.array([tree.targets for tree in base.given.trees])
+    quarter = np.searchsorted(np.quantile(length, [0.25, 0.5, 0.75]), length)
+    plain = select.review(base, 3, live).mask_N
+    even = select.review(turned(base, select__stratify="length"), 3, live).mask_N
+    share = lambda mask: [int(mask[quarter == g].sum()) for g in range(4)]
+    assert share(even) == [int(0.6 * (quarter == g).sum()) for g in range(4)] != share(plain)
+    each = select.review(turned(base, select__stratify="prompt"), 3, live).mask_N
+    assert each.all()  # every pair has a prompt of its own, and a group keeps one at least
+
+
+def test_what_becomes_of_the_others(base, made):
+    """drop leaves out, relabel turns round, soft_weight weighs by sigmoid(score); as many updates whatever remains."""
+    live = scored(made, 2)
+    chosen = select.review(base, 3, live)
+    trees, kept = base.given.trees, [tree for tree, k in zip(base.given.trees, chosen.mask_N) if k]
+    made_of = lambda **changes: update.training_set(turned(base, **changes), 3, live, chosen, None)
+    drop = made_of(select__unselected="drop")
+    assert drop.trees == kept and (drop.weight_N == 1).all()
+    relabel = made_of(select__unselected="relabel")
+    for tree, new, k in zip(trees, relabel.trees, chosen.mask_N):
+        assert new.branches == (tree.branches if k else tree.branches[::-1])
+    given = update.training_set(base, 3, live, None, None)
+    turned_round = given.reference_F.reshape(-1, 2)
+    turned_round = np.where(chosen.mask_N[:, None], turned_round, turned_round[:, ::-1])
+    np.testing.assert_array_equal(relabel.reference_F.reshape(-1, 2), turned_round)
+    soft = made_of(select__unselected="soft_weight")
+    assert soft.trees == list(trees)
+    np.testing.assert_allclose(soft.weight_N, 1 / (1 + np.exp(-chosen.score_N.astype(np.float64))), rtol=1e-6)
+    assert len(drop.batches) == len(soft.batches) == len(given.batches) == 6
+    assert len(made_of(loop__epochs=3).batches) == 18 and len(made_of(optimizer__batch_size=4).batches) == 11
+
+
+# --- fresh pairs ------------------------------------------------------------------------------------------------------
+
+
+def sampled(base, made, path, **changes) -> fresh.Made:
+    return fresh.bootstrap_pairs(turned(base, path, bootstrap__unfinished="keep", **changes), 2, scored(made, 1))
+
+
+def different(made_: fresh.Made) -> float:
+    """Different candidates of a prompt, on average."""
+    return float(np.mean([len({t.tobytes() for t in row}) for row in made_.candidates.tokens_PC]))
+
+
+def test_sampling(base, made, tmp_path):
+    greedy = sampled(base, made, tmp_path / "greedy", bootstrap__temperature=0.0)
+    assert different(greedy) == 1 and len(greedy.fresh.trees) == 0
+    for key, value in (("top_k", 1), ("top_p", 1e-6), ("min_p", 0.999)):
+        made_ = sampled(base, made, tmp_path / key, **{f"bootstrap__{key}": value})
+        for row, one in zip(made_.candidates.tokens_PC, greedy.candidates.tokens_PC):
+            assert all(np.array_equal(t, one[0]) for t in row), key
+    cold, hot = (
+        sampled(base, made, tmp_path / str(t), bootstrap__temperature=t, bootstrap__top_p=1.0) for t in (0.3, 3.0)
+    )
+    assert 1 < different(cold) < different(hot)
+    assert sampled(base, made, tmp_path / "seed", run__seed=1).candidates.texts_PC != cold.candidates.texts_PC
+
+
+def test_counts_of_candidates_prompts_and_pairs(base, made, tmp_path):
+    plain = sampled(base, made, tmp_path / "plain")
+    assert plain.candidates.finished_PC.shape == (20, 4) and plain.fresh.kept_F.sum() == min(13, len(plain.fresh.trees))
+    few = sampled(base, made, tmp_path / "few", bootstrap__prompts_per_iteration=0.25)
+    assert len(few.prompts) == 5 and {p.id for p in few.prompts} < {p.id for p in plain.prompts}
+    small = sampled(base, made, tmp_path / "plain", bootstrap__fresh=0.1)
+    margin = plain.fresh.margin_F
+    assert set(np.flatnonzero(small.fresh.kept_F)) == set(np.argsort(-margin, kind="stable")[:4])
+    shape = sampled(
+        base, made, tmp_path / "shape", bootstrap__candidates=2, bootstrap__max_new_tokens=3, bootstrap__slots=8
+    )
+    assert shape.candidates.finished_PC.shape == (20, 2)
+    assert max(len(t) for row in shape.candidates.tokens_PC for t in row) == 3
+    world = turned(base, tmp_path / "shape", bootstrap__candidates=2, bootstrap__unfinished="drop")
+    whole = fresh.bootstrap_pairs(world, 2, scored(made, 1))
+    assert len(whole.fresh.trees) < len(shape.fresh.trees)
+    assert all(whole.candidates.finished_PC[p, list(pair)].all() for p, pair in zip(*whole_pairs(whole)))
+    assert fresh.bootstrap_pairs(turned(base, bootstrap__from_iteration=3), 2, scored(made, 1)) is None
+    assert fresh.bootstrap_pairs(turned(base, bootstrap__fresh=0.0), 2, scored(made, 1)) is None
+
+
+def whole_pairs(made_: fresh.Made) -> tuple[np.ndarray, np.ndarray]:
+    return made_.fresh.prompt_F, made_.fresh.pair_F2
+
+
+def test_pair_rules_and_length(base, made, tmp_path):
+    """All from the same candidates."""
+    of = lambda **changes: sampled(base, made, tmp_path, bootstrap__fresh=9.0, **changes).fresh
+    best, every = of(), of(bootstrap__pair_rule="all_pairs")
+    assert len(every.trees) > len(best.trees) > 10
+    for p, margin in zip(best.prompt_F, best.margin_F):
+        assert margin == every.margin_F[every.prompt_F == p].max()
+    assert (of(bootstrap__pair_rule="best_random").margin_F <= best.margin_F).all()
+    assert of(bootstrap__pair_rule="random").margin_F.mean() < best.margin_F.mean()
+    gap = lambda made_: np.array([len(t.branches[0]) - len(t.branches[1]) for t in made_.trees])
+    short, long = of(reward__length_penalty=100.0), of(reward__length_penalty=-100.0)
+    assert gap(short).max() <= 0 < gap(long).max() and gap(long).min() >= 0
+    assert gap(short).mean() < gap(best).mean() < gap(long).mean()
+    tokens = of(bootstrap__pair_rule="all_pairs", reward__length_normalise=True)
+    per_token = {tree.id: reward for tree, reward in zip(tokens.trees, tokens.reward_F2)}
+    compared = 0
+    for tree, reward in zip(every.trees, every.reward_F2):
+        if tree.id in per_token:
+            np.testing.assert_allclose(per_token[tree.id], reward / [len(b) for b in tree.branches], rtol=1e-5)
+            compared += 1
+    assert 0 < compared < len(every.trees)  # some pairs changed their order
+
+
+def test_sources_of_rewards(base, made, tmp_path):
+    """Each ranks the same candidates by its own."""
+    own = sampled(base, made, tmp_path, bootstrap__fresh=9.0)
+    words = sampled(
+        base, made, tmp_path, bootstrap__fresh=9.0, reward__source="function", reward__function="tiny_reward:count"
+    )
+    noise = sampled(base, made, tmp_path, bootstrap__fresh=9.0, reward__source="random")
+    for p, pair, reward in zip(words.fresh.prompt_F, words.fresh.pair_F2, words.fresh.reward_F2):
+        texts = words.candidates.texts_PC[p]
+        assert reward.tolist() == [len(set(texts[c].split())) for c in pair]
+    assert len({tuple(map(tuple, f.fresh.pair_F2)) for f in (own, words, noise)}) == 3
+    assert own.kl is not None and words.kl is None and noise.kl is None
+    assert 0 < noise.fresh.reward_F2.min() < noise.fresh.reward_F2.max() < 1
+
+
+def test_replay(base, made, tmp_path):
+    """Fresh pairs of iteration 2 that were kept train again in iteration 3, and only with replay."""
+    world = turned(base, tmp_path, bootstrap__unfinished="keep")
+    made_ = fresh.bootstrap_pairs(world, 2, scored(made, 1))
+    outcome.write_pairs(world, 2, None, made_)
+    kept = [tree.id for tree, k in zip(made_.fresh.trees, made_.fresh.kept_F) if k]
+    live = scored(made, 2)
+    assert kept and len(update.training_set(world, 3, live, None, None).trees) == N
+    stage = update.training_set(turned(world, tmp_path, bootstrap__replay=True), 3, live, None, None)
+    assert [tree.id for tree in stage.trees[N:]] == kept
+    again = dict(zip((t.id for t in made_.fresh.trees), made_.fresh.trees))
+    for tree in stage.trees[N:]:
+        assert all(np.array_equal(a, b) for a, b in zip(tree.branches, again[tree.id].branches))
+
+
+# --- iterations -------------------------------------------------------------------------------------------------------
+
+
+def test_start_and_moments_of_an_iteration(base, made):
+    """previous goes on from the policy, initial from iterate 0; carried keeps moments, and the schedule restarts."""
+    first = policies.params(base.policies, Name("iterate", 0))
+    same = lambda a, b: all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    fresh_ = update.starting_state(base, scored(made, 1), None)
+    assert same(fresh_.params, made[1].params) and int(fresh_.step) == 0
+    assert not any(np.any(m) for m in jax.tree.leaves(fresh_.moments))
+    again = update.starting_state(turned(base, loop__start="initial"), scored(made, 1), None)
+    assert same(again.params, first) and not same(again.params, made[1].params)
+    moments = jax.tree.map(lambda m: m + 1, fresh_.moments)
+    carried = update.starting_state(base, scored(made, 1), moments)
+    assert same(carried.moments, jax.tree.map(lambda m: m + 1, again.moments)) and int(carried.step) == 0
