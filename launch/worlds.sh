@@ -5,10 +5,11 @@
 #   WIDTH=144 LAYERS=4 ...                           a model of 1.03 M parameters in place of 0.35 M
 #
 #   hard     the better response by gold, always       bt       Bradley-Terry labels at temperature 0.3
-#   flip40   hard labels, 40 % of them exchanged       off      hard labels, both responses by a stranger
+#   flip40   hard labels, 40 % of them exchanged (flip20: 20 %)
+#   off      hard labels, both responses by a stranger
 set -euo pipefail
 PYTHON=${PYTHON:-python3}
-declare -A DIALS=([hard]="" [bt]="--temperature 0.3" [flip40]="--flip 0.4" [off]="--off_policy 1")
+declare -A DIALS=([hard]="" [bt]="--temperature 0.3" [flip20]="--flip 0.2" [flip40]="--flip 0.4" [off]="--off_policy 1")
 
 for seed in $SEEDS; do
     W=$R/worlds/$seed
