@@ -310,6 +310,7 @@ def write_table(config: ArmsConfig) -> pathlib.Path:
     before = stored(config)
     every = [(s, name) for s in config.seeds for name in config.arms]
     found = before | {(s, name): path for s, name in every if (path := read(config, name, s))}
+    paired(config, found)
     store(config, found)
     paths = {name: {s: found[s, name] for s in config.seeds if (s, name) in found} for name in chosen(config)}
     base = paths[config.baseline]
@@ -331,6 +332,19 @@ def write_table(config: ArmsConfig) -> pathlib.Path:
     (out / "arms.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
     metrics.say(text)
     return out / "table.md"
+
+
+def paired(config: ArmsConfig, found: Mapping[tuple[int, str], Path]) -> None:
+    """Raises ValueError where the runs of a seed do not have one start: then they share neither world nor noise."""
+    for (seed, name), path in found.items():
+        base = found.get((seed, config.baseline))
+        if base is not None and not np.array_equal(np.float32(path.reward_TP[0]), np.float32(base.reward_TP[0])):
+            raise ValueError(
+                f"arms: got arm {name} of seed {seed} with mean reward {path.reward_TP[0].mean():.4f} at its start, "
+                f"expected that of {config.baseline}, {base.reward_TP[0].mean():.4f}, response by response: the two were "
+                "made from other worlds, or on other machines, whose rounding draws other samples. Make both on one: "
+                f"remove {config.out}/runs.parquet, or the run folders of the older ones."
+            )
 
 
 def lines(told: Mapping[str, dict], baseline: str) -> list[str]:

@@ -79,6 +79,15 @@ def test_comparisons_at_equal_updates_kl_and_flops():
     assert arms.own([path_of([[0.0], [1.0]], [0, 1], [0, 1], **{"sera/x": 3.0})])["told"]["sera/x"] == 3.0
 
 
+def test_runs_that_do_not_share_a_start_are_not_compared(tmp_path):
+    """Runs of another machine: rounding drew other samples, so neither worlds nor noise are paired."""
+    config, one = config_of(tmp_path), path_of([[0.25, 0.5], [1.0, 1.0]], [0, 1], [0, 1])
+    other = path_of([[0.5, 0.25], [1.0, 1.0]], [0, 1], [0, 1])  # the same mean
+    arms.paired(config, {(3, "dpo"): one, (3, "mixed"): one, (4, "mixed"): other})
+    with pytest.raises(ValueError, match="arm mixed of seed 3 with mean reward 0.3750 at its start.*on other machines"):
+        arms.paired(config, {(3, "dpo"): one, (3, "mixed"): other})
+
+
 def test_the_interval_over_seeds_holds_both_kinds_of_noise():
     rng = np.random.default_rng(0)
     effects = rng.normal(0.0, 1.0, 12)
