@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A small Llama from nothing to aligned, on real data: launch/scratch.sh DATA, where DATA holds text/, instructions/, hh_rlhf/.
 #
-#   1 start     a tokenizer and the shape of a 3.4 M-parameter Llama
+#   1 start     a tokenizer and the shape of a 2.2 M-parameter Llama
 #   2 texts     pretraining on books, stories and articles (as an SFT stage with empty prompts)
 #   3 SFT       instructions and HH's chosen replies
 #   4 DPO and SeRA on HH helpful + harmless, the same number of updates

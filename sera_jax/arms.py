@@ -341,9 +341,9 @@ def paired(config: ArmsConfig, found: Mapping[tuple[int, str], Path]) -> None:
         if base is not None and not np.array_equal(np.float32(path.reward_TP[0]), np.float32(base.reward_TP[0])):
             raise ValueError(
                 f"arms: got arm {name} of seed {seed} with mean reward {path.reward_TP[0].mean():.4f} at its start, "
-                f"expected that of {config.baseline}, {base.reward_TP[0].mean():.4f}, response by response: the two were "
-                "made from other worlds, or on other machines, whose rounding draws other samples. Make both on one: "
-                f"remove {config.out}/runs.parquet, or the run folders of the older ones."
+                f"expected that of {config.baseline}, {base.reward_TP[0].mean():.4f}, response by response: the two "
+                "were made from other worlds, or on other machines, whose rounding draws other samples. Make both on "
+                f"one: remove {config.out}/runs.parquet, or the run folders of the older ones."
             )
 
 
