@@ -122,25 +122,40 @@ def test_rope_theta_is_read_in_both_layouts(tmp_path, keys):
     "changes, words",
     [
         (
-            {"architectures": ["PhiForCausalLM"]},
-            ("'PhiForCausalLM'", "expected one of LlamaForCausalLM, MistralForCausalLM"),
+            {"architectures": ["OPTForCausalLM"]},
+            ("'OPTForCausalLM'", "expected one of LlamaForCausalLM, MistralForCausalLM, Qwen2", "GPTNeoXForCausalLM"),
         ),
-        ({"architectures": "absent", "model_type": "phi"}, ("the architecture is 'phi'",)),
-        ({"attention_bias": True}, ("config.json: attention_bias is True, expected False",)),
-        ({"mlp_bias": True}, ("config.json: mlp_bias is True, expected False",)),
-        ({"hidden_act": "gelu"}, ("hidden_act is 'gelu', expected 'silu'",)),
+        ({"architectures": "absent", "model_type": "opt"}, ("the architecture is 'opt'",)),
+        ({"architectures": ["PhiForCausalLM"], "qk_layernorm": True}, ("qk_layernorm is True, expected False",)),
+        (
+            {"architectures": ["GemmaForCausalLM"], "use_bidirectional_attention": True},
+            ("use_bidirectional_attention is True, expected None or False",),
+        ),
+        ({"hidden_act": "relu"}, ("hidden_act is 'relu', expected one of silu, gelu, gelu_new",)),
+        ({"architectures": ["GPTNeoXForCausalLM"], "rotary_pct": 0.3}, ("rotary_pct is 0.3, expected a share", "(4)")),
         ({"quantization_config": {"bits": 4}}, ("quantization_config is {'bits': 4}, expected None",)),
         ({"partial_rotary_factor": 0.5}, ("partial_rotary_factor is 0.5, expected 1.0",)),
         (
-            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
-            ("rope_scaling has the type 'llama3', expected 'def",),
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "max_position_embeddings": 99}},
+            (
+                "rope_scaling of type 'llama3' has factor",
+                "expected factor, low_freq_factor",
+                "unknown: max_position_emb",
+            ),
         ),
-        ({"rope_scaling": {"type": "linear"}}, ("rope_scaling has the type 'linear'",)),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, ("rope_parameters has the type 'yarn'",)),
+        ({"rope_scaling": {"type": "linear"}}, ("rope_scaling of type 'linear' has no keys", "missing: factor")),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}},
+            ("rope_parameters has the type 'dynamic', expected one of default, linear, llama3, yarn",),
+        ),
         ({"rope_theta": "10000"}, ("rope_theta is '10000', expected a positive float",)),
         (
-            {"sliding_window": 64, "max_position_embeddings": 128},
-            ("sliding_window is 64, less than", "(128), expected null"),
+            {"architectures": ["MistralForCausalLM"], "sliding_window": 0},
+            ("sliding_window is 0, expected a positive int or null",),
+        ),
+        (
+            {"architectures": ["Gemma2ForCausalLM"], "layer_types": ["sliding_attention", "chunked_attention"]},
+            ("layer_types has 2 entries, one of them 'chunked_attention', expected 3 (num_hidden_layers)",),
         ),
         ({"num_key_value_heads": 3}, ("num_key_value_heads is 3, expected a divisor", "(4)")),
         ({"head_dim": 5}, ("head_dim is 5, expected an even number",)),
@@ -157,11 +172,21 @@ def test_what_is_not_computed_is_an_error(tmp_path, changes, words):
         hf.read_arch(write(tmp_path, **changes))
 
 
-def test_a_window_as_long_as_any_text_is_none(tmp_path):
-    assert hf.read_arch(write(tmp_path, sliding_window=128, max_position_embeddings=128)) == ARCH
-    mistral = dict(architectures=["MistralForCausalLM"], model_type="mistral")
-    with fails("sliding_window is 4096, less than max_position_embeddings (131072)"):  # its default
-        hf.read_arch(write(tmp_path, **mistral))
+def test_windows_by_layer(tmp_path):
+    def windows(architecture, **keys):
+        return hf.read_arch(write(tmp_path, architectures=[architecture + "ForCausalLM"], **keys)).windows
+
+    assert windows("Llama", sliding_window=7) == ()  # as transformers has it: Llama knows no window
+    assert windows("Mistral") == (4096,) * 3  # its default
+    assert windows("Mistral", sliding_window=None) == ()
+    assert windows("Gemma2", sliding_window=5) == (5, None, 5)
+    assert windows("Gemma2", sliding_window=5, layer_types=["full_attention"] * 2 + ["sliding_attention"]) == (
+        None,
+        None,
+        5,
+    )
+    assert windows("Qwen2", sliding_window=5) == windows("Qwen3") == ()
+    assert windows("Qwen2", sliding_window=5, use_sliding_window=True, max_window_layers=1) == (None, 5, 5)
 
 
 def test_no_config_and_no_json(tmp_path):
@@ -174,7 +199,8 @@ def test_no_config_and_no_json(tmp_path):
 
 def test_a_written_config_reads_back_and_keeps_what_it_has_no_word_for(tmp_path):
     for family in hf.FAMILIES:
-        arch = dataclasses.replace(ARCH, family=family, tied=True, init_std=0.5)
+        plain = hf.read_arch(write(tmp_path / "plain", architectures=[family], hidden_size=32))
+        arch = dataclasses.replace(plain, tied=True, init_std=0.5, vocab=25)
         out = hf.write_config(tmp_path / family, arch, dtype=jnp.bfloat16, extra={"eos_token_id": [1, 2]})
         assert hf.read_arch(out) == arch
         text = json.loads((out / "config.json").read_text())
@@ -244,7 +270,7 @@ def test_only_the_wanted_slices_are_read(tmp_path):
     file = write(tmp_path, tensors=tensors()) / "model.safetensors"
     name = "model.layers.0.self_attn.q_proj.weight"
     array = hf._array(hf._header(file)[name], {file: np.memmap(file, np.uint8, mode="r")})
-    view = hf._view(hf._names(ARCH)[name][0], array, hf._sizes(ARCH))
+    view = hf._view(hf._names(ARCH)[name][0][0], array, hf._sizes(ARCH))
     assert view.shape == (16, 4, 6) and np.shares_memory(view, array)
 
 

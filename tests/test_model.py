@@ -26,10 +26,18 @@ def params():
 
 
 def run(params, arch=ARCH, dtype=jnp.float32, remat="none", **kw):
-    mask = attention.tree_mask(jnp.asarray(TREE), jnp.asarray(BRANCH), jnp.asarray(POSITION))
-    attend = lambda q, k, v, _: (attention.attend(q, k, v, mask), ())
+    mask = attention.tree_mask(jnp.asarray(TREE), jnp.asarray(BRANCH))
+    attend = lambda q, k, v, *_: (attention.attend(q, k, v, mask), ())
     return model.hidden(
-        arch, params, jnp.asarray(TOKENS), jnp.asarray(POSITION), attend, dtype=dtype, remat=remat, **kw
+        arch,
+        params,
+        jnp.asarray(TOKENS),
+        jnp.asarray(POSITION),
+        attend,
+        longest=1 << 20,
+        dtype=dtype,
+        remat=remat,
+        **kw,
     )[0]
 
 
@@ -158,16 +166,16 @@ def test_the_head_is_the_embedding_where_it_is_tied(params):
 def test_positions_are_relative(params):
     """Rotary embeddings: shifting every position of a row moves nothing but rounding."""
     shifted = jnp.asarray(POSITION + 100)
-    mask = attention.tree_mask(jnp.asarray(TREE), jnp.asarray(BRANCH), jnp.asarray(POSITION))
-    attend = lambda q, k, v, _: (attention.attend(q, k, v, mask), ())
-    far = model.hidden(ARCH, params, jnp.asarray(TOKENS), shifted, attend, dtype=jnp.float32)[0]
+    mask = attention.tree_mask(jnp.asarray(TREE), jnp.asarray(BRANCH))
+    attend = lambda q, k, v, *_: (attention.attend(q, k, v, mask), ())
+    far = model.hidden(ARCH, params, jnp.asarray(TOKENS), shifted, attend, longest=1 << 20, dtype=jnp.float32)[0]
     np.testing.assert_allclose(far, run(params), atol=2e-5)  # measured: 1e-6
     assert np.abs(np.asarray(far) - np.asarray(run(params))).max() > 0
 
 
 @pytest.mark.parametrize("window", [1, 2, 4])
 def test_a_sliding_window_counts_positions(window):
-    mask = np.asarray(attention.tree_mask(jnp.asarray(TREE), jnp.asarray(BRANCH), jnp.asarray(POSITION), window))[0]
+    mask = np.asarray(attention.within(attention.tree_mask(TREE, BRANCH), POSITION, POSITION, window))[0]
     tree, branch, position = TREE[0], BRANCH[0], POSITION[0]
     for i, j in np.ndindex(*mask.shape):
         see = j <= i and tree[i] == tree[j] and (branch[j] == 0 or branch[i] == branch[j])

@@ -13,6 +13,7 @@ from sera_jax import rows as rowlib
 from sera_jax.model import Arch
 from sera_jax.records import Tree
 from sera_jax.rows import Plan
+from sera_jax.score import Head
 
 ARCH = Arch("llama", 96, 32, 2, 4, 2, 8, 48, 1e-5, 1e4, tied=False, init_std=0.3)
 
@@ -143,7 +144,7 @@ def test_the_head_gives_the_same_log_probs_and_gradients_at_any_chunk(params, on
     weight = jnp.asarray(rng.normal(size=(2, 48)), jnp.float32)
 
     def ours(h, w):
-        logp, collision = score.head_logps_and_collision(h, w, target, one_device, chunk)
+        logp, collision = score.head_logps_and_collision(h, w, None, target, Head(one_device, chunk))
         # The second output has no gradient, whatever weighs it.
         return (logp * weight).sum() + ((collision - jax.lax.stop_gradient(collision)) * 3 * weight).sum()
 
@@ -154,8 +155,8 @@ def test_the_head_gives_the_same_log_probs_and_gradients_at_any_chunk(params, on
     table = jnp.asarray(params["head"]["table"])
     got, want = (jax.value_and_grad(f, argnums=(0, 1))(hidden, table) for f in (ours, plain))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, want)
-    logp, collision = score.head_logps_and_collision(hidden, table, target, one_device, chunk)
-    np.testing.assert_array_equal(logp, score.head_logps(hidden, table, target, one_device, chunk))
+    logp, collision = score.head_logps_and_collision(hidden, table, None, target, Head(one_device, chunk))
+    np.testing.assert_array_equal(logp, score.head_logps(hidden, table, None, target, Head(one_device, chunk)))
     logits = np.einsum("bmd,vd->bmv", *(np.asarray(a, np.float64) for a in (hidden, table)))
     p = np.exp(logits - logits.max(-1, keepdims=True))
     np.testing.assert_allclose(collision, np.log(((p / p.sum(-1, keepdims=True)) ** 2).sum(-1)), rtol=1e-5, atol=1e-6)
@@ -165,7 +166,7 @@ def test_collisions_of_peaked_and_flat_distributions(one_device):
     """Logits up to ±200: log Σ p² lies between -log V and 0, and neither over- nor underflows."""
     hidden = jnp.zeros((2, 48, 32)).at[0, 1, 5].set(200).at[0, 2, 5].set(-200).at[0, 3].set(200)
     target = jnp.zeros((2, 48), jnp.int32)
-    _, got = score.head_logps_and_collision(hidden, jnp.eye(96, 32), target, one_device, 48)
+    _, got = score.head_logps_and_collision(hidden, jnp.eye(96, 32), None, target, Head(one_device, 48))
     np.testing.assert_allclose(got[0, :4], [-np.log(96), 0, -np.log(95), -np.log(32)], rtol=1e-6, atol=1e-6)
 
 
