@@ -18,6 +18,7 @@ import safetensors
 import safetensors.numpy
 
 from sera_jax import hf, model, programs
+from sera_jax.hf import layout, reading
 from sera_jax.model import Arch
 
 ARCH = Arch("LlamaForCausalLM", 24, 16, 3, 4, 2, 6, 12, 1e-5, 5e5, tied=False)
@@ -269,8 +270,8 @@ def test_only_the_wanted_slices_are_read(tmp_path):
     """The views that loading starts from do not copy: a slice of one touches the bytes of that slice."""
     file = write(tmp_path, tensors=tensors()) / "model.safetensors"
     name = "model.layers.0.self_attn.q_proj.weight"
-    array = hf._array(hf._header(file)[name], {file: np.memmap(file, np.uint8, mode="r")})
-    view = hf._view(hf._names(ARCH)[name][0][0], array, hf._sizes(ARCH))
+    array = reading.stored_array(reading.header(file)[name], {file: np.memmap(file, np.uint8, mode="r")})
+    view = layout.view(layout.names(ARCH)[name][0][0], array, layout.sizes_of(ARCH))
     assert view.shape == (16, 4, 6) and np.shares_memory(view, array)
 
 
@@ -278,7 +279,7 @@ def test_what_was_loaded_does_not_change_with_the_file(tmp_path, one_device):
     """JAX may take over aligned memory as it is."""
     file = write(tmp_path, tensors=tensors()) / "model.safetensors"
     pad_header(file, 0)
-    begin = hf._header(file)["model.embed_tokens.weight"].begin
+    begin = reading.header(file)["model.embed_tokens.weight"].begin
     assert begin % 64 == 0
     got = hf.load(tmp_path, ARCH, one_device)["embed"]["table"]
     before = np.array(got)
@@ -304,7 +305,7 @@ def test_a_header_of_odd_length(tmp_path, one_device):
         file = tensors(dtype)
         pad_header(write(tmp_path, tensors=file) / "model.safetensors", 1)
         got = hf.load(tmp_path, ARCH, one_device, dtype=dtype)
-        assert hf._header(tmp_path / "model.safetensors")["model.norm.weight"].begin % 2 == 1
+        assert reading.header(tmp_path / "model.safetensors")["model.norm.weight"].begin % 2 == 1
         same_bits(got["embed"]["table"], file["model.embed_tokens.weight"])
 
 
@@ -512,8 +513,8 @@ def test_a_killed_export_leaves_the_earlier_one_or_nothing(tmp_path, params, one
 
         return killer
 
-    name = {"tensors": "_fetch", "copy": "_copy"}.get(moment, "rename")
-    owner = os if name == "rename" else hf
+    name = {"tensors": "fetch", "copy": "_copy"}.get(moment, "rename")
+    owner = os if name == "rename" else writing
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, kills(getattr(owner, name)))
         with pytest.raises(KeyboardInterrupt):

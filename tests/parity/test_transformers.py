@@ -10,6 +10,7 @@ import pytest
 from sera_jax import attention, hf, model, programs, sample, score
 from sera_jax import mesh as meshes
 from sera_jax import rows as rowlib
+from sera_jax.hf import layout, writing
 from sera_jax.programs import Compute
 from sera_jax.records import Tree
 from sera_jax.rows import Plan
@@ -192,7 +193,7 @@ def test_log_probs_and_their_gradient(pair, one_device):
     np.testing.assert_allclose(loss, their_loss.item(), rtol=2e-6)
 
     # Our gradients in the file's names and layouts: written as if they were weights.
-    by_name = {name: hf._fetch(arch, grads, name, np.dtype(np.float32)) for name in hf._names(arch)}
+    by_name = {name: writing.fetch(arch, grads, name, np.dtype(np.float32)) for name in layout.names(arch)}
     expected = {in_file(name, arch): weight.grad.numpy() for name, weight in theirs.named_parameters()}
     assert by_name.keys() == expected.keys()
     assert max(difference(by_name[name], expected[name]) for name in expected) <= 1e-5
