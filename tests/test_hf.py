@@ -18,7 +18,7 @@ import safetensors
 import safetensors.numpy
 
 from sera_jax import hf, model, programs
-from sera_jax.hf import layout, reading
+from sera_jax.hf import layout, reading, writing
 from sera_jax.model import Arch
 
 ARCH = Arch("LlamaForCausalLM", 24, 16, 3, 4, 2, 6, 12, 1e-5, 5e5, tied=False)
