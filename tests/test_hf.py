@@ -219,6 +219,103 @@ def test_a_written_config_reads_back_and_keeps_what_it_has_no_word_for(tmp_path)
     assert not (tmp_path / "c" / "config.json").exists()
 
 
+# What the config.json of published models says, as far as it matters here, in the layout of its time, and how many
+# weights the model has, as published.
+PUBLISHED = {
+    "TinyLlama-1.1B": (
+        dict(architectures=["LlamaForCausalLM"], hidden_size=2048, intermediate_size=5632, num_attention_heads=32,
+             num_hidden_layers=22, num_key_value_heads=4, rms_norm_eps=1e-5, rope_scaling=None, rope_theta=10000.0,
+             hidden_act="silu", attention_bias=False, tie_word_embeddings=False, vocab_size=32000),
+        1_100_048_384,
+        dict(head_dim=64, windows=(), biases=()),
+    ),
+    "Llama-3.2-1B": (
+        dict(architectures=["LlamaForCausalLM"], hidden_size=2048, intermediate_size=8192, num_attention_heads=32,
+             num_hidden_layers=16, num_key_value_heads=8, head_dim=64, rms_norm_eps=1e-5, rope_theta=500000.0,
+             rope_scaling=dict(factor=32.0, high_freq_factor=4.0, low_freq_factor=1.0,
+                               original_max_position_embeddings=8192, rope_type="llama3"),
+             attention_bias=False, mlp_bias=False, max_position_embeddings=131072, tie_word_embeddings=True,
+             vocab_size=128256),
+        1_235_814_400,
+        dict(rope="llama3", rope_theta=5e5, rope_keys=(("factor", 32.0), ("high_freq_factor", 4.0),
+             ("low_freq_factor", 1.0), ("original_max_position_embeddings", 8192))),
+    ),
+    "Mistral-7B": (
+        dict(architectures=["MistralForCausalLM"], hidden_size=4096, intermediate_size=14336, num_attention_heads=32,
+             num_hidden_layers=32, num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=10000.0, sliding_window=4096,
+             max_position_embeddings=32768, tie_word_embeddings=False, vocab_size=32000),
+        7_241_732_096,
+        dict(windows=(4096,) * 32),
+    ),
+    "pythia-410m": (
+        dict(architectures=["GPTNeoXForCausalLM"], hidden_act="gelu", hidden_size=1024, intermediate_size=4096,
+             layer_norm_eps=1e-5, max_position_embeddings=2048, num_attention_heads=16, num_hidden_layers=24,
+             rotary_emb_base=10000, rotary_pct=0.25, tie_word_embeddings=False, use_parallel_residual=True,
+             vocab_size=50304),
+        405_334_016,
+        dict(rotary=16, block="parallel", norm="layer", activation="gelu", biases=("mlp", "attention", "out")),
+    ),
+    "pythia-6.9b": (
+        dict(architectures=["GPTNeoXForCausalLM"], hidden_act="gelu", hidden_size=4096, intermediate_size=16384,
+             layer_norm_eps=1e-5, num_attention_heads=32, num_hidden_layers=32, rotary_emb_base=10000, rotary_pct=0.25,
+             tie_word_embeddings=False, use_parallel_residual=True, vocab_size=50432),
+        6_857_302_016,
+        dict(rotary=32),
+    ),
+    "phi-2": (
+        dict(architectures=["PhiForCausalLM"], hidden_act="gelu_new", hidden_size=2560, intermediate_size=10240,
+             layer_norm_eps=1e-5, max_position_embeddings=2048, num_attention_heads=32, num_hidden_layers=32,
+             num_key_value_heads=32, partial_rotary_factor=0.4, qk_layernorm=False, rope_scaling=None,
+             rope_theta=10000.0, tie_word_embeddings=False, vocab_size=51200),
+        2_779_683_840,
+        dict(head_dim=80, rotary=32, block="parallel_shared", biases=("attention", "out", "mlp", "head")),
+    ),
+    "gemma-2b": (
+        dict(architectures=["GemmaForCausalLM"], head_dim=256, hidden_act="gelu", hidden_size=2048,
+             intermediate_size=16384, max_position_embeddings=8192, num_attention_heads=8, num_hidden_layers=18,
+             num_key_value_heads=1, rms_norm_eps=1e-6, rope_scaling=None, rope_theta=10000.0, vocab_size=256000),
+        2_506_172_416,
+        dict(tied=True, norm="rms_plus_one", activation="gelu_pytorch_tanh", scaled_embedding=True, score_scale=None),
+    ),
+    "gemma-2-27b": (
+        dict(architectures=["Gemma2ForCausalLM"], attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
+             head_dim=128, hidden_act="gelu_pytorch_tanh", hidden_activation="gelu_pytorch_tanh", hidden_size=4608,
+             intermediate_size=36864, max_position_embeddings=8192, num_attention_heads=32, num_hidden_layers=46,
+             num_key_value_heads=16, query_pre_attn_scalar=144, rms_norm_eps=1e-6, rope_theta=10000.0,
+             sliding_window=4096, vocab_size=256000),
+        27_227_128_320,
+        dict(windows=(4096, None) * 23, score_scale=1 / 12, score_cap=50.0, logit_cap=30.0, block="sandwich"),
+    ),
+    "Qwen2.5-0.5B": (
+        dict(architectures=["Qwen2ForCausalLM"], hidden_act="silu", hidden_size=896, intermediate_size=4864,
+             max_position_embeddings=32768, max_window_layers=24, num_attention_heads=14, num_hidden_layers=24,
+             num_key_value_heads=2, rms_norm_eps=1e-6, rope_theta=1000000.0, sliding_window=32768,
+             tie_word_embeddings=True, use_sliding_window=False, vocab_size=151936),
+        494_032_768,
+        dict(windows=(), biases=("attention",), rope_theta=1e6),
+    ),
+    "Qwen3-0.6B": (
+        dict(architectures=["Qwen3ForCausalLM"], attention_bias=False, head_dim=128, hidden_act="silu",
+             hidden_size=1024, intermediate_size=3072, max_position_embeddings=40960, max_window_layers=28,
+             num_attention_heads=16, num_hidden_layers=28, num_key_value_heads=8, rms_norm_eps=1e-6, rope_scaling=None,
+             rope_theta=1000000, sliding_window=None, tie_word_embeddings=True, use_sliding_window=False,
+             vocab_size=151936),
+        596_049_920,
+        dict(qk_norm=True, head_dim=128, biases=()),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_as_many_weights_as_they_say(tmp_path, name):
+    config, weights, fields = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arch = hf.read_arch(tmp_path)
+    assert sum(leaf.size for leaf in jax.tree.leaves(model.abstract(arch))) == weights
+    assert {field: getattr(arch, field) for field in fields} == fields
+    assert hf.read_arch(hf.write_config(tmp_path / "again", arch)) == arch
+
+
 # --- weights in -------------------------------------------------------------------------------------------------------
 
 
