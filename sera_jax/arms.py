@@ -4,7 +4,8 @@ An *arm* is a set of keys that differ from a base config. Arms of one seed share
 evaluation prompts and noise are paired by the base, log-probs and samples by one ledger, the first policy by
 loop.first. All runs go through one process, so that each program is compiled once; several processes may work on the
 same folder, each run is taken by one of them. Run again, it goes on where it stopped.
-What the table is made of stands in out/runs.parquet as well, and counts when the run folders are gone.
+What the table is made of stands in out/runs.parquet as well, and counts when the run folders are gone. Runs that were
+made of another base or other keys are refused.
 
 Every arm is compared with one baseline arm, on the same prompts and seeds, three ways:
 
@@ -18,9 +19,11 @@ within a seed, over prompts.
 
 import collections
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,7 +36,7 @@ from sera_jax import config as configs
 from sera_jax import disk, metrics, winrate
 from sera_jax import train as trainer
 from sera_jax.config import ConfigError, TrainConfig
-from sera_jax.run import RunBusy
+from sera_jax.run import RunBusy, differences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +112,13 @@ def arm_config(config: ArmsConfig, name: str, seed: int) -> TrainConfig:
             place = place.setdefault(part, {})
         place[last] = value
     flags = [f"--{key}={_flag(_filled(value, words, name))}" for key, value in _leaves(tree)]
-    return configs.parse(TrainConfig, flags)
+    return _parsed(tuple(flags))
+
+
+@functools.cache
+def _parsed(flags: tuple[str, ...]) -> TrainConfig:
+    """Parsing costs a fifth of a second, and a table asks for hundreds."""
+    return configs.parse(TrainConfig, list(flags))
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -143,31 +152,96 @@ def _flag(value: Any) -> str:
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
+PATIENCE = 5.0  # seconds between two looks at what other processes have done
+
+
 def run(config: ArmsConfig) -> None:
-    """Every run that is not complete, seed by seed. A run that another process holds is left to it."""
-    every = [(seed, name) for seed in config.seeds for name in chosen(config)]
-    missing = {(seed, name) for seed, name in every if not complete(folder(config, name, seed))}
-    new = missing - set(stored(config))
+    """Every run that is not complete, seed by seed, with the runs that they start from (loop.first). A run that another
+    process holds is left to it; what starts from it waits."""
+    wanted = with_parents(config, chosen(config))
+    every = [(seed, name) for seed in config.seeds for name in wanted]
+    have = stored(config)
+    missing = [key for key in every if not made(config, *key)]
+    new = [key for key in missing if key not in have]
     # A stored run whose folder is gone has to be made again where a new one starts from its policy.
-    first = {arm_config(config, name, seed).loop.first for seed, name in new}
-    again = {(seed, name) for seed, name in missing if str(folder(config, name, seed) / "export") in first}
-    todo = [key for key in every if key in new | again]
-    for number, (seed, name) in enumerate(todo, start=1):
-        wanted = arm_config(config, name, seed)
-        if complete(folder(config, name, seed)):  # by another process, meanwhile
-            continue
-        metrics.say(f"== seed {seed}, arm {name} ({number} of {len(todo)})")
-        try:
-            trainer.train(wanted)
-        except RunBusy as busy:
-            metrics.say(f"left to another process: {busy}")
-        except ValueError as error:
-            raise ValueError(f"seed {seed}, arm {name}: {error}") from error
+    again = {(seed, parent) for seed, name in new for parent in with_parents(config, [name])}
+    waiting = [key for key in missing if key in new or key in again]
+    total, begun = len(waiting), []
+    while waiting:
+        held = set()
+        for seed, name in waiting:
+            if made(config, seed, name):  # by another process, meanwhile
+                continue
+            parent = parent_of(config, name, seed)
+            if parent is not None and not made(config, seed, parent):
+                held |= {(seed, parent), (seed, name)}
+                continue
+            if (seed, name) not in begun:
+                begun.append((seed, name))
+                metrics.say(f"== seed {seed}, arm {name} ({len(begun)} of {total})")
+            try:
+                trainer.train(arm_config(config, name, seed))
+            except RunBusy as busy:
+                metrics.say(f"left to another process: {busy}")
+            except ValueError as error:
+                raise ValueError(f"seed {seed}, arm {name}: {error}") from error
+        # What starts from a run that another process holds waits for it, or takes it over if that process is gone.
+        waiting = [key for key in waiting if key in held and not made(config, *key)]
+        if waiting:
+            time.sleep(PATIENCE)
+
+
+def parent_of(config: ArmsConfig, name: str, seed: int) -> str | None:
+    """The arm of the same seed whose export is the arm's loop.first, None if it is none of them."""
+    first = arm_config(config, name, seed).loop.first
+    return next((arm for arm in config.arms if first and first == str(folder(config, arm, seed) / "export")), None)
+
+
+def with_parents(config: ArmsConfig, names: Sequence[str]) -> list[str]:
+    """Arms and those that they start from, in the order of the config, parents before their children."""
+    seed, found = config.seeds[0], []
+
+    def add(name: str) -> None:
+        parent = parent_of(config, name, seed)
+        if parent is not None and parent != name:
+            add(parent)
+        if name not in found:
+            found.append(name)
+
+    for name in names:
+        add(name)
+    return found
 
 
 def complete(path: pathlib.Path) -> bool:
     """Has the run come to its end?"""
     return (path / "result.json").is_file()
+
+
+def made(config: ArmsConfig, seed: int, name: str) -> bool:
+    """Is the run complete?
+
+    Raises:
+        ValueError: it is, but of another config; the keys that differ are named.
+    """
+    path = folder(config, name, seed)
+    if not complete(path):
+        return False
+    before = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    differing = differences(before, yaml.safe_load(configs.dump(arm_config(config, name, seed))))
+    if differing:
+        raise ValueError(
+            f"seed {seed}, arm {name}: {path} is complete, but was made of another config; it differs in "
+            f"{', '.join(differing)}. Use another `out`, or remove that folder and {config.out}/runs.parquet."
+        )
+    return True
+
+
+def recipe(config: ArmsConfig, name: str) -> str:
+    """What a run of the arm is made of, as JSON: base, its keys, and the placeholders that are no paths, which may lie
+    elsewhere tomorrow."""
+    words = {key: word for key, word in config.words.items() if "/" not in word}
+    return json.dumps({"base": config.base, "arm": config.arms[name], "words": words}, sort_keys=True)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -190,15 +264,15 @@ class Path:
 
 def read(config: ArmsConfig, name: str, seed: int) -> Path | None:
     """A complete run, None if it is not."""
-    path = folder(config, name, seed)
-    if not complete(path):
+    if not made(config, seed, name):
         return None
+    path = folder(config, name, seed)
     result = json.loads((path / "result.json").read_text())
     summaries = [_summary(path, t) for t in range(1, result["iterations"] + 1)]
     flops = [_flops(s) for s in summaries]
-    first = arm_config(config, name, seed).loop.first
-    if first:  # what the given policy cost is told by its own run
-        flops[0] = _flops(_summary(pathlib.Path(first).parent, 1))
+    parent = parent_of(config, name, seed)
+    if parent is not None:  # what the given policy cost is told by its own run
+        flops[0] = _first_flops(config, parent, seed)
     points = [*map(str, range(1, result["iteration"])), result["exported"]]
     told = [pyarrow.parquet.read_table(path / "evaluation" / f"{point}.parquet").to_pydict() for point in points]
     kl = [np.nanmean(np.subtract(point["logp"], point["logp_start"])) for point in told]
@@ -211,6 +285,20 @@ def read(config: ArmsConfig, name: str, seed: int) -> Path | None:
     )
 
 
+def _first_flops(config: ArmsConfig, name: str, seed: int) -> float:
+    """Of a run's first iteration: from its folder, or from what is stored of it."""
+    if complete(folder(config, name, seed)):
+        return _flops(_summary(folder(config, name, seed), 1))
+    path = stored(config).get((seed, name))
+    if path is None:
+        raise ValueError(
+            f"arms: the run {folder(config, name, seed)}, from which others start, is gone, and "
+            f"{config.out}/runs.parquet does not hold it: nobody knows what it cost. Run the arms again, or remove the "
+            "runs that start from it."
+        )
+    return float(path.flops_T[1])
+
+
 def _summary(run: pathlib.Path, t: int) -> dict[str, Any]:
     return json.loads((run / "iterations" / str(t) / "summary.json").read_text())
 
@@ -220,13 +308,25 @@ def _flops(summary: Mapping[str, Any]) -> float:
 
 
 def stored(config: ArmsConfig) -> dict[tuple[int, str], Path]:
-    """What out/runs.parquet holds, by (seed, arm)."""
+    """What out/runs.parquet holds of the config's arms, by (seed, arm).
+
+    Raises:
+        ValueError: a run in it was made of something else.
+    """
     file = pathlib.Path(config.out) / "runs.parquet"
     if not file.is_file():
         return {}
     rows = collections.defaultdict(list)
     for row in pyarrow.parquet.read_table(file).to_pylist():
-        rows[row["seed"], row["arm"]].append(row)
+        if row["arm"] in config.arms:
+            rows[row["seed"], row["arm"]].append(row)
+    for (seed, name), path in rows.items():
+        differing = differences(json.loads(path[0].get("recipe") or "{}"), json.loads(recipe(config, name)))
+        if differing:
+            raise ValueError(
+                f"seed {seed}, arm {name}: {file} holds it, but made of something else; it differs in "
+                f"{', '.join(differing)}. Use another `out`, or remove the file."
+            )
     return {
         key: Path(
             reward_TP=np.array([row["reward"] for row in path]),
@@ -241,12 +341,13 @@ def stored(config: ArmsConfig) -> dict[tuple[int, str], Path]:
 
 def store(config: ArmsConfig, paths: Mapping[tuple[int, str], Path]) -> None:
     """Writes out/runs.parquet: a row for each point of each path. Rewards in float32, as they were judged."""
-    columns: dict[str, list] = {k: [] for k in ("seed", "arm", "point", "kl", "length", "flops", "reward", "told")}
+    names = ("seed", "arm", "point", "kl", "length", "flops", "reward", "told", "recipe")
+    columns: dict[str, list] = {name: [] for name in names}
     for (seed, arm), path in sorted(paths.items()):
         for point, reward_P in enumerate(path.reward_TP):
             values = (seed, arm, point, path.kl_T[point], path.length_T[point], path.flops_T[point])
             row = (*map(lambda v: v.item() if isinstance(v, np.generic) else v, values), reward_P.astype(np.float32))
-            for column, value in zip(columns, (*row, json.dumps(path.told))):
+            for column, value in zip(columns, (*row, json.dumps(path.told), recipe(config, arm))):
                 columns[column].append(value)
     file = pathlib.Path(config.out) / "runs.parquet"
     file.parent.mkdir(parents=True, exist_ok=True)

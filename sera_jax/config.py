@@ -51,6 +51,7 @@ ScoreName = Literal[
     "irm_magnitude",
     "reference_logp",
     "annotator_gap",
+    "reward_gap",
     "gold_gap",
     "loss",
     "random",
@@ -302,10 +303,11 @@ class SelectConfig:
             policy without any update is 0, so scores built on it need 2 or more.
         keep: k, the share of the pairs that top_k, bottom_k and middle keep.*
         score: what is ranked; alignment_potential is M_AP (Huang et al., 2025): annotator gap against |irm per token|;
-            gold_gap is gold_chosen - gold_rejected of pairs that carry them (what selection could give at most).
+            reward_gap is what reward.function says of both responses, chosen less rejected; gold_gap is gold_chosen -
+            gold_rejected of pairs that carry them (what selection could give at most).
         rule: how the score selects.
         threshold: of the rule "threshold": pairs with a score above it stay.
-        stratify: keep the same share of every group.
+        stratify: keep the same share of every group, of each at least one pair; so a prompt with one pair keeps it.
         unselected: drop = leave out; relabel = swap chosen and rejected; soft_weight = keep every pair with weight
             sigmoid(score).
     """
@@ -806,12 +808,32 @@ def _check_train(config: TrainConfig, where: str) -> None:
             f"{where}: loop.early_stop is {config.loop.early_stop}, expected checks inside an iteration that it can "
             "count: set loop.validate_every to a number of updates."
         )
+    free = all(name in REFERENCE_FREE for name in (config.loss.name, *config.loss.mix))
+    if free and config.loss.reference in ("previous", "ema"):
+        raise ConfigError(
+            f"{where}: loss.reference is {config.loss.reference!r}, but loss {config.loss.name!r} reads no reference; "
+            "leave it out."
+        )
     if config.loop.best and config.loop.best_by == "loss" and config.loop.iterations > 1:
         if config.loss.reference in ("previous", "ema"):
             raise ConfigError(
                 f"{where}: loop.best_by is 'loss' with loss.reference {config.loss.reference!r}: losses of iterations "
                 "with different references cannot be compared. Use best_by 'accuracy', or reference 'initial'."
             )
+    if config.loop.first and 1 in (
+        *([config.select.from_iteration] if config.select.rule != "all" else []),
+        *([config.bootstrap.from_iteration] if config.bootstrap.fresh else []),
+    ):
+        raise ConfigError(
+            f"{where}: loop.first is {config.loop.first!r} with select.from_iteration {config.select.from_iteration} "
+            f"and bootstrap.from_iteration {config.bootstrap.from_iteration}, expected 2 or more: the given policy "
+            "stands for iteration 1, which then neither selects nor samples."
+        )
+    if config.bootstrap.replay and not config.bootstrap.fresh:
+        raise ConfigError(
+            f"{where}: bootstrap.replay is True with bootstrap.fresh 0, expected fresh pairs to train on again. Leave "
+            "it out, or set bootstrap.fresh."
+        )
     ranks = config.select.rule in ("top_k", "bottom_k", "middle") and config.select.unselected == "drop"
     selects = config.loop.iterations >= config.select.from_iteration
     if selects and ranks and config.select.keep == 0 and config.bootstrap.fresh == 0:
@@ -832,6 +854,22 @@ def _check_references(config: TrainConfig, where: str) -> None:
         raise ConfigError(
             f"{where}: bootstrap.from_iteration is 1 with reward.source 'implicit': ranking before any update; "
             f"{before_update}. Use 2 or more, or another reward.source."
+        )
+    selects = config.loop.iterations >= config.select.from_iteration and config.select.rule != "all"
+    if selects and config.select.score == "reference_logp" and not referenced:
+        raise ConfigError(
+            f"{where}: select.score is 'reference_logp' with loss {config.loss.name!r} and reward.reference "
+            f"{config.reward.reference!r}: there is no reference. Use another score, or reward.reference 'initial'."
+        )
+    if selects and config.select.score == "loss" and referenced and config.loss.reference == "previous":
+        raise ConfigError(
+            f"{where}: select.score is 'loss' with loss.reference 'previous': the policy that scores is that "
+            "reference, so every pair would have the same loss. Use another score, or loss.reference 'initial'."
+        )
+    if selects and config.select.score == "reward_gap" and ":" not in config.reward.function:
+        raise ConfigError(
+            f"{where}: select.score is 'reward_gap' with reward.function {config.reward.function!r}, expected "
+            "'module:function'."
         )
     moving = config.reward.reference in ("previous", "ema")
     if moving and config.loop.iterations > 2 and config.reward.ensemble != "current":

@@ -55,7 +55,7 @@ def whole(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         DiskError: the disk took no more.
     """
     path = pathlib.Path(path)
-    beside = path.with_name(f"{path.name}.tmp")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two processes may write the same
     try:
         with guarded(path):
             yield beside

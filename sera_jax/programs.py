@@ -309,7 +309,7 @@ def selector(
     The returned function takes keyword arrays, each split over (data, fsdp) along its example axis N (padded by the
     caller, `valid_N` tells), except the small ones:
         logp_EN2 float32 log-probs under each iterate of the ensemble · reward_reference_N2 · loss_reference_N2 ·
-        length_N2 · gap_N, gold_N (NaN where unknown) · valid_N bool · group_N int32 · example_N int32 ·
+        length_N2 · gap_N, reward_gap_N, gold_N (NaN where unknown) · valid_N bool · group_N int32 · example_N int32 ·
         keep_G int32 · weights_E float32 · key
     and returns {"mask_N", "score_N", "margin_N", "reward_N2", "bad"}; bad as in sera.non_finite, of the scores, or of
     the margins where the rule keeps all.
@@ -326,6 +326,7 @@ def selector(
         loss_reference_N2,
         length_N2,
         gap_N,
+        reward_gap_N,
         gold_N,
         valid_N,
         group_N,
@@ -346,6 +347,7 @@ def selector(
             length_N2=length_N2,
             reference_logp_N2=reward_reference_N2,
             gap_N=gap_N,
+            reward_gap_N=reward_gap_N,
             gold_N=gold_N,
             loss_N=loss_N,
             key=key,
@@ -364,7 +366,8 @@ def selector_shardings(mesh: Mesh) -> dict[str, NamedSharding]:
     by_example, whole = NamedSharding(mesh, P(ROW_AXES)), meshes.replicated(mesh)
     small = {"keep_G", "weights_E", "key"}
     names = (
-        "reward_reference_N2 loss_reference_N2 length_N2 gap_N gold_N valid_N group_N example_N keep_G weights_E key"
+        "reward_reference_N2 loss_reference_N2 length_N2 gap_N reward_gap_N gold_N valid_N group_N example_N keep_G "
+        "weights_E key"
     ).split()
     where = {name: whole if name in small else by_example for name in names}
     return {"logp_EN2": NamedSharding(mesh, P(None, ROW_AXES)), **where}

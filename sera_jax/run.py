@@ -182,7 +182,7 @@ def _belongs(path: pathlib.Path, config_yaml: str, content: str) -> None:
             f"{path}/{damaged} is missing or damaged, so that nobody can tell whose run this is; expected the file "
             "that the run began with. Restore it, or choose another run.dir."
         )
-    differing = _differences(before, yaml.safe_load(config_yaml))
+    differing = differences(before, yaml.safe_load(config_yaml))
     if differing:
         raise RunError(
             f"{path} belongs to another config; it differs in {', '.join(differing)}. "
@@ -196,14 +196,14 @@ def _belongs(path: pathlib.Path, config_yaml: str, content: str) -> None:
         )
 
 
-def _differences(stored: dict, asked: dict, prefix: str = "") -> list[str]:
+def differences(stored: dict, asked: dict, prefix: str = "") -> list[str]:
     """Dotted keys in which two configs differ, as "key (stored → asked)", free ones left out."""
     found = []
     shown = lambda config, key: repr(config[key]) if key in config else "absent"
     for key in dict.fromkeys((*stored, *asked)):
         name, a, b = f"{prefix}{key}", stored.get(key), asked.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b, f"{name}.")
+            found += differences(a, b, f"{name}.")
         elif (a != b or (key in stored) != (key in asked)) and name not in FREE_KEYS:
             found.append(f"{name} ({shown(stored, key)} → {shown(asked, key)})")
     return found

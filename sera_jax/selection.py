@@ -37,6 +37,7 @@ def select(
     keep: float,
     stratify: str,
     what: str,
+    reward_gap_N: np.ndarray | None = None,
 ) -> Selection:
     """Runs a selector on numbers of the host.
 
@@ -44,7 +45,7 @@ def select(
         pairs, trees: one to one. logp_EN2: log-probs under each iterate of the ensemble, of weights weights_E.
         reward_reference_N2, loss_reference_N2: log-probs under the references; zeros for none.
         selector: programs.selector(...). key: of the score "random".
-        keep, stratify: as SelectConfig has them. what: is scored, for errors.
+        keep, stratify: as SelectConfig has them. what: is scored, for errors. reward_gap_N: of the score "reward_gap".
 
     Raises:
         ValueError: a score is not finite.
@@ -57,6 +58,7 @@ def select(
         "loss_reference_N2": loss_reference_N2,
         "length_N2": np.array([[len(b) for b in tree.branches] for tree in trees], np.float32),
         "gap_N": gaps([pair.scores for pair in pairs]),
+        "reward_gap_N": np.full(n, np.nan, np.float32) if reward_gap_N is None else reward_gap_N,
         "gold_N": gaps([pair.truth.gold for pair in pairs]),
         "valid_N": np.ones(n, bool),
         "group_N": group_N,

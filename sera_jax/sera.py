@@ -115,6 +115,7 @@ def check_references(policy_tag: str, reference_tag: str | None, what: str) -> N
 #     length_N2          int32, response tokens
 #     reference_logp_N2  float32, log-probs under the reference, nats
 #     gap_N, gold_N      float32, annotator's and gold score of the chosen minus that of the rejected response
+#     reward_gap_N       float32, the same of the reward function
 #     loss_N             float32, the loss of each pair under the policy
 #     key, example_N     PRNG key folded by iteration; int32, index in the set
 #     valid_N            bool
@@ -151,6 +152,11 @@ def annotator_gap(*, gap_N):
     return gap_N
 
 
+def reward_gap(*, reward_gap_N):
+    """The larger the preference of the reward function (a reward model, a rule), the better; labels may differ."""
+    return reward_gap_N
+
+
 def gold_gap(*, gold_N):
     """The larger the true preference, the better: what selection could give at most. Wrong labels come last."""
     return gold_N
@@ -178,6 +184,7 @@ SCORES: dict[str, Callable[..., jax.Array]] = {
     "irm_magnitude": irm_magnitude,
     "reference_logp": reference_logp,
     "annotator_gap": annotator_gap,
+    "reward_gap": reward_gap,
     "gold_gap": gold_gap,
     "loss": loss,
     "random": random,

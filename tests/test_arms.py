@@ -171,9 +171,49 @@ def test_arms_run_share_resume_and_become_a_table(tiny, tiny_config, tmp_path, m
     arms.run(config)
     arms.write_table(config)
     assert len(calls) == 6 and (tmp_path / "arms" / "table.json").read_text() == table
+    # Runs of another base are not taken for these, whether they are there as folders or are stored.
+    other = dataclasses.replace(config, base=base | {"loss": {"beta": 5.0}})
+    with pytest.raises(ValueError, match=r"seed 0, arm dpo: .*runs.parquet holds it, but .* differs in base.loss "):
+        arms.run(other)
+    with pytest.raises(ValueError, match="runs.parquet holds it, but made of something else"):
+        arms.write_table(other)
+    with pytest.raises(ValueError, match=r"seed 1, arm one: .* complete, but .* differs in loss.beta \(0.1 → 5.0\)"):
+        arms.made(other, 1, "one")
     more = dataclasses.replace(config, arms=config.arms | {"low": {"loop.first": first, "select.rule": "bottom_k"}})
     arms.run(dataclasses.replace(more, seeds=(0,)))
     assert [pathlib.Path(c).name for c in calls[6:]] == ["one", "low"]
+    # The first policy is trained where only an arm that starts from it is asked for; what it cost may be stored alone.
+    alone = dataclasses.replace(config, out=str(tmp_path / "alone"), seeds=(0,), only=("top",))
+    arms.run(alone)
+    assert [pathlib.Path(c).name for c in calls[8:]] == ["one", "dpo", "top"]
+    arms.write_table(dataclasses.replace(alone, only=()))
+    shutil.rmtree(arms.folder(alone, "one", 0))
+    assert arms.read(alone, "top", 0).flops_T[1] == paths["top"][0].flops_T[1]
+    (tmp_path / "alone" / "runs.parquet").unlink()
+    with pytest.raises(ValueError, match="from which others start, is gone"):
+        arms.read(alone, "top", 0)
+    # What starts from a run that another process holds waits until that one is done.
+    (tmp_path / "arms" / "runs.parquet").unlink()
+    shutil.rmtree(arms.folder(config, "top", 1))
+    done = arms.folder(config, "one", 1) / "result.json"
+    result = done.read_text()
+    done.unlink()
+    naps = []
+
+    def other_process(seconds):
+        naps.append(seconds)
+        if len(naps) == 2:
+            done.write_text(result)
+
+    def held(c):
+        if c.run.dir.endswith("one"):
+            raise RunBusy("held by process 7")
+        return train(c)
+
+    monkeypatch.setattr(arms.time, "sleep", other_process)
+    monkeypatch.setattr(trainer, "train", held)
+    arms.run(dataclasses.replace(config, seeds=(1,)))
+    assert naps == [arms.PATIENCE] * 2 and arms.made(config, 1, "top")
     # A run that another process holds is left to it.
     (arms.folder(config, "top", 1) / "result.json").unlink()
 
@@ -182,7 +222,6 @@ def test_arms_run_share_resume_and_become_a_table(tiny, tiny_config, tmp_path, m
 
     monkeypatch.setattr(trainer, "train", busy)
     capsys.readouterr()
-    (tmp_path / "arms" / "runs.parquet").unlink()
     arms.run(dataclasses.replace(config, seeds=(1,)))
     assert "left to another process: held by process 7" in capsys.readouterr().out
     assert arms.read(config, "top", 1) is None

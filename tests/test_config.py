@@ -336,6 +336,38 @@ def test_every_range_is_tested():
         ({"loss.mix": {"kto": 0.5}}, "loss.mix is {'kto': 0.5} with loss 'kto'"),
         ({"loss.name": "kto", "loss.ld_alpha": 0.5}, "loss.ld_alpha is 0.5 with loss 'kto'"),
         ({"loss.name": "kto", "loss.weighting": "wpo"}, "loss.weighting is 'wpo' with loss 'kto'"),
+        (
+            {"loop.first": "a/export", "select.from_iteration": 1, "select.score": "random"},
+            "loop.first is 'a/export' with select.from_iteration 1 and bootstrap.from_iteration 2, expected 2 or more",
+        ),
+        (
+            {"loop.first": "a/export", "bootstrap.from_iteration": 1, "reward.source": "random"},
+            "loop.first is 'a/export' with select.from_iteration 2 and bootstrap.from_iteration 1, expected 2 or more",
+        ),
+        (
+            {"bootstrap.replay": True, "bootstrap.fresh": 0.0},
+            "bootstrap.replay is True with bootstrap.fresh 0, expected fresh pairs to train on again",
+        ),
+        (
+            {"loss.name": "orpo", "loss.reference": "previous"},
+            "loss.reference is 'previous', but loss 'orpo' reads no reference; leave it out",
+        ),
+        (
+            {"select.score": "reference_logp", "loss.name": "orpo"},
+            "select.score is 'reference_logp' with loss 'orpo' and reward.reference 'initial': there is no reference",
+        ),
+        (
+            {"select.score": "reference_logp", "reward.reference": "none"},
+            "select.score is 'reference_logp' with loss 'dpo' and reward.reference 'none': there is no reference",
+        ),
+        (
+            {"select.score": "loss", "loss.reference": "previous"},
+            "select.score is 'loss' with loss.reference 'previous': the policy that scores is that reference",
+        ),
+        (
+            {"select.score": "reward_gap"},
+            "select.score is 'reward_gap' with reward.function '', expected 'module:function'",
+        ),
     ],
 )
 def test_combinations_that_cannot_run(changes, said):
@@ -380,6 +412,11 @@ def test_combinations_that_cannot_run(changes, said):
         {"mesh.data": -1, "mesh.fsdp": 1},
         {"loss.name": "kto", "loop.iterations": 1, "data.format": "unpaired", "loss.desirable_weight": 2.0},
         {"loss.name": "kto", "select.from_iteration": 4, "bootstrap.fresh": 0.0},
+        {"loop.first": "a/export", "select.from_iteration": 1, "select.rule": "all", "select.score": "random"},
+        {"loss.name": "orpo", "loss.mix": {"dpo": 0.5}, "loss.reference": "previous"},
+        {"select.score": "reference_logp", "reward.reference": "none", "loop.iterations": 1},
+        {"select.score": "loss", "loss.reference": "ema"},
+        {"select.score": "reward_gap", "reward.function": "a:b"},
         {"loss.ld_alpha": 0.0, "loss.weighting": "wpo", "loss.sft_weight": 0.1, "loss.mix": {"ipo": 0.5}},
     ],
 )

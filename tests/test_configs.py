@@ -1,5 +1,6 @@
 """Every YAML in configs/ can be run: it parses, its header says how, and README's commands name files that exist."""
 
+import dataclasses
 import pathlib
 import re
 import typing
@@ -65,3 +66,24 @@ def test_every_choice_of_a_key_is_in_readme():
     ):
         missing = [name for name in typing.get_args(names) if f"`{name}`" not in text]
         assert not missing, missing
+
+
+def test_readme_has_a_line_for_every_knob_of_the_algorithm():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    sections = {
+        name: getattr(configs, record)
+        for name, record in (
+            ("loss", "LossConfig"),
+            ("reward", "RewardConfig"),
+            ("select", "SelectConfig"),
+            ("bootstrap", "BootstrapConfig"),
+            ("loop", "LoopConfig"),
+        )
+    }
+    missing = [
+        f"{section}.{field.name}"
+        for section, record in sections.items()
+        for field in dataclasses.fields(record)
+        if f"`{section}.{field.name}`" not in readme and f"`{field.name}`" not in readme
+    ]
+    assert not missing, f"README has no line for {', '.join(missing)}"

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sera_jax import losses, policies, programs
+from sera_jax import policies
 from sera_jax.policies import Live, Name
 from sera_jax.train import fresh, outcome, select, update, validate
 from sera_jax.train import world as worlds
@@ -58,17 +58,13 @@ def turned(world: World, path=None, **changes) -> World:
         config = dataclasses.replace(
             config, **{section: dataclasses.replace(getattr(config, section), **{field: value})}
         )
-    loss = losses.mixture({config.loss.name: 1.0, **config.loss.mix}, config.loss.sft_weight)
-    loss_keys = {"beta": config.loss.beta, **{key: getattr(config.loss, key) for key in loss.keys}}
-    chosen = config.select
+    loss, loss_keys = worlds.loss_of(config)
     return dataclasses.replace(
         world,
         config=config,
         loss=loss,
         loss_keys=loss_keys,
-        select=programs.selector(
-            world.mesh, loss, loss_keys, score_name=chosen.score, rule=chosen.rule, threshold=chosen.threshold
-        ),
+        select=worlds.selector_of(config, world.mesh),
         run=dataclasses.replace(world.run, path=path or world.run.path),
     )
 
@@ -162,6 +158,15 @@ def test_keys_of_the_loss(base, changes, want):
 # --- which given pairs ------------------------------------------------------------------------------------------------
 
 
+def test_two_prompt_files_share_a_ledger(base, made, tmp_path):
+    """The same prompts under other ids are not taken for each other's samples."""
+    worlds_ = [turned(base, tmp_path / name, run__ledger=str(tmp_path / "ledger")) for name in ("a", "b")]
+    renamed = tuple(dataclasses.replace(p, id=f"other:{i}") for i, p in enumerate(base.given.prompts))
+    worlds_[1] = dataclasses.replace(worlds_[1], given=dataclasses.replace(base.given, prompts=renamed))
+    one, two = (fresh.bootstrap_pairs(world, 2, scored(made, 1)) for world in worlds_)
+    assert one.candidates.texts_PC == two.candidates.texts_PC and one.candidates.ids != two.candidates.ids
+
+
 @pytest.mark.parametrize("score", ["irm", "irm_per_token", "reference_logp", "gold_gap", "loss"])
 def test_scores(base, made, rho, score):
     world = turned(base, select__score=score, reward__ensemble="current")
@@ -178,6 +183,15 @@ def test_scores(base, made, rho, score):
     }[score]
     np.testing.assert_allclose(got.score_N, want, atol=2e-5)
     assert want[got.mask_N].min() >= want[~got.mask_N].max() - 1e-6 and got.mask_N.sum() == KEEP
+
+
+def test_the_gap_of_a_reward_function(base, made):
+    """Of the texts as they stand, whatever the labels say."""
+    world = turned(base, select__score="reward_gap", reward__function="tiny_reward:count")
+    got = select.review(world, 3, scored(made, 2))
+    count = lambda text: len(set(text.split()))
+    want = [count(pair.chosen) - count(pair.rejected) for pair in base.given.pairs]
+    assert got.score_N.tolist() == want and len(set(want)) > 2
 
 
 def test_rules_share_and_threshold(base, made, rho):
@@ -230,6 +244,48 @@ def test_what_becomes_of_the_others(base, made):
     np.testing.assert_allclose(soft.weight_N, 1 / (1 + np.exp(-chosen.score_N.astype(np.float64))), rtol=1e-6)
     assert len(drop.batches) == len(soft.batches) == len(given.batches) == 6
     assert len(made_of(loop__epochs=3).batches) == 18 and len(made_of(optimizer__batch_size=4).batches) == 11
+
+
+def test_soft_weights_are_told_as_shares(base, made):
+    """What the summary says was kept is what trains: every pair, by its weight."""
+    live = scored(made, 2)
+    chosen = select.review(base, 3, live)
+    weight = 1 / (1 + np.exp(-chosen.score_N.astype(np.float64)))
+    world = turned(base, select__unselected="soft_weight")
+    told, hard = (outcome._of_selection(w, chosen) for w in (world, base))
+    flipped = np.array([bool(pair.truth.flipped) for pair in base.given.pairs])
+    gap = np.array([a - b for a, b in (pair.truth.gold for pair in base.given.pairs)])
+    assert (told["pairs/kept"], hard["pairs/kept"]) == (N, KEEP)
+    assert told["sera/kept_fraction"] == pytest.approx(weight.mean(), rel=1e-6)
+    assert told["sera/flips_kept"] == pytest.approx(weight[flipped].mean(), rel=1e-6)
+    assert told["sera/gold_gap_kept"] == pytest.approx((gap * weight).sum() / weight.sum(), rel=1e-5)
+    assert hard["sera/gold_gap_kept"] == pytest.approx(gap[chosen.mask_N].mean(), rel=1e-6)
+
+
+def test_flops_count_every_log_prob_once(base):
+    """Forward passes over the given set, iteration by iteration, in units of the set: what is new to each."""
+
+    def passes(**changes):
+        world = turned(base, **changes)
+        seen: set = set()
+        told = []
+        for t in (1, 2, 3):
+            new = outcome._scores_of(world, t) - seen
+            seen |= new
+            told.append(len(new))
+        return told
+
+    rest = {"select__rule": "all"}
+    assert passes(**rest) == [1, 0, 0]  # the reference, once
+    assert passes() == [1, 1, 1]  # and the newest iterate, where its margins select
+    assert passes(select__from_iteration=3) == [1, 0, 2]  # two_term looks back at one that was not scored in its time
+    assert passes(select__score="random") == [1, 0, 0] and passes(select__score="reference_logp") == [1, 0, 0]
+    assert passes(**rest, loss__reference="previous") == passes(**rest, loss__reference="ema") == [1, 1, 1]
+    assert passes(reward__ensemble="current", loss__reference="previous") == [1, 1, 1]  # one pass serves both
+    assert passes(loss__ld_alpha=0.5, **rest) == [2, 0, 0]  # and once more, cut to shared lengths
+    assert passes(loss__name="orpo") == [0, 1, 1] and passes(loss__name="orpo", **rest) == [0, 0, 0]
+    cut = sum(len(t.prompt) + 2 * min(map(len, t.branches)) for t in base.given.trees)
+    assert outcome._tokens(base.given.trees, True) == cut < outcome._tokens(base.given.trees, False)
 
 
 # --- fresh pairs ------------------------------------------------------------------------------------------------------

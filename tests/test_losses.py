@@ -459,6 +459,18 @@ def test_equal_lengths_and_references_rank_by_log_prob(case):
     assert (np.sign(reward[:, 0] - reward[:, 1]) == np.sign(np.clip(logp - ref, -5, 5) @ [1, -1])).all()
 
 
+def modulated(z, tau):
+    """DiscoPOP of a margin: logistic and exponential, mixed by σ(z/τ)."""
+    with np.errstate(over="ignore"):
+        return sigmoid(-z / tau) * -log_sigmoid(z) + 1 / (np.exp(z) + np.exp(z - z / tau))
+
+
+def beyond(z, k):
+    """The logistic loss of a margin beyond the target γ."""
+    gamma = gamma_of(k["beta"], k.get("gamma"), k.get("gamma_beta_ratio"))
+    return bernoulli(z - gamma, k["label_smoothing"])
+
+
 # loss(swapped) - loss where it has a closed form: of z (margin of the reward), a, b (the rewards) and the parameters.
 SWAPPED = {
     "dpo": lambda z, a, b, p, k: (1 - 2 * k["label_smoothing"]) * z,
@@ -475,13 +487,25 @@ SWAPPED = {
     "apo_zero": lambda z, a, b, p, k: 2 * (sigmoid(a) - sigmoid(b)),
     "apo_down": lambda z, a, b, p, k: sigmoid(b) - sigmoid(a) + np.tanh(z / 2),
     "cpo": lambda z, a, b, p, k: (1 - 2 * k["label_smoothing"]) * z,
+    "discopop": lambda z, a, b, p, k: modulated(-z, k["discopop_tau"]) - modulated(z, k["discopop_tau"]),
+    "dpop": lambda z, a, b, p, k: (
+        log_sigmoid(z - k["beta"] * k["dpop_lambda"] * np.maximum(0, -p.c))
+        - log_sigmoid(-z - k["beta"] * k["dpop_lambda"] * np.maximum(0, -p.r))
+    ),
+    "simpo": lambda z, a, b, p, k: beyond(-z, k) - beyond(z, k),
+    "alphapo": lambda z, a, b, p, k: beyond(-z, k) - beyond(z, k),
+    "slic_hf": lambda z, a, b, p, k: (
+        np.maximum(0, k["slic_delta"] + z / k["beta"])
+        - np.maximum(0, k["slic_delta"] - z / k["beta"])
+        + k["slic_lambda"] * z / k["beta"]
+    ),
     "orpo": lambda z, a, b, p, k: z / k["beta"] + k["beta"] * (logit(p.w / p.lw) - logit(p.l / p.ll)),
 }
 # The sorted ones only over the batch: swapping turns ranks around.
 SWAPPED_SUM = {"aot", "aot_unpaired"}
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if NAME[c] in {*SWAPPED, *SWAPPED_SUM, "kto_pair"}])
+@pytest.mark.parametrize("case", CASES)
 def test_swapped_pairs(case):
     arrays = logp, ref, length = draw(4)
     loss, reward, _ = (x.astype(np.float64) for x in run(case, *arrays))

@@ -426,6 +426,7 @@ def signals(n: int = 64) -> dict[str, np.ndarray]:
         "reward_reference_N2": rng.normal(size=(n, 2), scale=5).astype(np.float32),
         "loss_reference_N2": rng.normal(size=(n, 2), scale=5).astype(np.float32),
         "length_N2": rng.integers(1, 40, (n, 2)).astype(np.float32),
+        "reward_gap_N": rng.normal(size=n).astype(np.float32),
         "gold_N": rng.normal(size=n).astype(np.float32),
         "gap_N": rng.integers(0, 4, n).astype(np.float32),  # many ties
         "valid_N": np.arange(n) < n - 5,

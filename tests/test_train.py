@@ -431,19 +431,20 @@ def test_what_would_fail_after_an_iteration_is_told_before_it(tiny_config, flags
     assert not pathlib.Path(config.run.dir).exists()
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (
-            ("--select.score=loss", "--loss.reference=previous"),
-            "for select.score 'loss': got the policy",
-        ),
-        (("--select.score=reference_logp", "--loss.name=orpo"), "'reference_logp' needs a reference, got none"),
-    ],
-)
-def test_a_score_that_is_alike_for_all_is_an_error(tiny_config, flags, message):
-    with pytest.raises(ValueError, match=message):
-        trainer.train(tiny_config("--bootstrap.fresh=0", *flags, run="alike"))
+def test_carried_moments_reach_the_next_iteration(tiny_config):
+    """Iteration 1 is the same; iteration 2 starts from the same weights and data, with and without its moments."""
+    runs_ = {}
+    for name in ("fresh", "carried"):
+        config = tiny_config("--bootstrap.fresh=0", "--select.rule=all", f"--loop.optimizer_state={name}", run=name)
+        trainer.train(config)
+        runs_[name] = [r for r in lines(pathlib.Path(config.run.dir)) if r["stage"] == "update"]
+    one, two = ([[r["loss"] for r in runs_[name] if r["iteration"] == t] for name in runs_] for t in (1, 2))
+    assert one[0] == one[1] and two[0][0] == two[1][0] and two[0][1:] != two[1][1:]
+
+
+def test_a_score_that_is_alike_for_all_is_an_error(tiny_config):
+    with pytest.raises(ValueError, match="for select.score 'loss': got the policy"):
+        trainer.train(tiny_config("--bootstrap.fresh=0", "--select.score=loss", "--select.from_iteration=1"))
 
 
 @pytest.mark.parametrize(
@@ -651,12 +652,13 @@ def test_a_pair_loss_refuses_labelled_responses(tiny_config, labelled):
 # --- held-out pairs, candidates of others, gold -----------------------------------------------------------------------
 
 
-def test_early_stop_ends_an_iteration_and_the_best_point_is_exported(tiny_config, monkeypatch):
+def test_early_stop_ends_an_iteration_and_the_best_point_is_exported(tiny, tiny_config, monkeypatch):
     """Losses and stop by the lines of the log; killed around both and resumed, the same; the weights of the export are
     those that training had behind that update."""
     flags = ["--data.validation=0.2", "--loop.validate_every=1", "--loop.early_stop=2", "--loop.best=true"]
     flags += ["--loop.best_by=loss", "--loop.epochs=3", "--run.save_every=1", "--bootstrap.fresh=0"]
     flags += ["--optimizer.learning_rate=1e-2", "--optimizer.schedule=constant"]
+    flags += [f"--evaluate.prompts=[{tiny}/prompts.jsonl]", "--evaluate.function=tiny_reward:count"]
     whole = tiny_config(*flags, run="whole")
     trainer.train(whole)
     run = pathlib.Path(whole.run.dir)
@@ -676,6 +678,11 @@ def test_early_stop_ends_an_iteration_and_the_best_point_is_exported(tiny_config
     card = (run / "export" / "README.md").read_text()
     update = ended[t]["validation/best_update"]
     assert f"iterate {t} of 2 behind update {update}, loss dpo" in card
+    # What the card says of the policy is said of the best point, not of the end of its iteration.
+    best = f"best-{t}"
+    evaluated = pyarrow.parquet.read_table(run / "evaluation" / f"{best}.parquet").to_pydict()
+    assert f"- eval/reward: {float(np.mean(np.float32(evaluated['reward'])))}" in card and "- watch/" not in card
+    assert f"- validation/best: {ended[t]['validation/best']}" in card and "- validation/loss" not in card
     exported = safetensors.numpy.load_file(run / "export" / "model.safetensors")
 
     stopped = tiny_config(*flags, run="stopped")
@@ -692,6 +699,21 @@ def test_early_stop_ends_an_iteration_and_the_best_point_is_exported(tiny_config
     assert any(a.shape == embedding.shape and np.array_equal(a, embedding) for a in from_checkpoint)
     trainer.train(stopped)
     assert left(pathlib.Path(stopped.run.dir)) == left(run)
+
+
+def test_an_early_stop_that_no_check_could_make(tiny_config):
+    with pytest.raises(
+        ValueError, match="loop.validate_every is 9 with loop.early_stop 1, expected less than the 5 up"
+    ):
+        trainer.train(tiny_config("--data.validation=0.2", "--loop.validate_every=9", "--loop.early_stop=1"))
+
+
+def test_a_loss_without_reference_may_bootstrap_at_once(tiny_config):
+    """Iteration 1 ranks samples of the start by log-probs alone; what that cost is counted."""
+    config = tiny_config("--loss.name=orpo", "--bootstrap.from_iteration=1", "--loop.iterations=1")
+    trainer.train(config)
+    told = json.loads((pathlib.Path(config.run.dir) / "iterations" / "1" / "summary.json").read_text())
+    assert told["flops/score"] == told["flops/sample"] > 0 and told["sera/fresh_pairs"] > 0
 
 
 def weights_of(folder: pathlib.Path) -> list[np.ndarray]:

@@ -75,6 +75,8 @@ def check(config: TrainConfig) -> dict[str, Any]:
     if config.data.prompts:
         read = attempt("data.prompts", lambda: _prompts(config, tokenizer, worlds.read_prompts))
         sets["data.prompts"] = [prompt.prompt for prompt in read[0]] if read else []
+    if config.bootstrap.candidates_file and worlds.bootstraps(config) and sets.get("data.prompts", sets["data.pairs"]):
+        attempt("bootstrap.candidates_file", lambda: _candidates(config, pairs, tokenizer, eos_ids))
     if config.sft.epochs and config.sft.data:
         read = attempt("sft.data", lambda: _texts(config, tokenizer, eos_ids))
         sets["sft.data"] = [text.prompt for text in read[0]] if read else []
@@ -104,6 +106,13 @@ def _pairs(
     if held_out:
         metrics.say(f"{len(train)} {report.what} to train on, {len(held_out)} held out")
     return pairs, trees, counts
+
+
+def _candidates(config: TrainConfig, pairs: Sequence[Pair], tokenizer: Any, eos_ids: Sequence[int]) -> None:
+    """The candidates that somebody else sampled, matched with the run's prompts."""
+    prompts = worlds.read_prompts(config)[0] if config.data.prompts else data.prompts_of(pairs)
+    cut = config.data.max_prompt_length, config.data.truncation
+    _say(worlds.read_candidates(config, *worlds.sampled_prompts(prompts, tokenizer, *cut), tokenizer, eos_ids)[1])
 
 
 def _scores(config: TrainConfig, pairs: Sequence[Pair]) -> None:

@@ -99,9 +99,9 @@ def responses(
     if config.run.ledger:
         sampling = [getattr(values, k, None) for k in ("temperature", "top_k", "top_p", "min_p", "max_new_tokens")]
         noise = (config.run.seed, use, t, candidates, config.bootstrap.slots, *sampling)
-        said = derived_tag(
-            policies.tag(world.policies, live.name), repr(noise), *(branch_key(ids, ()).hex() for ids in tokens)
-        )
+        own = repr((noise, [prompt.id for prompt in prompts]))
+        contents = (branch_key(ids, ()).hex() for ids in tokens)
+        said = derived_tag(policies.tag(world.policies, live.name), own, *contents)
         shared = pathlib.Path(config.run.ledger) / "responses" / f"{said}.jsonl"
         if shared.is_file() and not path.exists():
             _copy(shared, path)

@@ -20,6 +20,7 @@ from sera_jax.selection import Selection
 from sera_jax.train import validate, watch
 from sera_jax.train import world as worlds
 from sera_jax.train.fresh import Made, candidate_logps, responses
+from sera_jax.train.select import ensemble, loss_reference, reward_reference
 from sera_jax.train.world import World
 
 
@@ -137,26 +138,51 @@ def _flops(
     """
     config = world.config
     forward = 2 * sum(a.size for a in jax.tree.leaves(model.abstract(world.policies.arch)))
-    given = sum(tree.length for tree in world.given.trees)
     trained = np.array([tree.length for tree in trees])
-    scored = given if t == 1 and world.loss.reference else 0
-    weighs = config.select.rule != "all" or config.select.unselected == "soft_weight"
-    if chosen is not None and weighs and {"reward_N2", "loss_N"} & set(sera.needs(config.select.score)):
-        scored += given  # under the iterate before; older ones were scored in their time
+    earlier = set().union(*(_scores_of(world, s) for s in range(1, t)))
+    size = {False: _tokens(world.given.trees, False), True: _tokens(world.given.trees, True)}
+    scored = sum(size[shared] for _, shared in _scores_of(world, t) - earlier)
     sampled = 0
     if made is not None:
         candidates = rewards.trees(made.candidates)
         sampled = sum(tree.length for tree in candidates)
+        known: set[Name | None] = set()
         if config.reward.source == "implicit":
-            iterates = np.count_nonzero(sera.ensemble_weights(t - 1, config.reward.ensemble, config.reward.gamma))
-            scored += sampled * (iterates + world.loss.reference)
-        elif world.loss.reference:
-            scored += sum(tree.length for tree, kept in zip(made.fresh.trees, made.fresh.kept_F) if kept)
+            scorer = Live(Name("iterate", t - 1), None)
+            known = {*ensemble(world, scorer)[0], reward_reference(world, scorer)} - {None}
+            scored += sampled * len(known)
+        kept = [tree for tree, kept in zip(made.fresh.trees, made.fresh.kept_F) if kept]
+        if world.loss.reference:
+            scored += _tokens(kept, False) * (loss_reference(world, t) not in known)
+            scored += _tokens(kept, True) * (config.loss.ld_alpha < 1)
     return {
         "flops/train": float(3 * forward * sum(trained[batch].sum() for batch in batches)),
         "flops/score": float(forward * scored),
         "flops/sample": float(forward * sampled),
     }
+
+
+def _tokens(trees: Sequence[Tree], shared: bool) -> int:
+    """Tokens of trees; shared: of what is left when branches are cut to the shortest of their tree (LD-DPO)."""
+    if not shared:
+        return sum(tree.length for tree in trees)
+    return sum(len(tree.prompt) + len(tree.branches) * min(map(len, tree.branches)) for tree in trees)
+
+
+def _scores_of(world: World, t: int) -> set[tuple[Name, bool]]:
+    """The models under which iteration t has to know the log-probs of the given set; True: of its shared parts."""
+    config, found = world.config, set()
+    reference = loss_reference(world, t)
+    if reference is not None:
+        found |= {(reference, False)} | ({(reference, True)} if config.loss.ld_alpha < 1 else set())
+    weighs = config.select.rule != "all" or config.select.unselected == "soft_weight"
+    needs = set(sera.needs(config.select.score))
+    if t >= config.select.from_iteration and weighs and needs & {"reward_N2", "loss_N", "reference_logp_N2"}:
+        scorer = Live(Name("iterate", t - 1), None)
+        names = [*ensemble(world, scorer)[0]] if needs & {"reward_N2", "loss_N"} else []
+        names += [reward_reference(world, scorer)] if needs & {"reward_N2", "reference_logp_N2"} else []
+        found |= {(name, False) for name in names if name is not None}
+    return found
 
 
 def _of_selection(world: World, chosen: Selection | None) -> dict[str, Any]:
@@ -166,20 +192,27 @@ def _of_selection(world: World, chosen: Selection | None) -> dict[str, Any]:
     length_N2 = np.array([[len(b) for b in tree.branches] for tree in world.given.trees], np.float64)
     lengths_N = length_N2.sum(axis=1)
     quantiles = dict(zip(("10", "50", "90"), np.quantile(chosen.margin_N, [0.1, 0.5, 0.9])))
-    kept = chosen.mask_N.any()
+    share_N = kept_shares(world, chosen)
     return {
-        "pairs/kept": int(chosen.mask_N.sum()),
-        "sera/kept_fraction": float(chosen.mask_N.mean()),
+        "pairs/kept": int(np.count_nonzero(share_N)),
+        "sera/kept_fraction": float(share_N.mean()),
         "sera/accuracy": float((chosen.margin_N > 0).mean()),
         "sera/margin_mean": float(chosen.margin_N.mean()),
         **{f"sera/margin_q{q}": float(v) for q, v in quantiles.items()},
-        "sera/kept_length_ratio": float(lengths_N[chosen.mask_N].mean() / lengths_N.mean()) if kept else None,
-        "sera/kept_length_gap": _mean(length_N2[:, 0] - length_N2[:, 1], chosen.mask_N),
-        **_of_truth(world, chosen, length_N2),
+        "sera/kept_length_ratio": _over(lengths_N / lengths_N.mean(), share_N),
+        "sera/kept_length_gap": _over(length_N2[:, 0] - length_N2[:, 1], share_N),
+        **_of_truth(world, share_N, length_N2),
     }
 
 
-def _of_truth(world: World, chosen: Selection, length_N2: np.ndarray) -> dict[str, Any]:
+def kept_shares(world: World, chosen: Selection) -> np.ndarray:
+    """float64 [N]: how much of each given pair is trained on as it is labelled: 1 or 0, or its soft weight."""
+    if world.config.select.unselected == "soft_weight":
+        return np.asarray(sera.soft_weight(chosen.score_N), np.float64)
+    return chosen.mask_N.astype(np.float64)
+
+
+def _of_truth(world: World, share_N: np.ndarray, length_N2: np.ndarray) -> dict[str, Any]:
     """Whether selection found out what is true, where that is known; equal gold counts half.
 
     sera/flips_kept: share of the flipped pairs that were kept. gold_accuracy, gold_gap: of the pairs kept and dropped.
@@ -190,22 +223,24 @@ def _of_truth(world: World, chosen: Selection, length_N2: np.ndarray) -> dict[st
     told: dict[str, Any] = {}
     flipped_N = np.array([bool(pair.truth.flipped) for pair in pairs])
     if any(pair.truth.flipped is not None for pair in pairs):
-        told["sera/flips_kept"] = _mean(chosen.mask_N, flipped_N)
+        told["sera/flips_kept"] = _over(share_N, flipped_N)
     gold_N = selection.gaps([pair.truth.gold for pair in pairs]).astype(np.float64)
     known_N = np.isfinite(gold_N)
     if not known_N.any():
         return told
-    for name, group_N in (("kept", chosen.mask_N), ("dropped", ~chosen.mask_N)):
-        told[f"sera/gold_accuracy_{name}"] = _mean((np.sign(gold_N) + 1) / 2, group_N & known_N)
-        told[f"sera/gold_gap_{name}"] = _mean(gold_N, group_N & known_N)
+    for name, group_N in (("kept", share_N), ("dropped", 1 - share_N)):
+        told[f"sera/gold_accuracy_{name}"] = _over((np.sign(gold_N) + 1) / 2, group_N * known_N)
+        told[f"sera/gold_gap_{name}"] = _over(gold_N, group_N * known_N)
     towards_N = np.sign(gold_N) * (length_N2[:, 0] - length_N2[:, 1])
-    told["sera/gold_length_gap"] = _mean(towards_N, chosen.mask_N & known_N)
+    told["sera/gold_length_gap"] = _over(towards_N, share_N * known_N)
     return told
 
 
-def _mean(value_N: np.ndarray, group_N: np.ndarray) -> float | None:
-    """Of a group; None of an empty one."""
-    return float(np.mean(value_N[group_N], dtype=np.float64)) if group_N.any() else None
+def _over(value_N: np.ndarray, weight_N: np.ndarray) -> float | None:
+    """The mean by weight, of what has one; None where nothing has."""
+    weight_N = np.asarray(weight_N, np.float64)
+    some = weight_N > 0
+    return float(np.average(value_N[some], weights=weight_N[some])) if some.any() else None
 
 
 def _of_candidates(made: Made | None, gold_F2: np.ndarray | None) -> dict[str, Any]:
@@ -231,8 +266,8 @@ def _of_fresh_gold(kept_F: np.ndarray, gold_F2: np.ndarray | None) -> dict[str, 
         return {}
     gap_F = gold_F2[:, 0].astype(np.float64) - gold_F2[:, 1]
     return {
-        "sera/fresh_gold_accuracy": _mean((np.sign(gap_F) + 1) / 2, kept_F),
-        "sera/fresh_gold_gap": _mean(gap_F, kept_F),
+        "sera/fresh_gold_accuracy": _over((np.sign(gap_F) + 1) / 2, kept_F),
+        "sera/fresh_gold_gap": _over(gap_F, kept_F),
     }
 
 
@@ -335,19 +370,20 @@ def finish(world: World, live: Live, summaries: list[dict]) -> pathlib.Path:
         behind = f" behind update {update}" if name.kind == "best" else ""
     t = name.t
     params = live.params if name == live.name else policies.params(where, name)
-    last = summaries[t - 1] if t else {}
+    told = {key: value for key, value in (summaries[t - 1] if t else {}).items() if not key.startswith("perf/")}
+    if name.kind == "best":  # what the iteration's end says of its policy is not said of this one
+        told = {key: v for key, v in told.items() if not key.startswith(("eval/", "validation/", "watch/", "warnings"))}
+        told |= {"validation/best": summaries[t - 1]["validation/best"]} | _of_evaluation(world, Live(name, params))
     facts = [
         f"Trained with sera_jax from `{config.model.path}`: iterate {t} of {config.loop.iterations}{behind}, "
         f"loss {config.loss.name}, β {config.loss.beta}.",
-        *(f"- {key}: {value}" for key, value in last.items() if not key.startswith("perf/")),
+        *(f"- {key}: {value}" for key, value in told.items()),
     ]
     export = hf.save(
         world.run.path / "export", where.arch, params, source=config.model.path, dtype=jnp.float32, card=facts
     )
     if config.data.chat_template != "auto":  # who chats with the model needs the template that it was aligned with
         shutil.copyfile(pathlib.Path(config.data.chat_template).expanduser(), export / "chat_template.jinja")
-    if name.kind == "best":
-        _of_evaluation(world, Live(name, params))
     page = report.build(world.run.path)
     result = {"exported": policies.folder_name(name), "iteration": t, "iterations": len(summaries)}
     with disk.whole(world.run.path / "result.json") as beside:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from sera_jax import losses, policies, selection, sera
+from sera_jax import losses, policies, rewards, selection, sera
 from sera_jax.config import MARGIN_SCORES
 from sera_jax.policies import Live, Name
 from sera_jax.records import Tree
@@ -26,11 +26,6 @@ def review(world: World, t: int, scored: Live) -> Selection | None:
     if config.score == "loss" and loss_reference(world, t) is not None:
         tags = [policies.tag(world.policies, name) for name in (scored.name, loss_reference(world, t))]
         sera.check_references(*tags, "loss.reference, for select.score 'loss'")
-    if config.score == "reference_logp" and reference is None:
-        raise ValueError(
-            "select.score 'reference_logp' needs a reference, got none (reward.reference 'none', or a loss without "
-            "reference). Use another score, or reward.reference 'initial'."
-        )
     return selection.select(
         given.pairs,
         given.trees,
@@ -44,7 +39,17 @@ def review(world: World, t: int, scored: Live) -> Selection | None:
         keep=config.keep,
         stratify=config.stratify,
         what=f"score {config.score} of iteration {t}",
+        reward_gap_N=_reward_gaps(world) if "reward_gap_N" in sera.needs(config.score) else None,
     )
+
+
+def _reward_gaps(world: World) -> np.ndarray:
+    """float32 [N]: reward.function of the chosen response less that of the rejected one, of the given pairs."""
+    function = rewards.load_function(world.config.reward.function)
+    texts_N2 = [[selection.shown(pair.chosen), selection.shown(pair.rejected)] for pair in world.given.pairs]
+    prompts = [pair.prompt for pair in world.given.pairs]
+    reward_N2 = rewards.by_function(function, prompts, texts_N2, "reward of the given pairs")
+    return reward_N2[:, 0] - reward_N2[:, 1]
 
 
 def pair_logps(world: World, name: Name | None, trees: Sequence[Tree], live: Live) -> np.ndarray:

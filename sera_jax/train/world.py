@@ -83,13 +83,13 @@ def prepare(config: TrainConfig) -> World:
     _check_early(config, given.pairs)
     first = _first(config, start, mesh)
     content = _content(given, start, first)
-    loss = _mixture((config.loss.name, *config.loss.mix), (1.0, *config.loss.mix.values()), config.loss.sft_weight)
-    loss_keys = {"beta": config.loss.beta, **{key: getattr(config.loss, key) for key in loss.keys}}
+    loss, loss_keys = loss_of(config)
     transform = adam(config.optimizer, arch)
     # An SFT stage alone has no pairs; its trees then stand for them in plans that nothing runs by.
     trees = given.trees or given.sft
     lengths_N3 = np.concatenate((rowlib.measure(trees), _largest_fresh(config, given)))
     plan = update_plan(lengths_N3, config.optimizer, arch, mesh)
+    _check_stops(config, len(given.trees))
     score_plan = score.plan_for([*trees, *given.held_out], arch, mesh)
     run = runs.open_run(
         configs.dump(config),
@@ -118,14 +118,7 @@ def prepare(config: TrainConfig) -> World:
         loss=loss,
         loss_keys=loss_keys,
         transform=transform,
-        select=programs.selector(
-            mesh,
-            loss,
-            loss_keys,
-            score_name=config.select.score,
-            rule=config.select.rule,
-            threshold=config.select.threshold,
-        ),
+        select=selector_of(config, mesh),
         update=programs.preference_update(
             arch,
             mesh,
@@ -144,19 +137,44 @@ def prepare(config: TrainConfig) -> World:
     return world
 
 
+def loss_of(config: TrainConfig) -> tuple[Loss, dict[str, Any]]:
+    """The loss that trains and whose implicit reward ranks, and its keys."""
+    loss = _mixture((config.loss.name, *config.loss.mix), (1.0, *config.loss.mix.values()), config.loss.sft_weight)
+    return loss, {"beta": config.loss.beta, **{key: getattr(config.loss, key) for key in loss.keys}}
+
+
+def selector_of(config: TrainConfig, mesh: Mesh) -> Callable:
+    """The program that selects (programs.selector)."""
+    select = config.select
+    return programs.selector(
+        mesh, *loss_of(config), score_name=select.score, rule=select.rule, threshold=select.threshold
+    )
+
+
 def _check_early(config: TrainConfig, pairs: Sequence[Pair]) -> None:
     """What would else be found after the first iteration: reward functions, scores in the data, ensemble weights.
 
     Raises:
         ValueError: as the rooms raise it; for scores, naming the key and the first pair without.
     """
-    if config.reward.source == "function" and bootstraps(config):
+    gaps = config.select.score == "reward_gap" and config.loop.iterations >= config.select.from_iteration
+    if gaps or (config.reward.source == "function" and bootstraps(config)):
         rewards.load_function(config.reward.function)
     if config.evaluate.function:
         rewards.load_function(config.evaluate.function)
     check_scores(config, pairs)
     for t in range(1, config.loop.iterations):
         sera.ensemble_weights(t, config.reward.ensemble, config.reward.gamma)
+
+
+def _check_stops(config: TrainConfig, pairs: int) -> None:
+    """Raises ValueError where loop.early_stop could never stop anything."""
+    updates = config.loop.epochs * -(-pairs // config.optimizer.batch_size)
+    if config.loop.early_stop and config.loop.iterations and config.loop.validate_every >= updates:
+        raise ValueError(
+            f"loop.validate_every is {config.loop.validate_every} with loop.early_stop {config.loop.early_stop}, "
+            f"expected less than the {updates} updates of an iteration: there would be no check inside it."
+        )
 
 
 def check_scores(config: TrainConfig, pairs: Sequence[Pair]) -> None:
@@ -200,19 +218,7 @@ def load(config: TrainConfig, start: Folder) -> Given:
     prompts, prompt_tokens = sampled_prompts(prompts, tokenizer, config.data.max_prompt_length, config.data.truncation)
     imported = None
     if config.bootstrap.candidates_file and bootstraps(config) and prompts:
-        scored, path = config.reward.source == "file", config.bootstrap.candidates_file
-        imported = told(
-            bootstrap.imported(
-                data.load_responses(path, scored=scored, progress=progress),
-                prompts,
-                prompt_tokens,
-                tokenizer,
-                eos_ids,
-                path=path,
-                max_length=config.data.max_length,
-                progress=progress,
-            )
-        )
+        imported = told(read_candidates(config, prompts, prompt_tokens, tokenizer, eos_ids))
         prompts = tuple(prompts[i] for i in imported.used_P)
         prompt_tokens = imported.candidates.prompts
     evaluated = told(read_evaluated(config)) if config.evaluate.prompts else []
@@ -233,6 +239,27 @@ def load(config: TrainConfig, start: Folder) -> Given:
         eval_prompts=eval_prompts,
         eval_tokens=eval_tokens,
         imported=imported,
+    )
+
+
+def read_candidates(
+    config: TrainConfig,
+    prompts: Sequence[Prompt],
+    prompt_tokens: Sequence[np.ndarray],
+    tokenizer: data.Tokenizer,
+    eos_ids: Sequence[int],
+) -> tuple[bootstrap.Imported, list[str]]:
+    """The candidates of bootstrap.candidates_file, and what to tell of them."""
+    path = config.bootstrap.candidates_file
+    return bootstrap.imported(
+        data.load_responses(path, scored=config.reward.source == "file", progress=progress),
+        prompts,
+        prompt_tokens,
+        tokenizer,
+        eos_ids,
+        path=path,
+        max_length=config.data.max_length,
+        progress=progress,
     )
 
 
