@@ -162,7 +162,7 @@ BLOCKS: dict[str, tuple[Callable, tuple[str, ...]]] = {
 class _Norm(nnx.Module):
     def __init__(self, arch: Arch, size: int):
         for name, first in NORMS[arch.norm][1].items():
-            setattr(self, name, nnx.Param(jnp.full((size,), first), dims=(None,)))
+            setattr(self, name, nnx.Param(jnp.full((size,), first, jnp.float32), dims=(None,)))
         self.kind, self.eps = arch.norm, arch.norm_eps
 
     def __call__(self, x: jax.Array) -> jax.Array:

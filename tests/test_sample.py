@@ -385,9 +385,9 @@ def test_the_loop_stops_when_all_are_finished(params, one_device, full_logits):
     greedy = ids[len(prompt) :]
     original = attention.attend_decode
 
-    def counting(*args):
+    def counting(*args, **keys):
         jax.debug.callback(lambda: passes.append(1))
-        return original(*args)
+        return original(*args, **keys)
 
     def count(eos_ids, padding):
         del passes[:]
