@@ -137,6 +137,12 @@ def get(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
+def barrier(name: str) -> None:
+    """Returns when every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
 @dataclasses.dataclass(frozen=True)
 class Placement:
     """What the model needs to know of the mesh while it computes: two functions that pin arrays to it.

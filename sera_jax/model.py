@@ -2,22 +2,27 @@
 
 Outside, a model is a plain nested dict of arrays with the layers stacked on a leading axis:
 
-    embed.table [V, D] · final_norm.scale [D] · head.table [V, D] unless tied · layers.{
-        attention_norm.scale [D], attention.{query [D, N, H], key, value [D, K, H], out [N, H, D]},
-        mlp_norm.scale [D], mlp.{gate, up [D, F], down [F, D]}}
+    embed.table [V, D] · final_norm · head.table [V, D] unless tied, head.bias [V] · layers.{
+        attention_norm, attention.{query [D, N, H], key, value [D, K, H], out [N, H, D], query_bias [N, H], key_bias,
+        value_bias [K, H], out_bias [D]}, query_norm, key_norm, mlp_norm, mlp.{gate, up [D, F], down [F, D], gate_bias,
+        up_bias [F], down_bias [D]}, attention_post_norm, mlp_post_norm}
+
+where a norm is {scale [D]} or {scale, bias [D]}, and an architecture has the parts that its `Arch` speaks of.
 
 Letters: B rows, L tokens, D width, N heads, K key/value heads, H head size, F hidden units, V vocabulary.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from sera_jax import rope
 from sera_jax.mesh import Placement
 
 REMAT: dict[str, Callable[[Callable], Callable]] = {
@@ -37,6 +42,14 @@ class Arch:
 
     vocab V, width D, layers, heads N, kv_heads K (divides N), head_dim H (even), mlp F, norm_eps, rope_theta,
     tied: the head is the embedding table. family: the row of `hf.FAMILIES` it came from.
+
+    rotary: dimensions of a head that turn, None = all. rope: a key of rope.ROPES; rope_keys: its own, with values.
+    norm, activation, block: keys of NORMS, ACTIVATIONS, BLOCKS. gated: the MLP has a gate.
+    biases: names among "attention" (query, key, value), "out", "mlp", "head". qk_norm: queries and keys of each head
+    are normalised. windows: how many positions each layer looks back, the token's own included; None in it = all; () =
+    all layers all.
+    score_scale: of q·k, None = 1/√H. score_cap, logit_cap: c·tanh(x/c) of scores, of logits; None = not.
+    scaled_embedding: the embedding is multiplied by √D.
     """
 
     family: str
@@ -51,69 +64,184 @@ class Arch:
     rope_theta: float
     tied: bool
     init_std: float = 0.02
+    rotary: int | None = None
+    rope: str = "default"
+    rope_keys: tuple[tuple[str, float], ...] = ()
+    norm: str = "rms"
+    activation: str = "silu"
+    block: str = "sequential"
+    gated: bool = True
+    biases: tuple[str, ...] = ()
+    qk_norm: bool = False
+    windows: tuple[int | None, ...] = ()
+    score_scale: float | None = None
+    score_cap: float | None = None
+    logit_cap: float | None = None
+    scaled_embedding: bool = False
+
+
+# --- the parts that architectures differ in ---------------------------------------------------------------------------
+
+
+def _rms(x: jax.Array, weights: Mapping[str, jax.Array], eps: float) -> jax.Array:
+    """RMSNorm; statistics in float32."""
+    wide = x.astype(jnp.float32)
+    wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * _along(weights["scale"], x)).astype(x.dtype)
+
+
+def _rms_plus_one(x: jax.Array, weights: Mapping[str, jax.Array], eps: float) -> jax.Array:
+    """RMSNorm whose scale is stored less one (Gemma)."""
+    return _rms(x, {"scale": weights["scale"].astype(jnp.float32) + 1}, eps)
+
+
+def _layer_norm(x: jax.Array, weights: Mapping[str, jax.Array], eps: float) -> jax.Array:
+    """LayerNorm; statistics in float32."""
+    wide = x.astype(jnp.float32)
+    wide -= jnp.mean(wide, axis=-1, keepdims=True)
+    wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * _along(weights["scale"], x) + _along(weights["bias"], x)).astype(x.dtype)
+
+
+def _along(weight: jax.Array, x: jax.Array) -> jax.Array:
+    """A vector along the last axis of x, float32."""
+    return weight.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+NORMS: dict[str, tuple[Callable[[jax.Array, Mapping[str, jax.Array], float], jax.Array], dict[str, float]]] = {
+    "rms": (_rms, {"scale": 1.0}),
+    "rms_plus_one": (_rms_plus_one, {"scale": 0.0}),
+    "layer": (_layer_norm, {"scale": 1.0, "bias": 0.0}),
+}
+"""Name → (x, weights, ε) → x, and its weights with their first values."""
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+"""hidden_act of config.json."""
+
+
+def _sequential(layer: Any, x: jax.Array, attend: Callable, mlp: Callable) -> tuple[jax.Array, Any]:
+    out, kept = attend(layer.attention_norm(x))
+    x = x + out
+    return x + mlp(layer.mlp_norm(x)), kept
+
+
+def _sandwich(layer: Any, x: jax.Array, attend: Callable, mlp: Callable) -> tuple[jax.Array, Any]:
+    out, kept = attend(layer.attention_norm(x))
+    x = x + layer.attention_post_norm(out)
+    return x + layer.mlp_post_norm(mlp(layer.mlp_norm(x))), kept
+
+
+def _parallel(layer: Any, x: jax.Array, attend: Callable, mlp: Callable) -> tuple[jax.Array, Any]:
+    out, kept = attend(layer.attention_norm(x))
+    return x + out + mlp(layer.mlp_norm(x)), kept
+
+
+def _parallel_shared(layer: Any, x: jax.Array, attend: Callable, mlp: Callable) -> tuple[jax.Array, Any]:
+    normal = layer.attention_norm(x)
+    out, kept = attend(normal)
+    return x + out + mlp(normal), kept
+
+
+BLOCKS: dict[str, tuple[Callable, tuple[str, ...]]] = {
+    "sequential": (_sequential, ("attention_norm", "mlp_norm")),
+    "sandwich": (_sandwich, ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm")),
+    "parallel": (_parallel, ("attention_norm", "mlp_norm")),
+    "parallel_shared": (_parallel_shared, ("attention_norm",)),
+}
+"""How a layer joins attention and MLP to the residual stream, and the norms that it has: Llama, Gemma 2, NeoX, Phi."""
+
+
+# --- the modules ------------------------------------------------------------------------------------------------------
 
 
 class _Norm(nnx.Module):
-    def __init__(self, arch: Arch):
-        self.scale = nnx.Param(jnp.ones((arch.width,)), dims=(None,))
-        self.eps = arch.norm_eps
+    def __init__(self, arch: Arch, size: int):
+        for name, first in NORMS[arch.norm][1].items():
+            setattr(self, name, nnx.Param(jnp.full((size,), first, jnp.float32), dims=(None,)))
+        self.kind, self.eps = arch.norm, arch.norm_eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return _norm(x, self.scale[...], self.eps)
+        run, names = NORMS[self.kind]
+        return run(x, {name: getattr(self, name)[...] for name in names}, self.eps)
 
 
 class _Weights(nnx.Module):
-    """Named weight arrays, drawn from N(0, init_std²), with their logical dimensions as metadata."""
+    """Named weight arrays with their logical dimensions as metadata: matrices from N(0, init_std²), biases zero."""
 
     def __init__(self, arch: Arch, rngs: nnx.Rngs, **shapes: tuple[tuple[int, ...], tuple[str | None, ...]]):
         for name, (shape, dims) in shapes.items():
-            setattr(self, name, nnx.Param(arch.init_std * jax.random.normal(rngs.params(), shape), dims=dims))
+            bias = name.endswith("bias")
+            first = jnp.zeros(shape) if bias else arch.init_std * jax.random.normal(rngs.params(), shape)
+            setattr(self, name, nnx.Param(first, dims=dims))
 
 
 class _Layer(nnx.Module):
-    """Pre-norm attention and gated MLP, each added to the residual stream."""
+    """Attention and MLP, joined to the residual stream as arch.block says."""
 
     def __init__(self, arch: Arch, rngs: nnx.Rngs):
         d, n, k, h, f = arch.width, arch.heads, arch.kv_heads, arch.head_dim, arch.mlp
-        self.attention_norm = _Norm(arch)
-        self.attention = _Weights(
-            arch,
-            rngs,
-            query=((d, n, h), ("embed", "heads", None)),
-            key=((d, k, h), ("embed", "heads", None)),
-            value=((d, k, h), ("embed", "heads", None)),
-            out=((n, h, d), ("heads", None, "embed")),
-        )
-        self.mlp_norm = _Norm(arch)
-        self.mlp = _Weights(
-            arch,
-            rngs,
-            gate=((d, f), ("embed", "mlp")),
-            up=((d, f), ("embed", "mlp")),
-            down=((f, d), ("mlp", "embed")),
-        )
+        self.arch = arch
+        for name in BLOCKS[arch.block][1]:
+            setattr(self, name, _Norm(arch, d))
+        shapes = {
+            "query": ((d, n, h), ("embed", "heads", None)),
+            "key": ((d, k, h), ("embed", "heads", None)),
+            "value": ((d, k, h), ("embed", "heads", None)),
+            "out": ((n, h, d), ("heads", None, "embed")),
+        }
+        if "attention" in arch.biases:
+            shapes["query_bias"] = ((n, h), ("heads", None))
+            shapes["key_bias"] = shapes["value_bias"] = ((k, h), ("heads", None))
+        if "out" in arch.biases:
+            shapes["out_bias"] = ((d,), (None,))
+        self.attention = _Weights(arch, rngs, **shapes)
+        if arch.qk_norm:
+            self.query_norm, self.key_norm = _Norm(arch, h), _Norm(arch, h)
+        into = ("gate", "up") if arch.gated else ("up",)
+        shapes = {name: ((d, f), ("embed", "mlp")) for name in into} | {"down": ((f, d), ("mlp", "embed"))}
+        if "mlp" in arch.biases:
+            shapes |= {f"{name}_bias": ((f,), ("mlp",)) for name in into} | {"down_bias": ((d,), (None,))}
+        self.mlp = _Weights(arch, rngs, **shapes)
 
-    def __call__(self, x_BLD: jax.Array, rope: tuple[jax.Array, jax.Array], attend: Callable) -> tuple[jax.Array, Any]:
+    def __call__(self, x_BLD: jax.Array, turns: tuple[jax.Array, jax.Array], attend: Callable) -> tuple[jax.Array, Any]:
+        return BLOCKS[self.arch.block][0](self, x_BLD, lambda y: self.attended(y, turns, attend), self.fed_forward)
+
+    def attended(self, y: jax.Array, turns: tuple[jax.Array, jax.Array], attend: Callable) -> tuple[jax.Array, Any]:
         w = self.attention
-        y = self.attention_norm(x_BLD)
-        q = _rotate(jnp.einsum("bld,dnh->blnh", y, w.query[...]), *rope)
-        k = _rotate(jnp.einsum("bld,dkh->blkh", y, w.key[...]), *rope)
-        v = jnp.einsum("bld,dkh->blkh", y, w.value[...])
-        out, kept = attend(q, k, v)
-        x_BLD = x_BLD + jnp.einsum("blnh,nhd->bld", out, w.out[...])
-        w = self.mlp
-        y = self.mlp_norm(x_BLD)
-        return x_BLD + (jax.nn.silu(y @ w.gate[...]) * (y @ w.up[...])) @ w.down[...], kept
+        q = _biased(jnp.einsum("bld,dnh->blnh", y, w.query[...]), w, "query_bias")
+        k = _biased(jnp.einsum("bld,dkh->blkh", y, w.key[...]), w, "key_bias")
+        v = _biased(jnp.einsum("bld,dkh->blkh", y, w.value[...]), w, "value_bias")
+        if self.arch.qk_norm:
+            q, k = self.query_norm(q), self.key_norm(k)
+        out, kept = attend(rope.rotate(q, *turns), rope.rotate(k, *turns), v)
+        return _biased(jnp.einsum("blnh,nhd->bld", out, w.out[...]), w, "out_bias"), kept
+
+    def fed_forward(self, y: jax.Array) -> jax.Array:
+        w, act = self.mlp, ACTIVATIONS[self.arch.activation]
+        up = _biased(y @ w.up[...], w, "up_bias")
+        up = act(_biased(y @ w.gate[...], w, "gate_bias")) * up if self.arch.gated else act(up)
+        return _biased(up @ w.down[...], w, "down_bias")
+
+
+def _biased(x: jax.Array, weights: nnx.Module, name: str) -> jax.Array:
+    bias = getattr(weights, name, None)
+    return x if bias is None else x + bias[...].reshape((1,) * (x.ndim - bias[...].ndim) + bias[...].shape)
 
 
 class _Decoder(nnx.Module):
     def __init__(self, arch: Arch, rngs: nnx.Rngs):
         table = {"table": ((arch.vocab, arch.width), ("vocab", "embed"))}
+        bias = {"bias": ((arch.vocab,), ("vocab",))} if "head" in arch.biases else {}
         self.embed = _Weights(arch, rngs, **table)
         self.layers = nnx.vmap(lambda r: _Layer(arch, r))(rngs.split(arch.layers))
-        self.final_norm = _Norm(arch)
-        if not arch.tied:
-            self.head = _Weights(arch, rngs, **table)
+        self.final_norm = _Norm(arch, arch.width)
+        if bias or not arch.tied:
+            self.head = _Weights(arch, rngs, **({} if arch.tied else table), **bias)
 
 
 def init(arch: Arch, key: jax.Array) -> dict:
@@ -146,13 +274,17 @@ def _layer_graph(arch: Arch) -> tuple[Any, Any, Any]:
     return graph, state, names
 
 
+# --- running it -------------------------------------------------------------------------------------------------------
+
+
 def hidden(
     arch: Arch,
     params: dict,
     tokens_BL: jax.Array,
     position_BL: jax.Array,
-    attend: Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]],
+    attend: Callable[[jax.Array, jax.Array, jax.Array, Any, jax.Array | None], tuple[jax.Array, Any]],
     *,
+    longest: int,
     dtype: Any,
     remat: str = "none",
     placement: Placement = Placement(),
@@ -162,8 +294,10 @@ def hidden(
 
     Args:
         params: float32 weights, cast to `dtype` layer by layer. Weights that were stored in `dtype` give the same bits.
-        attend: (q_BLNH, k_BLKH, v_BLKH, the layer's slice of `cache`) → (out_BLNH, what to keep of this layer). The
-            caller owns masks and caches; keys arrive rotated.
+        attend: (q_BLNH, k_BLKH, v_BLKH, the layer's slice of `cache`, the layer's window) → (out_BLNH, what to keep of
+            this layer). The caller owns masks and caches; keys arrive rotated. The window is an int32 scalar: how many
+            positions back to look, the token itself included; None where no layer looks at less than everything.
+        longest: more than every position; windows that are no shorter are left out.
         dtype: of the matrix products.
         remat: a key of REMAT.
         placement: pins activations and gathered weights to the mesh.
@@ -173,25 +307,54 @@ def hidden(
         hidden_BLD in `dtype`, and what `attend` kept, stacked over layers.
     """
     layer_graph, layer_state, layer_dims = _layer_graph(arch)
-    rope = _rope(position_BL, arch.head_dim, arch.rope_theta)
+    turns = rope.turns(position_BL, arch.rotary or arch.head_dim, arch.rope_theta, arch.rope, dict(arch.rope_keys))
 
-    def body(x_BLD: jax.Array, layer: tuple[Any, Any]) -> tuple[jax.Array, Any]:
-        weights, cache_slice = layer
+    def body(x_BLD: jax.Array, layer: tuple[Any, Any, Any]) -> tuple[jax.Array, Any]:
+        weights, cache_slice, window = layer
         weights = placement.weights(_cast(weights, dtype), layer_dims)
         module = nnx.merge(layer_graph, _with_values(layer_state, weights))
-        x_BLD, kept = module(x_BLD, rope, lambda q, k, v: attend(q, k, v, cache_slice))
+        x_BLD, kept = module(x_BLD, turns, lambda q, k, v: attend(q, k, v, cache_slice, window))
         return placement.activations(x_BLD), kept
 
     # In training the table is gathered for the look-up: weights and their gradients cross devices, activations do not.
     table = placement.weights(params["embed"]["table"].astype(dtype), ("vocab", "embed"))
     x_BLD = placement.activations(jnp.take(table, tokens_BL, axis=0))
-    x_BLD, kept = jax.lax.scan(REMAT[remat](body), x_BLD, (params["layers"], cache))
-    return _norm(x_BLD, params["final_norm"]["scale"].astype(dtype), arch.norm_eps), kept
+    if arch.scaled_embedding:
+        x_BLD = x_BLD * jnp.asarray(arch.width**0.5, dtype)
+    x_BLD, kept = jax.lax.scan(REMAT[remat](body), x_BLD, (params["layers"], cache, _windows(arch, longest)))
+    return NORMS[arch.norm][0](x_BLD, _cast(params["final_norm"], dtype), arch.norm_eps), kept
+
+
+def _windows(arch: Arch, longest: int) -> np.ndarray | None:
+    """int32 [layers], None where every layer sees everything."""
+    windows = [longest if window is None else window for window in arch.windows]
+    return np.array(windows, np.int32) if any(window < longest for window in windows) else None
 
 
 def head_table(arch: Arch, params: dict) -> jax.Array:
-    """[V, D]: logits are hidden · head_tableᵀ."""
+    """[V, D]: logits are hidden · head_tableᵀ (+ head_bias), capped by arch.logit_cap."""
     return params["embed" if arch.tied else "head"]["table"]
+
+
+def head_bias(arch: Arch, params: dict) -> jax.Array | None:
+    """[V], or None where the head has none."""
+    return params["head"]["bias"] if "head" in arch.biases else None
+
+
+def logits(arch: Arch, params: dict, hidden: jax.Array, dtype: Any) -> jax.Array:
+    """float32 [..., V] of hidden states [..., D]; `score` has its own form of this, which keeps no logits."""
+    out = jnp.einsum(
+        "...d,vd->...v", hidden, head_table(arch, params).astype(dtype), preferred_element_type=jnp.float32
+    )
+    bias = head_bias(arch, params)
+    if bias is not None:
+        out += _along(bias.astype(dtype), out)
+    return capped(out, arch.logit_cap)
+
+
+def capped(x: jax.Array, cap: float | None) -> jax.Array:
+    """cap·tanh(x/cap), x where there is none."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def _cast(tree: Any, dtype: Any) -> Any:
@@ -202,23 +365,3 @@ def _with_values(state: Any, values: dict) -> Any:
     state = jax.tree.map(lambda p: p, state)
     nnx.replace_by_pure_dict(state, values)
     return state
-
-
-def _norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """RMSNorm; statistics in float32."""
-    wide = x.astype(jnp.float32)
-    wide *= jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (wide * scale.astype(jnp.float32)[None, None]).astype(x.dtype)
-
-
-def _rope(position_BL: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32 [B, L, 1, H/2]."""
-    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle = position_BL[:, :, None, None].astype(jnp.float32) * frequency[None, None, None]
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def _rotate(x_BLNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotary embedding on halves (the Hugging Face layout), in float32."""
-    a, b = jnp.split(x_BLNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate((a * cos - b * sin, b * cos + a * sin), axis=-1).astype(x_BLNH.dtype)

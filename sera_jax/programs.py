@@ -99,7 +99,7 @@ def to_decode(arch: Arch, mesh: Mesh, dtype: Any) -> Callable[[dict], dict]:
 
 def decaying(arch: Arch) -> dict:
     """True for matrices, False for the scales of norms: what weight decay applies to."""
-    return jax.tree.map_with_path(lambda path, _: path[-1].key != "scale", model.abstract(arch))
+    return jax.tree.map_with_path(lambda path, _: not path[-1].key.endswith(("scale", "bias")), model.abstract(arch))
 
 
 def state_shardings(arch: Arch, mesh: Mesh, transform: optax.GradientTransformation) -> TrainState:

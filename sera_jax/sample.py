@@ -53,15 +53,19 @@ def prefill(
     p, j = tokens_PJ.shape
     index_PJ = jnp.broadcast_to(jnp.arange(j), (p, j))
     real_PJ = (index_PJ < length_P[:, None]).astype(jnp.int32)
-    mask = attention.tree_mask(real_PJ, jnp.zeros_like(real_PJ), index_PJ)
+    mask = attention.tree_mask(real_PJ, jnp.zeros_like(real_PJ))
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, _: Any) -> tuple[jax.Array, tuple]:
-        return attention.attend(q, k, v, mask), (k.swapaxes(1, 2), v.swapaxes(1, 2))
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, _: Any, window: jax.Array | None) -> tuple[jax.Array, tuple]:
+        seen = attention.within(mask, index_PJ, index_PJ, window)
+        out = attention.attend(q, k, v, seen, scale=arch.score_scale, cap=arch.score_cap)
+        return out, (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
     placement = meshes.placement(mesh, "decode")
-    hidden_PJD, cache = model.hidden(arch, params, tokens_PJ, index_PJ, attend, dtype=dtype, placement=placement)
+    hidden_PJD, cache = model.hidden(
+        arch, params, tokens_PJ, index_PJ, attend, longest=j, dtype=dtype, placement=placement
+    )
     last_PD = jnp.take_along_axis(hidden_PJD, (length_P - 1)[:, None, None], axis=1)[:, 0]
-    return Prefilled(cache, length_P, _logits(arch, params, last_PD, dtype))
+    return Prefilled(cache, length_P, model.logits(arch, params, last_PD, dtype))
 
 
 def decode(
@@ -90,28 +94,42 @@ def decode(
     layers, _, k, _, h = start.cache[0].shape
     placement = meshes.placement(mesh, "decode")
     keys_PC = candidate_keys(key, hash_P2, candidates)
-    prompt_mask_PCJ = jnp.broadcast_to(
-        jnp.arange(start.cache[0].shape[3])[None, None] < start.length_P[:, None, None], (p, c, start.cache[0].shape[3])
-    )
+    j_max = start.cache[0].shape[3]
+    prompt_PJ = jnp.broadcast_to(jnp.arange(j_max)[None], (p, j_max))  # positions of the cached keys
+    own_PT = start.length_P[:, None] + jnp.arange(t_max)[None]
+    prompt_mask_PCJ = jnp.broadcast_to((prompt_PJ < start.length_P[:, None])[:, None], (p, c, j_max))
 
     def step(state: tuple) -> tuple:
         t, last_PC, tokens_PCT, finished_PC, own = state  # `last` is token t-1; it is in no cache yet
         own_mask_PCT = jnp.broadcast_to(jnp.arange(t_max)[None, None] < t - 1, (p, c, t_max))
         position_PC = jnp.broadcast_to(start.length_P[:, None] + t - 1, (p, c))
 
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Any) -> tuple[jax.Array, tuple]:
+        def attend(
+            q: jax.Array, k: jax.Array, v: jax.Array, cache: Any, window: jax.Array | None
+        ) -> tuple[jax.Array, tuple]:
             prompt, mine = cache
-            return attention.attend_decode(q, (k, v), prompt, mine, prompt_mask_PCJ, own_mask_PCT), (k, v)
+            prompt_seen = attention.within(prompt_mask_PCJ, position_PC, prompt_PJ, window)
+            own_seen = attention.within(own_mask_PCT, position_PC, own_PT, window)
+            scores = {"scale": arch.score_scale, "cap": arch.score_cap}
+            return attention.attend_decode(q, (k, v), prompt, mine, prompt_seen, own_seen, **scores), (k, v)
 
         hidden_PCD, new = model.hidden(
-            arch, params, last_PC, position_PC, attend, dtype=dtype, placement=placement, cache=(start.cache, own)
+            arch,
+            params,
+            last_PC,
+            position_PC,
+            attend,
+            longest=j_max + t_max,
+            dtype=dtype,
+            placement=placement,
+            cache=(start.cache, own),
         )
         own = jax.tree.map(
             lambda cache, one: jax.lax.dynamic_update_slice_in_dim(cache, one[:, :, :, :, None], t - 1, axis=4),
             own,
             new,
         )
-        token_PC = pick(_logits(arch, params, hidden_PCD, dtype), keys_PC, t, sampling)
+        token_PC = pick(model.logits(arch, params, hidden_PCD, dtype), keys_PC, t, sampling)
         return _emit(t, token_PC, tokens_PCT, finished_PC, sampling.eos_ids) + (own,)
 
     own = tuple(jnp.zeros((layers, p, c, k, t_max, h), start.cache[0].dtype) for _ in range(2))
@@ -172,11 +190,6 @@ def candidate_keys(key: jax.Array, hash_P2: jax.Array, candidates: int) -> jax.A
         return jax.vmap(lambda c: jax.random.fold_in(prompt_key, c))(jnp.arange(candidates))
 
     return jax.vmap(of_prompt)(hash_P2)
-
-
-def _logits(arch: Arch, params: dict, hidden: jax.Array, dtype: Any) -> jax.Array:
-    table_VD = model.head_table(arch, params).astype(dtype)
-    return jnp.einsum("...d,vd->...v", hidden, table_VD, preferred_element_type=jnp.float32)
 
 
 # --- prompts in, candidates out: the host's part ----------------------------------------------------------------------

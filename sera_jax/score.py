@@ -107,10 +107,11 @@ def _of_tokens(
     """float32 [B, M] each: log-prob of each response token of each row, and log Σ_v π(v)² where it was predicted (None
     unless asked for); arbitrary where slot_BM = S (no token).
     """
-    mask = attention.tree_mask(rows.tree_BL, rows.branch_BL, rows.position_BL)
+    mask, position = attention.tree_mask(rows.tree_BL, rows.branch_BL), rows.position_BL
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, _: Any) -> tuple[jax.Array, tuple]:
-        return attention.attend(q, k, v, mask), ()
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, _: Any, window: jax.Array | None) -> tuple[jax.Array, tuple]:
+        seen = attention.within(mask, position, position, window)
+        return attention.attend(q, k, v, seen, scale=arch.score_scale, cap=arch.score_cap), ()
 
     hidden_BLD, _ = model.hidden(
         arch,
@@ -118,61 +119,78 @@ def _of_tokens(
         rows.tokens_BL,
         rows.position_BL,
         attend,
+        longest=rows.tokens_BL.shape[1],
         dtype=dtype,
         remat=remat,
         placement=meshes.placement(mesh, "gather"),
     )
     hidden_BMD = jnp.take_along_axis(hidden_BLD, rows.parent_BM[:, :, None], axis=1)
     table_VD = model.head_table(arch, params).astype(dtype)
+    bias_V = model.head_bias(arch, params)
+    head = Head(mesh, chunk, arch.logit_cap)
     if collision:
-        return head_logps_and_collision(hidden_BMD, table_VD, rows.target_BM, mesh, chunk)
-    return head_logps(hidden_BMD, table_VD, rows.target_BM, mesh, chunk), None
+        return head_logps_and_collision(hidden_BMD, table_VD, bias_V, rows.target_BM, head)
+    return head_logps(hidden_BMD, table_VD, bias_V, rows.target_BM, head), None
 
 
 # --- the head ---------------------------------------------------------------------------------------------------------
 
 
-def head_logps(hidden_BMD: jax.Array, table_VD: jax.Array, target_BM: jax.Array, mesh: Mesh, chunk: int) -> jax.Array:
-    """log softmax(hidden · tableᵀ)[target], float32 [B, M].
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """How the head computes. chunk: response tokens projected at a time, per row. cap: c of c·tanh(logit/c), which
+    Gemma 2 puts behind its logits; None = not."""
+
+    mesh: Mesh
+    chunk: int
+    cap: float | None = None
+
+
+def head_logps(
+    hidden_BMD: jax.Array, table_VD: jax.Array, bias_V: jax.Array | None, target_BM: jax.Array, head: Head
+) -> jax.Array:
+    """log softmax(hidden · tableᵀ + bias)[target], float32 [B, M].
 
     The vocabulary is split over the mesh axes that `mesh.LAYOUTS` gives it; hidden states are gathered over fsdp one
     chunk at a time where fsdp splits the vocabulary, and (max, sum-exp, target) are what crosses devices. The backward
-    pass recomputes each chunk's logits and accumulates the table's gradient in float32.
+    pass recomputes each chunk's logits and accumulates the gradients of table and bias in float32.
     """
-    return _head(hidden_BMD, table_VD, target_BM, mesh, chunk, False)[0]
+    return _head(hidden_BMD, table_VD, bias_V, target_BM, head, False)[0]
 
 
 def head_logps_and_collision(
-    hidden_BMD: jax.Array, table_VD: jax.Array, target_BM: jax.Array, mesh: Mesh, chunk: int
+    hidden_BMD: jax.Array, table_VD: jax.Array, bias_V: jax.Array | None, target_BM: jax.Array, head: Head
 ) -> tuple[jax.Array, jax.Array]:
     """`head_logps`, and log Σ_v π(v)², float32 [B, M], of the distribution that predicts each target.
 
     The second, the log-probability that two draws agree, has no gradient; it costs one more sum over the vocabulary in
     the forward pass, and a second number for each token that crosses devices.
     """
-    return _head(hidden_BMD, table_VD, target_BM, mesh, chunk, True)
+    return _head(hidden_BMD, table_VD, bias_V, target_BM, head, True)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _head(hidden_BMD, table_VD, target_BM, mesh, chunk, collision):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _head(hidden_BMD, table_VD, bias_V, target_BM, head, collision):
     """(logp_BM,), or (logp_BM, log_collision_BM) if asked for."""
-    return _head_forward(hidden_BMD, table_VD, target_BM, mesh, chunk, collision)[0]
+    return _head_forward(hidden_BMD, table_VD, bias_V, target_BM, head, collision)[0]
 
 
-def _head_forward(hidden_BMD, table_VD, target_BM, mesh, chunk, collision):
-    rows, table = _specs(mesh, table_VD.shape)
+def _head_forward(hidden_BMD, table_VD, bias_V, target_BM, head, collision):
+    rows, table = _specs(head.mesh, table_VD.shape)
     body = functools.partial(_forward_chunks, collision=collision)
-    forward = _sharded(body, mesh, table_VD.shape, chunk, (rows, table, rows), (rows,) * (2 + collision))
-    logp_BM, lse_BM, *rest = forward(hidden_BMD, table_VD, target_BM)
-    return (logp_BM, *rest), (hidden_BMD, table_VD, target_BM, lse_BM)
+    forward = _sharded(body, head, table_VD.shape, (rows, table, table, rows), (rows,) * (2 + collision))
+    logp_BM, lse_BM, *rest = forward(hidden_BMD, table_VD, bias_V, target_BM)
+    return (logp_BM, *rest), (hidden_BMD, table_VD, bias_V, target_BM, lse_BM)
 
 
-def _head_backward(mesh, chunk, collision, residuals, cotangents):
-    hidden_BMD, table_VD, target_BM, lse_BM = residuals
-    rows, table = _specs(mesh, table_VD.shape)
-    backward = _sharded(_backward_chunks, mesh, table_VD.shape, chunk, (rows, table, rows, rows, rows), (rows, table))
-    d_hidden, d_table = backward(hidden_BMD, table_VD, target_BM, lse_BM, cotangents[0])
-    return d_hidden.astype(hidden_BMD.dtype), d_table.astype(table_VD.dtype), None
+def _head_backward(head, collision, residuals, cotangents):
+    hidden_BMD, table_VD, bias_V, target_BM, lse_BM = residuals
+    rows, table = _specs(head.mesh, table_VD.shape)
+    inputs, results = (rows, table, table, rows, rows, rows), (rows, table, table)
+    backward = _sharded(_backward_chunks, head, table_VD.shape, inputs, results)
+    d_hidden, d_table, d_bias = backward(hidden_BMD, table_VD, bias_V, target_BM, lse_BM, cotangents[0])
+    d_bias = None if bias_V is None else d_bias.astype(bias_V.dtype)
+    return d_hidden.astype(hidden_BMD.dtype), d_table.astype(table_VD.dtype), d_bias, None
 
 
 _head.defvjp(_head_forward, _head_backward)
@@ -188,10 +206,10 @@ def _specs(mesh: Mesh, table_shape: tuple[int, int]) -> tuple[P, P]:
     return P(meshes.ROW_AXES), P(_vocab_axes(mesh, table_shape) or None)
 
 
-def _sharded(body, mesh: Mesh, table_shape: tuple[int, int], chunk: int, inputs: tuple[P, ...], results: tuple[P, ...]):
+def _sharded(body, head: Head, table_shape: tuple[int, int], inputs: tuple[P, ...], results: tuple[P, ...]):
     """`body` under shard_map."""
-    bound = functools.partial(body, vocab_axes=_vocab_axes(mesh, table_shape), chunk=chunk)
-    return jax.shard_map(bound, mesh=mesh, in_specs=inputs, out_specs=results, check_vma=False)
+    bound = functools.partial(body, vocab_axes=_vocab_axes(head.mesh, table_shape), chunk=head.chunk, cap=head.cap)
+    return jax.shard_map(bound, mesh=head.mesh, in_specs=inputs, out_specs=results, check_vma=False)
 
 
 def _chunks(array: jax.Array, chunk: int) -> jax.Array:
@@ -228,17 +246,20 @@ def _local_target(target: jax.Array, vocab_axes: tuple[str, ...], size: int) -> 
     return jnp.clip(local, 0, size - 1), (local >= 0) & (local < size)
 
 
-def _logits(hidden: jax.Array, table: jax.Array) -> jax.Array:
-    return jnp.einsum("bmd,vd->bmv", hidden, table, preferred_element_type=jnp.float32)
+def _logits(hidden: jax.Array, table: jax.Array, bias: jax.Array | None, cap: float | None) -> jax.Array:
+    logits = jnp.einsum("bmd,vd->bmv", hidden, table, preferred_element_type=jnp.float32)
+    if bias is not None:
+        logits += bias.astype(jnp.float32)[None, None]
+    return model.capped(logits, cap)
 
 
-def _forward_chunks(hidden_bMD, table_vD, target_bM, *, vocab_axes, chunk, collision):
+def _forward_chunks(hidden_bMD, table_vD, bias_v, target_bM, *, vocab_axes, chunk, cap, collision):
     rows, length = target_bM.shape
     across = (lambda x: jax.lax.psum(x, vocab_axes)) if vocab_axes else (lambda x: x)
 
     def body(_, inputs):
         hidden, target = (_gathered(x, vocab_axes) for x in inputs)
-        logits = _logits(hidden, table_vD)
+        logits = _logits(hidden, table_vD, bias_v, cap)
         top = jnp.max(logits, axis=-1)
         top = jax.lax.pmax(top, vocab_axes) if vocab_axes else top
         above = jnp.exp(logits - top[..., None])
@@ -256,29 +277,37 @@ def _forward_chunks(hidden_bMD, table_vD, target_bM, *, vocab_axes, chunk, colli
     return tuple(_joined(x, length) for x in out)
 
 
-def _backward_chunks(hidden_bMD, table_vD, target_bM, lse_bM, cotangent_bM, *, vocab_axes, chunk):
+def _backward_chunks(hidden_bMD, table_vD, bias_v, target_bM, lse_bM, cotangent_bM, *, vocab_axes, chunk, cap):
     length = target_bM.shape[1]
 
-    def body(d_table, inputs):
+    def body(sums, inputs):
+        d_table, d_bias = sums
         hidden, target, lse, cotangent = (_gathered(x, vocab_axes) for x in inputs)
         local, here = _local_target(target, vocab_axes, table_vD.shape[0])
         # d logp / d logits = onehot(target) - softmax
-        probability = jnp.exp(_logits(hidden, table_vD) - lse[..., None])
+        logits = _logits(hidden, table_vD, bias_v, cap)
+        probability = jnp.exp(logits - lse[..., None])
         onehot = (jnp.arange(table_vD.shape[0])[None, None] == local[..., None]) & here[..., None]
-        d_logits = ((onehot - probability) * cotangent[..., None]).astype(hidden.dtype)
+        d_logits = (onehot - probability) * cotangent[..., None]
+        if cap is not None:
+            d_logits *= 1 - (logits / cap) ** 2  # of cap·tanh(x/cap)
+        if bias_v is not None:
+            d_bias += jnp.sum(d_logits, axis=(0, 1))
+        d_logits = d_logits.astype(hidden.dtype)
         d_hidden = jnp.einsum("bmv,vd->bmd", d_logits, table_vD, preferred_element_type=jnp.float32)
         if "fsdp" in vocab_axes:
             d_hidden = jax.lax.psum_scatter(d_hidden, "fsdp", scatter_dimension=0, tiled=True)
         if "tensor" in vocab_axes:
             d_hidden = jax.lax.psum(d_hidden, "tensor")
         d_table += jnp.einsum("bmv,bmd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
-        return d_table, d_hidden
+        return (d_table, d_bias), d_hidden
 
     inputs = tuple(_chunks(x, chunk) for x in (hidden_bMD, target_bM, lse_bM, cotangent_bM))
-    d_table, d_hidden = jax.lax.scan(body, jnp.zeros(table_vD.shape, jnp.float32), inputs)
+    zeros = jnp.zeros(table_vD.shape, jnp.float32), None if bias_v is None else jnp.zeros(bias_v.shape, jnp.float32)
+    sums, d_hidden = jax.lax.scan(body, zeros, inputs)
     # Row groups that this slice of the vocabulary has not seen yet.
     other_rows = tuple(a for a in meshes.ROW_AXES if a not in vocab_axes)
-    return _joined(d_hidden, length), jax.lax.psum(d_table, other_rows)
+    return _joined(d_hidden, length), *jax.lax.psum(sums, other_rows)
 
 
 # --- a set of trees: the host's part ----------------------------------------------------------------------------------

@@ -33,7 +33,8 @@ def sees(rows, b: int, i: int, j: int, window: int | None) -> bool:
 def test_the_mask_is_the_rule(window):
     rows = packed()
     assert (rows.tree_BL.max(axis=1) >= 2).all() and (rows.tree_BL == 0).any()
-    mask = np.asarray(attention.tree_mask(rows.tree_BL, rows.branch_BL, rows.position_BL, window))
+    mask = attention.tree_mask(rows.tree_BL, rows.branch_BL)
+    mask = np.asarray(attention.within(mask, rows.position_BL, rows.position_BL, window))
     b, l = rows.tree_BL.shape
     want = [[[sees(rows, r, i, j, window) for j in range(l)] for i in range(l)] for r in range(b)]
     np.testing.assert_array_equal(mask, want)
@@ -45,7 +46,7 @@ def test_a_window_counts_positions_not_indices():
     prompt's last."""
     tree, branch = np.ones((1, 7), int), np.array([[0, 0, 1, 1, 1, 2, 2]])
     position = np.array([[0, 1, 2, 3, 4, 2, 3]])
-    mask = np.asarray(attention.tree_mask(tree, branch, position, window=2))[0]
+    mask = np.asarray(attention.within(attention.tree_mask(tree, branch), position, position, 2))[0]
     assert np.flatnonzero(mask[5]).tolist() == [1, 5]
     assert np.flatnonzero(mask[6]).tolist() == [5, 6]
     assert np.flatnonzero(mask[4]).tolist() == [3, 4]

@@ -109,9 +109,9 @@ def test_kl_is_that_of_full_forward_passes(world, folders, one_device, monkeypat
     @jax.jit
     def log_probs(params, tokens_1L):
         index = jnp.arange(tokens_1L.shape[1])[None]
-        mask = attention.tree_mask(jnp.ones_like(index), jnp.zeros_like(index), index)
-        attend = lambda q, k, v, _: (attention.attend(q, k, v, mask), ())
-        hidden, _ = model.hidden(arch, params, tokens_1L, index, attend, dtype=jnp.float32)
+        mask = attention.tree_mask(jnp.ones_like(index), jnp.zeros_like(index))
+        attend = lambda q, k, v, *_: (attention.attend(q, k, v, mask), ())
+        hidden, _ = model.hidden(arch, params, tokens_1L, index, attend, longest=1 << 20, dtype=jnp.float32)
         return jax.nn.log_softmax(hidden[0] @ model.head_table(arch, params).T)
 
     both = [hf.load(folder, arch, one_device) for folder in folders]

@@ -63,9 +63,9 @@ def test_greedy_is_the_arg_max_of_full_forward_passes(tiny, folder, ask, one_dev
     @jax.jit
     def logits(tokens_1L, length):
         index = jnp.arange(tokens_1L.shape[1])[None]
-        mask = attention.tree_mask((index < length).astype(jnp.int32), jnp.zeros_like(index), index)
-        attend = lambda q, k, v, _: (attention.attend(q, k, v, mask), ())
-        hidden, _ = model.hidden(arch, params, tokens_1L, index, attend, dtype=jnp.float32)
+        mask = attention.tree_mask((index < length).astype(jnp.int32), jnp.zeros_like(index))
+        attend = lambda q, k, v, *_: (attention.attend(q, k, v, mask), ())
+        hidden, _ = model.hidden(arch, params, tokens_1L, index, attend, longest=1 << 20, dtype=jnp.float32)
         return (hidden[0] @ model.head_table(arch, params).T)[length - 1]
 
     given = rows(tiny / "prompts.jsonl")

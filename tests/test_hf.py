@@ -18,6 +18,7 @@ import safetensors
 import safetensors.numpy
 
 from sera_jax import hf, model, programs
+from sera_jax.hf import layout, reading, writing
 from sera_jax.model import Arch
 
 ARCH = Arch("LlamaForCausalLM", 24, 16, 3, 4, 2, 6, 12, 1e-5, 5e5, tied=False)
@@ -122,25 +123,40 @@ def test_rope_theta_is_read_in_both_layouts(tmp_path, keys):
     "changes, words",
     [
         (
-            {"architectures": ["PhiForCausalLM"]},
-            ("'PhiForCausalLM'", "expected one of LlamaForCausalLM, MistralForCausalLM"),
+            {"architectures": ["OPTForCausalLM"]},
+            ("'OPTForCausalLM'", "expected one of LlamaForCausalLM, MistralForCausalLM, Qwen2", "GPTNeoXForCausalLM"),
         ),
-        ({"architectures": "absent", "model_type": "phi"}, ("the architecture is 'phi'",)),
-        ({"attention_bias": True}, ("config.json: attention_bias is True, expected False",)),
-        ({"mlp_bias": True}, ("config.json: mlp_bias is True, expected False",)),
-        ({"hidden_act": "gelu"}, ("hidden_act is 'gelu', expected 'silu'",)),
+        ({"architectures": "absent", "model_type": "opt"}, ("the architecture is 'opt'",)),
+        ({"architectures": ["PhiForCausalLM"], "qk_layernorm": True}, ("qk_layernorm is True, expected False",)),
+        (
+            {"architectures": ["GemmaForCausalLM"], "use_bidirectional_attention": True},
+            ("use_bidirectional_attention is True, expected None or False",),
+        ),
+        ({"hidden_act": "relu"}, ("hidden_act is 'relu', expected one of silu, gelu, gelu_new",)),
+        ({"architectures": ["GPTNeoXForCausalLM"], "rotary_pct": 0.3}, ("rotary_pct is 0.3, expected a share", "(4)")),
         ({"quantization_config": {"bits": 4}}, ("quantization_config is {'bits': 4}, expected None",)),
         ({"partial_rotary_factor": 0.5}, ("partial_rotary_factor is 0.5, expected 1.0",)),
         (
-            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
-            ("rope_scaling has the type 'llama3', expected 'def",),
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "max_position_embeddings": 99}},
+            (
+                "rope_scaling of type 'llama3' has factor",
+                "expected factor, low_freq_factor",
+                "unknown: max_position_emb",
+            ),
         ),
-        ({"rope_scaling": {"type": "linear"}}, ("rope_scaling has the type 'linear'",)),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, ("rope_parameters has the type 'yarn'",)),
+        ({"rope_scaling": {"type": "linear"}}, ("rope_scaling of type 'linear' has no keys", "missing: factor")),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}},
+            ("rope_parameters has the type 'dynamic', expected one of default, linear, llama3, yarn",),
+        ),
         ({"rope_theta": "10000"}, ("rope_theta is '10000', expected a positive float",)),
         (
-            {"sliding_window": 64, "max_position_embeddings": 128},
-            ("sliding_window is 64, less than", "(128), expected null"),
+            {"architectures": ["MistralForCausalLM"], "sliding_window": 0},
+            ("sliding_window is 0, expected a positive int or null",),
+        ),
+        (
+            {"architectures": ["Gemma2ForCausalLM"], "layer_types": ["sliding_attention", "chunked_attention"]},
+            ("layer_types has 2 entries, one of them 'chunked_attention', expected 3 (num_hidden_layers)",),
         ),
         ({"num_key_value_heads": 3}, ("num_key_value_heads is 3, expected a divisor", "(4)")),
         ({"head_dim": 5}, ("head_dim is 5, expected an even number",)),
@@ -157,11 +173,21 @@ def test_what_is_not_computed_is_an_error(tmp_path, changes, words):
         hf.read_arch(write(tmp_path, **changes))
 
 
-def test_a_window_as_long_as_any_text_is_none(tmp_path):
-    assert hf.read_arch(write(tmp_path, sliding_window=128, max_position_embeddings=128)) == ARCH
-    mistral = dict(architectures=["MistralForCausalLM"], model_type="mistral")
-    with fails("sliding_window is 4096, less than max_position_embeddings (131072)"):  # its default
-        hf.read_arch(write(tmp_path, **mistral))
+def test_windows_by_layer(tmp_path):
+    def windows(architecture, **keys):
+        return hf.read_arch(write(tmp_path, architectures=[architecture + "ForCausalLM"], **keys)).windows
+
+    assert windows("Llama", sliding_window=7) == ()  # as transformers has it: Llama knows no window
+    assert windows("Mistral") == (4096,) * 3  # its default
+    assert windows("Mistral", sliding_window=None) == ()
+    assert windows("Gemma2", sliding_window=5) == (5, None, 5)
+    assert windows("Gemma2", sliding_window=5, layer_types=["full_attention"] * 2 + ["sliding_attention"]) == (
+        None,
+        None,
+        5,
+    )
+    assert windows("Qwen2", sliding_window=5) == windows("Qwen3") == ()
+    assert windows("Qwen2", sliding_window=5, use_sliding_window=True, max_window_layers=1) == (None, 5, 5)
 
 
 def test_no_config_and_no_json(tmp_path):
@@ -174,7 +200,8 @@ def test_no_config_and_no_json(tmp_path):
 
 def test_a_written_config_reads_back_and_keeps_what_it_has_no_word_for(tmp_path):
     for family in hf.FAMILIES:
-        arch = dataclasses.replace(ARCH, family=family, tied=True, init_std=0.5)
+        plain = hf.read_arch(write(tmp_path / "plain", architectures=[family], hidden_size=32))
+        arch = dataclasses.replace(plain, tied=True, init_std=0.5, vocab=25)
         out = hf.write_config(tmp_path / family, arch, dtype=jnp.bfloat16, extra={"eos_token_id": [1, 2]})
         assert hf.read_arch(out) == arch
         text = json.loads((out / "config.json").read_text())
@@ -190,6 +217,103 @@ def test_a_written_config_reads_back_and_keeps_what_it_has_no_word_for(tmp_path)
     with fails("the config to be written reads as", "check `source` and `extra`"):
         hf.write_config(tmp_path / "c", ARCH, extra={"vocab_size": 5})
     assert not (tmp_path / "c" / "config.json").exists()
+
+
+# What the config.json of published models says, as far as it matters here, in the layout of its time, and how many
+# weights the model has, as published.
+PUBLISHED = {
+    "TinyLlama-1.1B": (
+        dict(architectures=["LlamaForCausalLM"], hidden_size=2048, intermediate_size=5632, num_attention_heads=32,
+             num_hidden_layers=22, num_key_value_heads=4, rms_norm_eps=1e-5, rope_scaling=None, rope_theta=10000.0,
+             hidden_act="silu", attention_bias=False, tie_word_embeddings=False, vocab_size=32000),
+        1_100_048_384,
+        dict(head_dim=64, windows=(), biases=()),
+    ),
+    "Llama-3.2-1B": (
+        dict(architectures=["LlamaForCausalLM"], hidden_size=2048, intermediate_size=8192, num_attention_heads=32,
+             num_hidden_layers=16, num_key_value_heads=8, head_dim=64, rms_norm_eps=1e-5, rope_theta=500000.0,
+             rope_scaling=dict(factor=32.0, high_freq_factor=4.0, low_freq_factor=1.0,
+                               original_max_position_embeddings=8192, rope_type="llama3"),
+             attention_bias=False, mlp_bias=False, max_position_embeddings=131072, tie_word_embeddings=True,
+             vocab_size=128256),
+        1_235_814_400,
+        dict(rope="llama3", rope_theta=5e5, rope_keys=(("factor", 32.0), ("high_freq_factor", 4.0),
+             ("low_freq_factor", 1.0), ("original_max_position_embeddings", 8192))),
+    ),
+    "Mistral-7B": (
+        dict(architectures=["MistralForCausalLM"], hidden_size=4096, intermediate_size=14336, num_attention_heads=32,
+             num_hidden_layers=32, num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=10000.0, sliding_window=4096,
+             max_position_embeddings=32768, tie_word_embeddings=False, vocab_size=32000),
+        7_241_732_096,
+        dict(windows=(4096,) * 32),
+    ),
+    "pythia-410m": (
+        dict(architectures=["GPTNeoXForCausalLM"], hidden_act="gelu", hidden_size=1024, intermediate_size=4096,
+             layer_norm_eps=1e-5, max_position_embeddings=2048, num_attention_heads=16, num_hidden_layers=24,
+             rotary_emb_base=10000, rotary_pct=0.25, tie_word_embeddings=False, use_parallel_residual=True,
+             vocab_size=50304),
+        405_334_016,
+        dict(rotary=16, block="parallel", norm="layer", activation="gelu", biases=("mlp", "attention", "out")),
+    ),
+    "pythia-6.9b": (
+        dict(architectures=["GPTNeoXForCausalLM"], hidden_act="gelu", hidden_size=4096, intermediate_size=16384,
+             layer_norm_eps=1e-5, num_attention_heads=32, num_hidden_layers=32, rotary_emb_base=10000, rotary_pct=0.25,
+             tie_word_embeddings=False, use_parallel_residual=True, vocab_size=50432),
+        6_857_302_016,
+        dict(rotary=32),
+    ),
+    "phi-2": (
+        dict(architectures=["PhiForCausalLM"], hidden_act="gelu_new", hidden_size=2560, intermediate_size=10240,
+             layer_norm_eps=1e-5, max_position_embeddings=2048, num_attention_heads=32, num_hidden_layers=32,
+             num_key_value_heads=32, partial_rotary_factor=0.4, qk_layernorm=False, rope_scaling=None,
+             rope_theta=10000.0, tie_word_embeddings=False, vocab_size=51200),
+        2_779_683_840,
+        dict(head_dim=80, rotary=32, block="parallel_shared", biases=("attention", "out", "mlp", "head")),
+    ),
+    "gemma-2b": (
+        dict(architectures=["GemmaForCausalLM"], head_dim=256, hidden_act="gelu", hidden_size=2048,
+             intermediate_size=16384, max_position_embeddings=8192, num_attention_heads=8, num_hidden_layers=18,
+             num_key_value_heads=1, rms_norm_eps=1e-6, rope_scaling=None, rope_theta=10000.0, vocab_size=256000),
+        2_506_172_416,
+        dict(tied=True, norm="rms_plus_one", activation="gelu_pytorch_tanh", scaled_embedding=True, score_scale=None),
+    ),
+    "gemma-2-27b": (
+        dict(architectures=["Gemma2ForCausalLM"], attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
+             head_dim=128, hidden_act="gelu_pytorch_tanh", hidden_activation="gelu_pytorch_tanh", hidden_size=4608,
+             intermediate_size=36864, max_position_embeddings=8192, num_attention_heads=32, num_hidden_layers=46,
+             num_key_value_heads=16, query_pre_attn_scalar=144, rms_norm_eps=1e-6, rope_theta=10000.0,
+             sliding_window=4096, vocab_size=256000),
+        27_227_128_320,
+        dict(windows=(4096, None) * 23, score_scale=1 / 12, score_cap=50.0, logit_cap=30.0, block="sandwich"),
+    ),
+    "Qwen2.5-0.5B": (
+        dict(architectures=["Qwen2ForCausalLM"], hidden_act="silu", hidden_size=896, intermediate_size=4864,
+             max_position_embeddings=32768, max_window_layers=24, num_attention_heads=14, num_hidden_layers=24,
+             num_key_value_heads=2, rms_norm_eps=1e-6, rope_theta=1000000.0, sliding_window=32768,
+             tie_word_embeddings=True, use_sliding_window=False, vocab_size=151936),
+        494_032_768,
+        dict(windows=(), biases=("attention",), rope_theta=1e6),
+    ),
+    "Qwen3-0.6B": (
+        dict(architectures=["Qwen3ForCausalLM"], attention_bias=False, head_dim=128, hidden_act="silu",
+             hidden_size=1024, intermediate_size=3072, max_position_embeddings=40960, max_window_layers=28,
+             num_attention_heads=16, num_hidden_layers=28, num_key_value_heads=8, rms_norm_eps=1e-6, rope_scaling=None,
+             rope_theta=1000000, sliding_window=None, tie_word_embeddings=True, use_sliding_window=False,
+             vocab_size=151936),
+        596_049_920,
+        dict(qk_norm=True, head_dim=128, biases=()),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_as_many_weights_as_they_say(tmp_path, name):
+    config, weights, fields = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arch = hf.read_arch(tmp_path)
+    assert sum(leaf.size for leaf in jax.tree.leaves(model.abstract(arch))) == weights
+    assert {field: getattr(arch, field) for field in fields} == fields
+    assert hf.read_arch(hf.write_config(tmp_path / "again", arch)) == arch
 
 
 # --- weights in -------------------------------------------------------------------------------------------------------
@@ -243,8 +367,8 @@ def test_only_the_wanted_slices_are_read(tmp_path):
     """The views that loading starts from do not copy: a slice of one touches the bytes of that slice."""
     file = write(tmp_path, tensors=tensors()) / "model.safetensors"
     name = "model.layers.0.self_attn.q_proj.weight"
-    array = hf._array(hf._header(file)[name], {file: np.memmap(file, np.uint8, mode="r")})
-    view = hf._view(hf._names(ARCH)[name][0], array, hf._sizes(ARCH))
+    array = reading.stored_array(reading.header(file)[name], {file: np.memmap(file, np.uint8, mode="r")})
+    view = layout.view(layout.names(ARCH)[name][0][0], array, layout.sizes_of(ARCH))
     assert view.shape == (16, 4, 6) and np.shares_memory(view, array)
 
 
@@ -252,7 +376,7 @@ def test_what_was_loaded_does_not_change_with_the_file(tmp_path, one_device):
     """JAX may take over aligned memory as it is."""
     file = write(tmp_path, tensors=tensors()) / "model.safetensors"
     pad_header(file, 0)
-    begin = hf._header(file)["model.embed_tokens.weight"].begin
+    begin = reading.header(file)["model.embed_tokens.weight"].begin
     assert begin % 64 == 0
     got = hf.load(tmp_path, ARCH, one_device)["embed"]["table"]
     before = np.array(got)
@@ -278,7 +402,7 @@ def test_a_header_of_odd_length(tmp_path, one_device):
         file = tensors(dtype)
         pad_header(write(tmp_path, tensors=file) / "model.safetensors", 1)
         got = hf.load(tmp_path, ARCH, one_device, dtype=dtype)
-        assert hf._header(tmp_path / "model.safetensors")["model.norm.weight"].begin % 2 == 1
+        assert reading.header(tmp_path / "model.safetensors")["model.norm.weight"].begin % 2 == 1
         same_bits(got["embed"]["table"], file["model.embed_tokens.weight"])
 
 
@@ -486,8 +610,8 @@ def test_a_killed_export_leaves_the_earlier_one_or_nothing(tmp_path, params, one
 
         return killer
 
-    name = {"tensors": "_fetch", "copy": "_copy"}.get(moment, "rename")
-    owner = os if name == "rename" else hf
+    name = {"tensors": "fetch", "copy": "_copy"}.get(moment, "rename")
+    owner = os if name == "rename" else writing
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, kills(getattr(owner, name)))
         with pytest.raises(KeyboardInterrupt):

@@ -9,7 +9,7 @@ import sera_jax
 
 FLOORS = """
 0 records mesh metrics config disk
-1 attention rows step toyworld
+1 attention rope rows step toyworld
 2 model data losses sera ledger checkpoint report
 3 hf score sample
 4 rewards

@@ -26,10 +26,18 @@ def params():
 
 
 def run(params, arch=ARCH, dtype=jnp.float32, remat="none", **kw):
-    mask = attention.tree_mask(jnp.asarray(TREE), jnp.asarray(BRANCH), jnp.asarray(POSITION))
-    attend = lambda q, k, v, _: (attention.attend(q, k, v, mask), ())
+    mask = attention.tree_mask(jnp.asarray(TREE), jnp.asarray(BRANCH))
+    attend = lambda q, k, v, *_: (attention.attend(q, k, v, mask), ())
     return model.hidden(
-        arch, params, jnp.asarray(TOKENS), jnp.asarray(POSITION), attend, dtype=dtype, remat=remat, **kw
+        arch,
+        params,
+        jnp.asarray(TOKENS),
+        jnp.asarray(POSITION),
+        attend,
+        longest=1 << 20,
+        dtype=dtype,
+        remat=remat,
+        **kw,
     )[0]
 
 
@@ -124,6 +132,61 @@ def test_every_weight_has_dimensions_and_the_shape_its_docstring_says(tied):
     assert set(unnamed) == {"scale"}  # small: kept whole everywhere
 
 
+ALL_PARTS = {
+    "llama, biases": dict(biases=("attention", "out", "mlp")),
+    "qwen3": dict(qk_norm=True),
+    "gemma 2": dict(
+        norm="rms_plus_one", block="sandwich", scaled_embedding=True, activation="gelu_new", tied=True,
+        windows=(3, None, 3), score_cap=2.0, logit_cap=3.0, score_scale=0.2,
+    ),
+    "phi": dict(
+        norm="layer", block="parallel_shared", gated=False, rotary=4, biases=("attention", "out", "mlp", "head"),
+    ),
+    "tied head with a bias": dict(tied=True, biases=("head",)),
+    "neox": dict(norm="layer", block="parallel", gated=False, biases=("mlp",), rotary=2, activation="gelu"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALL_PARTS)
+def test_parts_of_other_architectures(name):
+    """Dimensions, first values that change nothing by themselves, decay of matrices only, and a gradient everywhere."""
+    arch = dataclasses.replace(ARCH, **ALL_PARTS[name])
+    params, dims = model.init(arch, jax.random.key(0)), model.dims(arch)
+    jax.tree.map(lambda a, names: len(names) == a.ndim or pytest.fail(f"{names} of {a.shape}"), params, dims)
+    flat = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
+    for path, decays in jax.tree.leaves_with_path(programs.decaying(arch)):
+        leaf = flat[jax.tree_util.keystr(path)]
+        vector = path[-1].key.endswith(("scale", "bias"))
+        assert decays != vector
+        if vector:
+            first = 1.0 if path[-1].key == "scale" and arch.norm != "rms_plus_one" else 0.0
+            np.testing.assert_array_equal(leaf, first)
+    # With every vector off its first value, each weight matters.
+    params = jax.tree.map(lambda w: w + 0.1, params)
+    mask = attention.tree_mask(jnp.asarray(TREE), jnp.asarray(BRANCH))
+    position = jnp.asarray(POSITION)
+
+    def total(params, longest=6):
+        def attend(q, k, v, _, window):
+            seen = attention.within(mask, position, position, window)
+            return attention.attend(q, k, v, seen, scale=arch.score_scale, cap=arch.score_cap), ()
+
+        hidden, _ = model.hidden(
+            arch, params, jnp.asarray(TOKENS), position, attend, longest=longest, dtype=jnp.float32, remat="full"
+        )
+        return jnp.sin(model.logits(arch, params, hidden, jnp.float32)).sum()
+
+    gradients = jax.jit(jax.grad(total))(params)
+    # softmax does not see a constant added to all keys of a query
+    for path, gradient in jax.tree.leaves_with_path(gradients):
+        assert "key_bias" in str(path) or np.abs(gradient).max() > 1e-3, path
+    if arch.windows:  # what is no shorter than the text is left out of the program, and changes nothing where it is in
+        wide = dataclasses.replace(arch, windows=(6, None, 7))
+        same = [model.hidden(a, params, jnp.asarray(TOKENS), position, lambda q, k, v, _, w: (q, w), longest=6,
+                             dtype=jnp.float32)[1] for a in (wide, arch)]  # fmt: skip
+        assert same[0] is None and same[1].tolist() == [3, 6, 3]
+
+
 def test_initial_weights(params):
     """N(0, init_std²), norms 1, no two arrays and no two layers alike."""
     matrices = {
@@ -158,16 +221,16 @@ def test_the_head_is_the_embedding_where_it_is_tied(params):
 def test_positions_are_relative(params):
     """Rotary embeddings: shifting every position of a row moves nothing but rounding."""
     shifted = jnp.asarray(POSITION + 100)
-    mask = attention.tree_mask(jnp.asarray(TREE), jnp.asarray(BRANCH), jnp.asarray(POSITION))
-    attend = lambda q, k, v, _: (attention.attend(q, k, v, mask), ())
-    far = model.hidden(ARCH, params, jnp.asarray(TOKENS), shifted, attend, dtype=jnp.float32)[0]
+    mask = attention.tree_mask(jnp.asarray(TREE), jnp.asarray(BRANCH))
+    attend = lambda q, k, v, *_: (attention.attend(q, k, v, mask), ())
+    far = model.hidden(ARCH, params, jnp.asarray(TOKENS), shifted, attend, longest=1 << 20, dtype=jnp.float32)[0]
     np.testing.assert_allclose(far, run(params), atol=2e-5)  # measured: 1e-6
     assert np.abs(np.asarray(far) - np.asarray(run(params))).max() > 0
 
 
 @pytest.mark.parametrize("window", [1, 2, 4])
 def test_a_sliding_window_counts_positions(window):
-    mask = np.asarray(attention.tree_mask(jnp.asarray(TREE), jnp.asarray(BRANCH), jnp.asarray(POSITION), window))[0]
+    mask = np.asarray(attention.within(attention.tree_mask(TREE, BRANCH), POSITION, POSITION, window))[0]
     tree, branch, position = TREE[0], BRANCH[0], POSITION[0]
     for i, j in np.ndindex(*mask.shape):
         see = j <= i and tree[i] == tree[j] and (branch[j] == 0 or branch[i] == branch[j])

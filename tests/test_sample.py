@@ -76,9 +76,9 @@ def full_logits(params):
     @jax.jit
     def run(tokens_1L, length):
         index = jnp.arange(tokens_1L.shape[1])[None]
-        mask = attention.tree_mask((index < length).astype(jnp.int32), jnp.zeros_like(index), index)
-        attend = lambda q, k, v, _: (attention.attend(q, k, v, mask), ())
-        hidden, _ = model.hidden(ARCH, params, tokens_1L, index, attend, dtype=jnp.float32)
+        mask = attention.tree_mask((index < length).astype(jnp.int32), jnp.zeros_like(index))
+        attend = lambda q, k, v, *_: (attention.attend(q, k, v, mask), ())
+        hidden, _ = model.hidden(ARCH, params, tokens_1L, index, attend, longest=1 << 20, dtype=jnp.float32)
         return (hidden @ jnp.asarray(model.head_table(ARCH, params)).T)[0, length - 1]
 
     def logits(ids):
@@ -137,9 +137,9 @@ def test_bfloat16_decoding_follows_bfloat16_forward_passes(params, one_device):
     out = np.asarray(decode(weights, start, np.zeros((1, 2), np.uint32), jax.random.key(0), greedy)[0])[0, 0]
     ids = np.array([3, 1, 4, 1, 5, *out[:-1]])[None]
     index = jnp.arange(ids.shape[1])[None]
-    mask = attention.tree_mask(jnp.ones_like(index), jnp.zeros_like(index), index)
-    attend = lambda q, k, v, _: (attention.attend(q, k, v, mask), ())
-    hidden, _ = model.hidden(ARCH, weights, jnp.asarray(ids), index, attend, dtype=jnp.bfloat16)
+    mask = attention.tree_mask(jnp.ones_like(index), jnp.zeros_like(index))
+    attend = lambda q, k, v, *_: (attention.attend(q, k, v, mask), ())
+    hidden, _ = model.hidden(ARCH, weights, jnp.asarray(ids), index, attend, longest=1 << 20, dtype=jnp.bfloat16)
     logits = np.asarray((hidden @ model.head_table(ARCH, weights).T)[0, 4:], np.float32)
     regret = logits.max(-1) - logits[np.arange(TOKENS), out]
     assert regret.max() < 0.05 * logits.std()  # measured: 0
@@ -385,9 +385,9 @@ def test_the_loop_stops_when_all_are_finished(params, one_device, full_logits):
     greedy = ids[len(prompt) :]
     original = attention.attend_decode
 
-    def counting(*args):
+    def counting(*args, **keys):
         jax.debug.callback(lambda: passes.append(1))
-        return original(*args)
+        return original(*args, **keys)
 
     def count(eos_ids, padding):
         del passes[:]

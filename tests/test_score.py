@@ -13,6 +13,7 @@ from sera_jax import rows as rowlib
 from sera_jax.model import Arch
 from sera_jax.records import Tree
 from sera_jax.rows import Plan
+from sera_jax.score import Head
 
 ARCH = Arch("llama", 96, 32, 2, 4, 2, 8, 48, 1e-5, 1e4, tied=False, init_std=0.3)
 
@@ -143,7 +144,7 @@ def test_the_head_gives_the_same_log_probs_and_gradients_at_any_chunk(params, on
     weight = jnp.asarray(rng.normal(size=(2, 48)), jnp.float32)
 
     def ours(h, w):
-        logp, collision = score.head_logps_and_collision(h, w, target, one_device, chunk)
+        logp, collision = score.head_logps_and_collision(h, w, None, target, Head(one_device, chunk))
         # The second output has no gradient, whatever weighs it.
         return (logp * weight).sum() + ((collision - jax.lax.stop_gradient(collision)) * 3 * weight).sum()
 
@@ -154,18 +155,46 @@ def test_the_head_gives_the_same_log_probs_and_gradients_at_any_chunk(params, on
     table = jnp.asarray(params["head"]["table"])
     got, want = (jax.value_and_grad(f, argnums=(0, 1))(hidden, table) for f in (ours, plain))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, want)
-    logp, collision = score.head_logps_and_collision(hidden, table, target, one_device, chunk)
-    np.testing.assert_array_equal(logp, score.head_logps(hidden, table, target, one_device, chunk))
+    logp, collision = score.head_logps_and_collision(hidden, table, None, target, Head(one_device, chunk))
+    np.testing.assert_array_equal(logp, score.head_logps(hidden, table, None, target, Head(one_device, chunk)))
     logits = np.einsum("bmd,vd->bmv", *(np.asarray(a, np.float64) for a in (hidden, table)))
     p = np.exp(logits - logits.max(-1, keepdims=True))
     np.testing.assert_allclose(collision, np.log(((p / p.sum(-1, keepdims=True)) ** 2).sum(-1)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("where", ["one device", "eight devices"])
+def test_a_head_with_bias_and_cap(one_device, eight_devices, where, cap):
+    """Phi's bias and Gemma 2's cap, in value and in all three gradients, with the vocabulary whole or split."""
+    mesh = {"one device": one_device, "eight devices": eight_devices}[where]
+    rng = np.random.default_rng(1)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    hidden, table, bias, weight = draw(4, 20, 32), draw(96, 32), draw(96), draw(4, 20)
+    target = jnp.asarray(rng.integers(0, 96, (4, 20)))
+
+    def ours(h, w, b):
+        logp, collision = score.head_logps_and_collision(h, w, b, target, Head(mesh, 7, cap))
+        return (logp * weight).sum(), collision
+
+    def plain(h, w, b):
+        logits = jnp.einsum("bmd,vd->bmv", h, w) + b[None, None]
+        logits = jax.nn.log_softmax(logits if cap is None else cap * jnp.tanh(logits / cap))
+        logp = jnp.take_along_axis(logits, target[..., None], -1)[..., 0]
+        return (logp * weight).sum(), jax.nn.logsumexp(2 * logits, axis=-1)
+
+    (got, got_gradients), (want, want_gradients) = (
+        jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True))(hidden, table, bias) for f in (ours, plain)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, want)
+    for a, b in zip(got_gradients, want_gradients):
+        np.testing.assert_allclose(a, b, atol=1e-6 * np.abs(b).max() * 10)
 
 
 def test_collisions_of_peaked_and_flat_distributions(one_device):
     """Logits up to ±200: log Σ p² lies between -log V and 0, and neither over- nor underflows."""
     hidden = jnp.zeros((2, 48, 32)).at[0, 1, 5].set(200).at[0, 2, 5].set(-200).at[0, 3].set(200)
     target = jnp.zeros((2, 48), jnp.int32)
-    _, got = score.head_logps_and_collision(hidden, jnp.eye(96, 32), target, one_device, 48)
+    _, got = score.head_logps_and_collision(hidden, jnp.eye(96, 32), None, target, Head(one_device, 48))
     np.testing.assert_allclose(got[0, :4], [-np.log(96), 0, -np.log(95), -np.log(32)], rtol=1e-6, atol=1e-6)
 
 

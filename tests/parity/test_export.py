@@ -31,11 +31,14 @@ def check(folder: str, prompt: str) -> tuple[float, str]:
     params = hf.load(folder, arch, meshes.make(1, 1, 1, jax.devices()[:1]))
     tokens = jnp.asarray(ids.numpy())
     position = jnp.arange(tokens.shape[1])[None]
-    mask = attention.tree_mask(jnp.ones_like(tokens), jnp.zeros_like(tokens), position)
-    hidden, _ = model.hidden(
-        arch, params, tokens, position, lambda q, k, v, _: (attention.attend(q, k, v, mask), ()), dtype=jnp.float32
-    )
-    got = hidden[0] @ model.head_table(arch, params).T
+    mask = attention.tree_mask(jnp.ones_like(tokens), jnp.zeros_like(tokens))
+
+    def attend(q, k, v, _, window):
+        seen = attention.within(mask, position, position, window)
+        return attention.attend(q, k, v, seen, scale=arch.score_scale, cap=arch.score_cap), ()
+
+    hidden, _ = model.hidden(arch, params, tokens, position, attend, longest=tokens.shape[1], dtype=jnp.float32)
+    got = model.logits(arch, params, hidden[0], jnp.float32)
     return float(np.abs(np.asarray(got) - want).max()), tokenizer.decode(answer[0])
 
 

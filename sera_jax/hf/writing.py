@@ -1,0 +1,176 @@
+"""safetensors out, tensor by tensor, and the folder around them."""
+
+import functools
+import json
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Sequence
+from typing import Any, BinaryIO
+
+import jax
+import numpy as np
+
+from sera_jax import mesh as meshes
+from sera_jax import model
+from sera_jax.hf.config_json import config_text
+from sera_jax.hf.layout import DTYPES, file_shape, file_shapes, matches, names, sizes_of
+from sera_jax.model import Arch
+
+COPIED = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken", "tekken.json", "chat_template.jinja", "chat_template.json",
+    "additional_chat_templates", "generation_config.json", "LICENSE*", "NOTICE*",
+)  # fmt: skip
+"""What an export takes over from the folder it came from, besides config.json."""
+
+
+def save(
+    path: str | os.PathLike[str],
+    arch: Arch,
+    params: dict,
+    *,
+    source: str | os.PathLike[str] | None = None,
+    dtype: Any,
+    max_shard_bytes: float = 5e9,
+    card: Sequence[str] = (),
+) -> pathlib.Path:
+    """Writes a folder that transformers, vLLM and `load` take as it is; an earlier one is replaced.
+
+    All processes call it; process 0 writes. Everything is written to `path`.partial and renamed, so a killed export
+    leaves an earlier one as it was, or nothing.
+
+    Args:
+        params: weights on any layout. dtype: of the files: float32, float16 or bfloat16.
+        source: folder that gives tokenizer, generation config, chat template, licence and the other keys of
+            config.json.
+        max_shard_bytes: tensors of a file; a larger model gets several and an index.
+        card: lines of README.md, the model card; none = no card.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: a dtype that weights cannot have; weights of other shapes than `arch` says.
+    """
+    path, dtype = pathlib.Path(path).absolute(), np.dtype(dtype)
+    code = next((name for name, known in DTYPES.items() if known == dtype), None)
+    if code is None:
+        raise ValueError(f"export dtype is {dtype.name}, expected one of {', '.join(d.name for d in DTYPES.values())}.")
+    for want, leaf in zip(jax.tree.leaves(model.abstract(arch)), jax.tree.leaves(params), strict=True):
+        if want.shape != leaf.shape:
+            raise ValueError(f"a weight has shape {leaf.shape}, expected {want.shape} from {arch}.")
+    config = config_text(arch, source, dtype, None)
+    partial, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old")
+    writes = jax.process_index() == 0
+    if writes:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+
+    files = _shards(arch, dtype.itemsize, max_shard_bytes)
+    for file, held in files.items():
+        if writes:
+            with open(partial / file, "wb") as stream:
+                _write_header(stream, arch, held, code)
+                for name in held:
+                    stream.write(fetch(arch, params, name, dtype).tobytes())
+                stream.flush()
+                os.fsync(stream.fileno())
+        else:
+            for name in held:
+                fetch(arch, params, name, dtype)  # a collective: every process takes part
+
+    if writes:
+        if len(files) > 1:
+            total = sum(math.prod(shape) for shape in file_shapes(arch).values()) * dtype.itemsize
+            index = {
+                "metadata": {"total_size": total},
+                "weight_map": {n: f for f, held in files.items() for n in held},
+            }
+            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        _copy(source, partial)
+        if card:
+            (partial / "README.md").write_text("\n".join(card) + "\n")
+        (partial / "config.json").write_text(config)
+        _replace(partial, path, old)
+    meshes.barrier("export")
+    return path
+
+
+def _shards(arch: Arch, itemsize: int, max_shard_bytes: float) -> dict[str, list[str]]:
+    """File name → its tensors' names, in order; a tensor is never split."""
+    shards: list[list[str]] = [[]]
+    held = 0
+    for name, shape in file_shapes(arch).items():
+        size = math.prod(shape) * itemsize
+        if shards[-1] and held + size > max_shard_bytes:
+            shards.append([])
+            held = 0
+        shards[-1].append(name)
+        held += size
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i + 1:05}-of-{len(shards):05}.safetensors": names for i, names in enumerate(shards)}
+
+
+def _write_header(stream: BinaryIO, arch: Arch, held: list[str], code: str) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    shapes, offset = file_shapes(arch), 0
+    for name in held:
+        end = offset + math.prod(shapes[name]) * DTYPES[code].itemsize
+        header[name] = {"dtype": code, "shape": list(shapes[name]), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that tensors are aligned
+    stream.write(len(text).to_bytes(8, "little") + text)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _one_layer(stack: jax.Array, layer: jax.Array, dtype: Any) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _cast(array: jax.Array, dtype: Any) -> jax.Array:
+    return array.astype(dtype)
+
+
+def fetch(arch: Arch, params: dict, name: str, dtype: np.dtype) -> np.ndarray:
+    """One tensor, whole, in the file's layout."""
+    weights, layer = names(arch)[name]
+    parts = []
+    for weight in weights:
+        leaf = functools.reduce(dict.__getitem__, weight.path, params)
+        array = _cast(leaf, dtype) if layer is None else _one_layer(leaf, np.int32(layer), dtype)
+        letters = weight.file.replace(",", "").replace("3", "")
+        parts.append(meshes.get(array).transpose([weight.ours.index(letter) for letter in letters]))
+    # Several of ours lie along axis 3 of the file's.
+    whole = parts[0] if len(parts) == 1 else np.stack(parts, weights[0].file.replace(",", "").index("3"))
+    return np.ascontiguousarray(whole.reshape(file_shape(weights[0], sizes_of(arch))))
+
+
+def _copy(source: Any, target: pathlib.Path) -> None:
+    if source is None:
+        return
+    for entry in sorted(pathlib.Path(source).iterdir()):
+        if not matches(entry.name, COPIED):
+            continue
+        if entry.is_dir():
+            shutil.copytree(entry, target / entry.name, copy_function=shutil.copyfile)
+        else:
+            shutil.copyfile(entry, target / entry.name)
+
+
+def _replace(partial: pathlib.Path, path: pathlib.Path, old: pathlib.Path) -> None:
+    """partial → path. A folder cannot be renamed onto another, so an earlier one first steps aside."""
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        os.rename(path, old)
+    try:
+        os.rename(partial, path)
+    except BaseException:
+        if old.exists():
+            os.rename(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
