@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The quick start: from nothing to an aligned model. README's `make quickstart` calls it; about four minutes on two cores.
+# The quick start: from nothing to an aligned model. README's `make quickstart` calls it; about three minutes on two cores.
 #
 #   1 world   a toy world with a known reward: tokenizer, prompts, demonstrations of a mediocre author
 #   2 SFT     a 0.35 M-parameter Llama shape learns to answer like that author
