@@ -67,6 +67,7 @@ RuleName = Literal["top_k", "bottom_k", "middle", "threshold", "all"]
 RewardName = Literal["implicit", "function", "file", "random"]
 BestName = Literal["accuracy", "loss"]
 PairRuleName = Literal["best_worst", "best_random", "random", "all_pairs"]
+TargetName = Literal["query", "key", "value", "out", "gate", "up", "down", "head"]
 FormatName = Literal[
     "auto", "explicit", "conversational", "hh", "implicit", "ultrafeedback", "ranked", "tldr", "alpaca_eval", "unpaired"
 ]
@@ -127,6 +128,26 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters that train in the place of all weights (LoRA).
+
+    Args:
+        rank: R of the adapters; 0 = none, all weights train.
+        alpha: α; an adapter adds α/R·A·B.
+        targets: the linear layers that have one (gate where the architecture has it, head where it is not the embedding
+            table); empty = all but the head.
+        dropout: share of an adapter's input that is dropped, in updates alone.
+        export: merged = one Hugging Face folder like any other; adapter = a PEFT adapter for the weights of model.path.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    targets: tuple[TargetName, ...] = ()
+    dropout: float = 0.0
+    export: Literal["merged", "adapter"] = "merged"
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """The given preference pairs, the prompts to sample from, and how both become tokens.
 
@@ -178,6 +199,7 @@ class OptimizerConfig:
         batch_size: pairs (texts, in SFT) an update, over the whole mesh.
         row_tokens: tokens of a row, a multiple of 128; 0 = planned from the lengths.
         microbatch_rows: rows a device computes at once; 0 = planned.
+        moments: where both moments lie between updates: device, or host = the memory of the machine beside it.
     """
 
     learning_rate: float = 5e-7
@@ -191,6 +213,7 @@ class OptimizerConfig:
     batch_size: int = 128
     row_tokens: int = 0
     microbatch_rows: int = 0
+    moments: Literal["device", "host"] = "device"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -443,6 +466,7 @@ class TrainConfig:
         select: which of the given pairs stay.
         bootstrap: fresh pairs.
         optimizer: of the iterations.
+        lora: adapters in the place of all weights.
         mesh: devices by axis.
         evaluate: win rate while the run goes on.
     """
@@ -457,6 +481,7 @@ class TrainConfig:
     select: SelectConfig = SelectConfig()
     bootstrap: BootstrapConfig = BootstrapConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig = LoraConfig()
     mesh: MeshConfig = MeshConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
@@ -559,6 +584,10 @@ class ReviewConfig:
 # (key, test of the value, what was expected); keys that a config lacks are passed over.
 _RANGES: tuple[tuple[str, Any, str], ...] = (
     ("loss.beta", lambda v: v > 0, "a number > 0"),
+    ("lora.rank", lambda v: v >= 0, "0 or more"),
+    ("lora.alpha", lambda v: v > 0, "a number > 0"),
+    ("lora.targets", lambda v: len(v) == len(set(v)), "each linear layer once"),
+    ("lora.dropout", lambda v: 0 <= v < 1, "a share in [0, 1)"),
     ("loss.label_smoothing", lambda v: 0 <= v < 0.5, "0 <= ε < 0.5"),
     ("loss.f_alpha", lambda v: v >= 0, "a number >= 0"),
     ("loss.gamma", lambda v: v >= 0, "a number >= 0"),
@@ -762,7 +791,24 @@ def _check_unpaired(config: Any, where: str) -> None:
         )
 
 
+def _check_lora(config: TrainConfig, where: str) -> None:
+    if config.lora.rank:
+        if config.loop.first:
+            raise ConfigError(
+                f"{where}: loop.first is {config.loop.first!r} with lora.rank {config.lora.rank}, expected no policy "
+                "with weights of its own: adapters stand on those of model.path. Leave one of them out."
+            )
+        return
+    for field in dataclasses.fields(LoraConfig):
+        if getattr(config.lora, field.name) != field.default:
+            raise ConfigError(
+                f"{where}: lora.{field.name} is {getattr(config.lora, field.name)!r}, but lora.rank is 0, so that "
+                "there are no adapters; set lora.rank, or leave it out."
+            )
+
+
 def _check_train(config: TrainConfig, where: str) -> None:
+    _check_lora(config, where)
     bootstrapping = config.bootstrap.fresh > 0 and config.loop.iterations >= config.bootstrap.from_iteration
     if not config.data.pairs and (config.loop.iterations or not config.sft.data):
         raise ConfigError(

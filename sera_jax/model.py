@@ -7,13 +7,16 @@ Outside, a model is a plain nested dict of arrays with the layers stacked on a l
         value_bias [K, H], out_bias [D]}, query_norm, key_norm, mlp_norm, mlp.{gate, up [D, F], down [F, D], gate_bias,
         up_bias [F], down_bias [D]}, attention_post_norm, mlp_post_norm}
 
-where a norm is {scale [D]} or {scale, bias [D]}, and an architecture has the parts that its `Arch` speaks of.
+where a norm is {scale [D]} or {scale, bias [D]}, and an architecture has the parts that its `Arch` speaks of. A policy
+with LoRA has beside these (its base) adapters.{<target>.{a [in.., R], b [R, out..]}, head.{a [D, R], b [V, R]}}, those
+of layers stacked; without them the same weights are the base again, which is its reference.
 
-Letters: B rows, L tokens, D width, N heads, K key/value heads, H head size, F hidden units, V vocabulary.
+Letters: B rows, L tokens, D width, N heads, K key/value heads, H head size, F hidden units, V vocabulary, R rank.
 """
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -36,6 +39,20 @@ REMAT: dict[str, Callable[[Callable], Callable]] = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters beside frozen weights: W + (α/R)·A·B (Hu et al. 2021, arXiv 2106.09685).
+
+    rank R; alpha α. targets: keys of LINEAR, or "head". dropout: share of what A reads that is dropped, in updates
+    alone; the noise is that of a row, so packed and unpacked examples differ under it.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    dropout: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
 class Arch:
     """A decoder's shape. Every number comes from a config.json (`hf`); frozen and hashable, so it can be a static
     argument.
@@ -50,6 +67,7 @@ class Arch:
     all layers all.
     score_scale: of q·k, None = 1/√H. score_cap, logit_cap: c·tanh(x/c) of scores, of logits; None = not.
     scaled_embedding: the embedding is multiplied by √D.
+    lora: the adapters that train in the place of all weights, None = all weights train. Of no config.json.
     """
 
     family: str
@@ -78,6 +96,7 @@ class Arch:
     score_cap: float | None = None
     logit_cap: float | None = None
     scaled_embedding: bool = False
+    lora: Lora | None = None
 
 
 # --- the parts that architectures differ in ---------------------------------------------------------------------------
@@ -208,29 +227,51 @@ class _Layer(nnx.Module):
             shapes |= {f"{name}_bias": ((f,), ("mlp",)) for name in into} | {"down_bias": ((d,), (None,))}
         self.mlp = _Weights(arch, rngs, **shapes)
 
-    def __call__(self, x_BLD: jax.Array, turns: tuple[jax.Array, jax.Array], attend: Callable) -> tuple[jax.Array, Any]:
-        return BLOCKS[self.arch.block][0](self, x_BLD, lambda y: self.attended(y, turns, attend), self.fed_forward)
+    def __call__(
+        self, x_BLD: jax.Array, turns: tuple[jax.Array, jax.Array], attend: Callable, adapted: Callable
+    ) -> tuple[jax.Array, Any]:
+        """adapted: (target, what the linear layer reads) → what its adapter adds, None where it has none."""
+        return BLOCKS[self.arch.block][0](
+            self,
+            x_BLD,
+            lambda y: self.attended(y, turns, attend, adapted),
+            lambda y: self.fed_forward(y, adapted),
+        )
 
-    def attended(self, y: jax.Array, turns: tuple[jax.Array, jax.Array], attend: Callable) -> tuple[jax.Array, Any]:
-        w = self.attention
-        q = _biased(jnp.einsum("bld,dnh->blnh", y, w.query[...]), w, "query_bias")
-        k = _biased(jnp.einsum("bld,dkh->blkh", y, w.key[...]), w, "key_bias")
-        v = _biased(jnp.einsum("bld,dkh->blkh", y, w.value[...]), w, "value_bias")
+    def attended(
+        self, y: jax.Array, turns: tuple[jax.Array, jax.Array], attend: Callable, adapted: Callable
+    ) -> tuple[jax.Array, Any]:
+        linear = functools.partial(_linear, self.attention, adapted)
+        q, k, v = linear("query", y), linear("key", y), linear("value", y)
         if self.arch.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
         out, kept = attend(rope.rotate(q, *turns), rope.rotate(k, *turns), v)
-        return _biased(jnp.einsum("blnh,nhd->bld", out, w.out[...]), w, "out_bias"), kept
+        return linear("out", out), kept
 
-    def fed_forward(self, y: jax.Array) -> jax.Array:
-        w, act = self.mlp, ACTIVATIONS[self.arch.activation]
-        up = _biased(y @ w.up[...], w, "up_bias")
-        up = act(_biased(y @ w.gate[...], w, "gate_bias")) * up if self.arch.gated else act(up)
-        return _biased(up @ w.down[...], w, "down_bias")
+    def fed_forward(self, y: jax.Array, adapted: Callable) -> jax.Array:
+        linear, act = functools.partial(_linear, self.mlp, adapted), ACTIVATIONS[self.arch.activation]
+        up = linear("up", y)
+        return linear("down", act(linear("gate", y)) * up if self.arch.gated else act(up))
 
 
-def _biased(x: jax.Array, weights: nnx.Module, name: str) -> jax.Array:
-    bias = getattr(weights, name, None)
-    return x if bias is None else x + bias[...].reshape((1,) * (x.ndim - bias[...].ndim) + bias[...].shape)
+LINEAR: dict[str, tuple[str, int]] = {
+    "query": ("attention", 1),
+    "key": ("attention", 1),
+    "value": ("attention", 1),
+    "out": ("attention", 2),
+    "gate": ("mlp", 1),
+    "up": ("mlp", 1),
+    "down": ("mlp", 1),
+}
+"""The linear layers of a layer: their part of it, and how many leading axes of the weight the input has."""
+
+
+def _linear(weights: nnx.Module, adapted: Callable, name: str, x: jax.Array) -> jax.Array:
+    """x times a weight, plus what an adapter adds, plus the bias, where there are any."""
+    out = jnp.tensordot(x, getattr(weights, name)[...], LINEAR[name][1])
+    more, bias = adapted(name, x), getattr(weights, f"{name}_bias", None)
+    out = out if more is None else out + more
+    return out if bias is None else out + bias[...].reshape((1,) * (out.ndim - bias[...].ndim) + bias[...].shape)
 
 
 class _Decoder(nnx.Module):
@@ -274,6 +315,103 @@ def _layer_graph(arch: Arch) -> tuple[Any, Any, Any]:
     return graph, state, names
 
 
+# --- adapters ---------------------------------------------------------------------------------------------------------
+
+
+def targeted(arch: Arch, lora: Lora) -> Lora:
+    """Adapters for an architecture: no targets become all linear layers but the head.
+
+    Raises:
+        ValueError: a target that the architecture does not have.
+    """
+    layers = tuple(name for name, (part, _) in LINEAR.items() if name in abstract(arch)["layers"][part])
+    known = (*layers, "head") if not arch.tied else layers
+    for target in lora.targets:
+        if target not in known:
+            tied = " (its head is the embedding table)" if target == "head" else ""
+            raise ValueError(
+                f"lora.targets names {target!r}, which this {arch.family} does not have{tied}; expected some of "
+                f"{', '.join(known)}."
+            )
+    return dataclasses.replace(lora, targets=lora.targets or layers)
+
+
+@functools.cache
+def _adapter_parts(arch: Arch) -> dict[str, tuple[tuple, tuple, tuple, tuple]]:
+    """Of every adapter: shape and logical dimensions of A, shape and logical dimensions of B."""
+    lora, shapes, names = arch.lora, abstract(arch)["layers"], dims(arch)["layers"]
+    parts = {}
+    for target in lora.targets:
+        if target == "head":
+            parts[target] = (arch.width, lora.rank), (None, None), (arch.vocab, lora.rank), ("vocab", None)
+            continue
+        part, inputs = LINEAR[target]
+        shape, name, cut = shapes[part][target].shape, names[part][target], 1 + inputs
+        a, b = (*shape[:cut], lora.rank), (shape[0], lora.rank, *shape[cut:])
+        parts[target] = a, (*name[:cut], None), b, (None, None, *name[cut:])
+    return parts
+
+
+def init_adapters(arch: Arch, key: jax.Array) -> dict:
+    """float32 adapters that add nothing yet: A from U(-1/√in, 1/√in) as in PEFT, B zero."""
+    keys = jax.random.split(key, len(arch.lora.targets))
+    made = {}
+    for one, (target, (a, _, b, _)) in zip(keys, _adapter_parts(arch).items()):
+        bound = math.prod(a[(target != "head") : -1]) ** -0.5
+        made[target] = {"a": jax.random.uniform(one, a, minval=-bound, maxval=bound), "b": jnp.zeros(b)}
+    return made
+
+
+@functools.cache
+def trainable(arch: Arch) -> tuple[dict, dict]:
+    """What trains, as ShapeDtypeStructs, and its logical dimensions: all weights, or the adapters."""
+    if arch.lora is None:
+        return abstract(arch), dims(arch)
+    parts = _adapter_parts(arch)
+    names = {target: {"a": a, "b": b} for target, (_, a, _, b) in parts.items()}
+    return jax.eval_shape(lambda: init_adapters(arch, jax.random.key(0))), names
+
+
+def join(arch: Arch, trained: dict, frozen: dict) -> dict:
+    """The whole policy, of what trains and what does not ({} without LoRA)."""
+    return trained if arch.lora is None else {**frozen, "adapters": trained}
+
+
+def split(arch: Arch, params: dict) -> tuple[dict, dict]:
+    """The inverse of `join`."""
+    if arch.lora is None:
+        return params, {}
+    return params["adapters"], {name: part for name, part in params.items() if name != "adapters"}
+
+
+def merged(arch: Arch, params: dict) -> dict:
+    """The same policy without adapters: W + (α/R)·A·B, added in float32."""
+    trained, base = split(arch, params) if "adapters" in params else ({}, params)
+    if not trained:
+        return base
+    scale, layers = arch.lora.alpha / arch.lora.rank, dict(base["layers"])
+
+    def plus(weight: jax.Array, low_rank: jax.Array) -> jax.Array:
+        return weight.astype(jnp.float32) + scale * low_rank.reshape(weight.shape)
+
+    for target, low in jax.tree.map(lambda w: w.astype(jnp.float32), trained).items():
+        if target == "head":
+            base = {**base, "head": {**base["head"], "table": plus(base["head"]["table"], low["b"] @ low["a"].T)}}
+            continue
+        part, count = LINEAR[target][0], arch.layers
+        a, b = low["a"].reshape(count, -1, arch.lora.rank), low["b"].reshape(count, arch.lora.rank, -1)
+        layers[part] = {**layers[part], target: plus(layers[part][target], a @ b)}
+    return {**base, "layers": layers}
+
+
+def _adapter(lora: Lora, low: dict, name: str, x: jax.Array, key: jax.Array | None) -> jax.Array:
+    """(α/R)·x·A·B; with a key, of an x that has lost its share of entries."""
+    if key is not None and lora.dropout:
+        kept = jax.random.bernoulli(jax.random.fold_in(key, lora.targets.index(name)), 1 - lora.dropout, x.shape)
+        x = jnp.where(kept, x / (1 - lora.dropout), 0).astype(x.dtype)
+    return jnp.tensordot(jnp.tensordot(x, low["a"], low["a"].ndim - 1), low["b"], 1) * (lora.alpha / lora.rank)
+
+
 # --- running it -------------------------------------------------------------------------------------------------------
 
 
@@ -289,11 +427,13 @@ def hidden(
     remat: str = "none",
     placement: Placement = Placement(),
     cache: Any = None,
+    key: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
     """The residual stream after the final norm.
 
     Args:
-        params: float32 weights, cast to `dtype` layer by layer. Weights that were stored in `dtype` give the same bits.
+        params: weights, those that train float32, cast to `dtype` layer by layer. Weights that were stored in `dtype`
+            give the same bits.
         attend: (q_BLNH, k_BLKH, v_BLKH, the layer's slice of `cache`, the layer's window) → (out_BLNH, what to keep of
             this layer). The caller owns masks and caches; keys arrive rotated. The window is an int32 scalar: how many
             positions back to look, the token itself included; None where no layer looks at less than everything.
@@ -302,6 +442,7 @@ def hidden(
         remat: a key of REMAT.
         placement: pins activations and gathered weights to the mesh.
         cache: tree with a leading layer axis, read-only here.
+        key: of the adapters' dropout; None = none is dropped.
 
     Returns:
         hidden_BLD in `dtype`, and what `attend` kept, stacked over layers.
@@ -309,11 +450,20 @@ def hidden(
     layer_graph, layer_state, layer_dims = _layer_graph(arch)
     turns = rope.turns(position_BL, arch.rotary or arch.head_dim, arch.rope_theta, arch.rope, dict(arch.rope_keys))
 
-    def body(x_BLD: jax.Array, layer: tuple[Any, Any, Any]) -> tuple[jax.Array, Any]:
-        weights, cache_slice, window = layer
+    adapters = {target: low for target, low in params.get("adapters", {}).items() if target != "head"}
+    adapter_dims = {t: {n: d[1:] for n, d in trainable(arch)[1][t].items()} for t in adapters}
+    keys = jax.random.split(key, arch.layers) if adapters and key is not None and arch.lora.dropout else None
+
+    def body(x_BLD: jax.Array, layer: tuple[Any, ...]) -> tuple[jax.Array, Any]:
+        weights, low, cache_slice, window, layer_key = layer
         weights = placement.weights(_cast(weights, dtype), layer_dims)
+        low = placement.weights(_cast(low, dtype), adapter_dims)
+
+        def adapted(name: str, y: jax.Array) -> jax.Array | None:
+            return _adapter(arch.lora, low[name], name, y, layer_key) if name in low else None
+
         module = nnx.merge(layer_graph, _with_values(layer_state, weights))
-        x_BLD, kept = module(x_BLD, turns, lambda q, k, v: attend(q, k, v, cache_slice, window))
+        x_BLD, kept = module(x_BLD, turns, lambda q, k, v: attend(q, k, v, cache_slice, window), adapted)
         return placement.activations(x_BLD), kept
 
     # In training the table is gathered for the look-up: weights and their gradients cross devices, activations do not.
@@ -321,7 +471,8 @@ def hidden(
     x_BLD = placement.activations(jnp.take(table, tokens_BL, axis=0))
     if arch.scaled_embedding:
         x_BLD = x_BLD * jnp.asarray(arch.width**0.5, dtype)
-    x_BLD, kept = jax.lax.scan(REMAT[remat](body), x_BLD, (params["layers"], cache, _windows(arch, longest)))
+    stacked = (params["layers"], adapters, cache, _windows(arch, longest), keys)
+    x_BLD, kept = jax.lax.scan(REMAT[remat](body), x_BLD, stacked)
     return NORMS[arch.norm][0](x_BLD, _cast(params["final_norm"], dtype), arch.norm_eps), kept
 
 
@@ -332,8 +483,25 @@ def _windows(arch: Arch, longest: int) -> np.ndarray | None:
 
 
 def head_table(arch: Arch, params: dict) -> jax.Array:
-    """[V, D]: logits are hidden · head_tableᵀ (+ head_bias), capped by arch.logit_cap."""
+    """[V, D], without an adapter."""
     return params["embed" if arch.tied else "head"]["table"]
+
+
+def head(
+    arch: Arch, params: dict, hidden: jax.Array, dtype: Any, key: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Hidden states [..., D'] and table [V, D'] in `dtype`: logits are hidden · tableᵀ (+ head_bias), capped by
+    arch.logit_cap. D' is D, and R more where the head has an adapter: h·Wᵀ + s·(h·A)·Bᵀ = [h, s·h·A]·[W, B]ᵀ.
+
+    key: as in `hidden`.
+    """
+    table = head_table(arch, params).astype(dtype)
+    low = params.get("adapters", {}).get("head")
+    if low is None:
+        return hidden, table
+    low = _cast(low, dtype)
+    more = _adapter(arch.lora, {"a": low["a"], "b": jnp.eye(arch.lora.rank, dtype=dtype)}, "head", hidden, key)
+    return jnp.concatenate((hidden, more), axis=-1), jnp.concatenate((table, low["b"]), axis=-1)
 
 
 def head_bias(arch: Arch, params: dict) -> jax.Array | None:
@@ -343,9 +511,7 @@ def head_bias(arch: Arch, params: dict) -> jax.Array | None:
 
 def logits(arch: Arch, params: dict, hidden: jax.Array, dtype: Any) -> jax.Array:
     """float32 [..., V] of hidden states [..., D]; `score` has its own form of this, which keeps no logits."""
-    out = jnp.einsum(
-        "...d,vd->...v", hidden, head_table(arch, params).astype(dtype), preferred_element_type=jnp.float32
-    )
+    out = jnp.einsum("...d,vd->...v", *head(arch, params, hidden, dtype), preferred_element_type=jnp.float32)
     bias = head_bias(arch, params)
     if bias is not None:
         out += _along(bias.astype(dtype), out)

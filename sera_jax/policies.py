@@ -3,11 +3,15 @@
 A run's models are iterate 0 (the start of iteration 1, also the initial reference), iterates 1..T, and the running mean
 ("ema") of the iterates up to one. Only the one that trains or samples is in memory; the others are read from the
 Hugging Face folder or from `iterates/` straight onto their shardings, used, and let go. Iterates are stored in the
-compute
-dtype: the forward pass casts weights to it anyway, so a stored iterate scores with the same bits as the live one.
+compute dtype: the forward pass casts weights to it anyway, so a stored iterate scores with the same bits as the live
+one.
+
+With LoRA the folder's weights are read once, in the compute dtype, and stay; iterates are adapters, and another model
+of the run is another set of adapters on the same weights, or none.
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +23,7 @@ from jax.sharding import Mesh
 
 from sera_jax import checkpoint, data, hf, model, programs, sample, score
 from sera_jax.ledger import Ledger, derived_tag, file_tag
-from sera_jax.model import Arch
+from sera_jax.model import Arch, Lora
 from sera_jax.programs import Compute
 from sera_jax.records import Rows, Tree
 from sera_jax.rows import Plan
@@ -31,7 +35,8 @@ from sera_jax.rows import Plan
 class Folder:
     """A Hugging Face folder, opened. Its weights are read when they are asked for.
 
-    tag: of its content and the compute dtype. load: → float32 weights on the training layout.
+    tag: of its content and the compute dtype. load: → float32 weights on the training layout; with arch.lora in the
+    compute dtype, and always the same arrays.
     """
 
     path: str
@@ -53,21 +58,26 @@ def open_folder(
     head_chunk: int = 256,
     chat_template: str = "auto",
     seed: int | None = None,
+    lora: Lora | None = None,
 ) -> Folder:
     """Reads all but the weights.
 
     Args:
         compute: float32 or bfloat16; remat, head_chunk: as programs.Compute. seed: draws the weights; None = read.
+        lora: of the policies that are to be trained from it.
 
     Raises:
         ValueError: no such folder, or one that cannot be used.
     """
     tokenizer = data.load_tokenizer(path, chat_template)
     arch = hf.read_arch(path)
+    dtype = jnp.dtype(compute if lora else "float32")
     if seed is None:
-        content, load = file_tag(path), lambda: hf.load(path, arch, mesh)
+        content, load = file_tag(path), lambda: hf.load(path, arch, mesh, dtype=dtype)
     else:
-        content, load = f"random {seed} {arch}", lambda: programs.random_params(arch, mesh)(jax.random.key(seed))
+        content, load = f"random {seed} {arch}", lambda: programs.random_params(arch, mesh, dtype)(jax.random.key(seed))
+    if lora:
+        arch, load = dataclasses.replace(arch, lora=model.targeted(arch, lora)), functools.cache(load)
     return Folder(
         path=path,
         arch=arch,
@@ -126,7 +136,7 @@ class Name:
 
 @dataclasses.dataclass(frozen=True)
 class Live:
-    """The policy in memory: its name and float32 weights on the training layout, None = not in memory after all."""
+    """The policy in memory: its name and weights on the training layout, None = not in memory after all."""
 
     name: Name
     params: Any
@@ -138,7 +148,8 @@ class Policies:
 
     start: the folder that training started from; trained_start: an SFT stage lies between it and iterate 0. first: the
     folder that is iterate 1, None = trained here.
-    fingerprint: of everything that decides what the iterates become. iterates: where they are stored.
+    fingerprint: of everything that decides what the iterates become. iterates: where they are stored. seed: of fresh
+    adapters.
     """
 
     start: Folder
@@ -147,6 +158,7 @@ class Policies:
     fingerprint: str
     iterates: pathlib.Path
     ledger: Ledger
+    seed: int = 0
 
     @property
     def arch(self) -> Arch:
@@ -172,23 +184,39 @@ def tag(policies: Policies, name: Name) -> str:
 
 
 def params(policies: Policies, name: Name) -> Any:
-    """The weights of a model that is not in memory, float32 on the training layout."""
+    """The weights of a model that is not in memory, on the training layout; those that train float32."""
     if name.t == 0 and not policies.trained_start:
         return policies.start.load()
-    where = programs.param_shardings(policies.arch, policies.mesh)
-    like = jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), model.abstract(policies.arch), where
-    )
-    return checkpoint.load_iterate(policies.iterates, folder_name(name), like)
+    where = programs.trainable_shardings(policies.arch, policies.mesh)
+    like = programs.placed(model.trainable(policies.arch)[0], where)
+    return whole(policies, checkpoint.load_iterate(policies.iterates, folder_name(name), like))
+
+
+def frozen(policies: Policies) -> Any:
+    """What no update changes: with LoRA the folder's weights, else nothing."""
+    return policies.start.load() if policies.arch.lora else {}
+
+
+def whole(policies: Policies, trained: Any) -> Any:
+    """A policy's weights, of what trains."""
+    return model.join(policies.arch, trained, frozen(policies))
+
+
+def trained(policies: Policies, params: Any) -> Any:
+    """What trains of a policy's weights: with LoRA its adapters, fresh ones where it has none."""
+    if policies.arch.lora and "adapters" not in params:
+        return programs.random_adapters(policies.arch, policies.mesh)(jax.random.key(policies.seed))
+    return model.split(policies.arch, params)[0]
 
 
 def save(policies: Policies, live: Live, ema_decay: float) -> None:
     """Stores an iterate, and the running mean up to it: ema_t = decay·ema_{t-1} + (1-decay)·iterate_t."""
     t, dtype = live.name.t, policies.compute.dtype
-    stored = jax.jit(lambda p: jax.tree.map(lambda w: w.astype(dtype), p))(live.params)
+    cast = jax.jit(lambda p: jax.tree.map(lambda w: w.astype(dtype), p))
+    stored = cast(trained(policies, live.params))
     checkpoint.save_iterate(policies.iterates, folder_name(live.name), stored)
     if ema_decay and t > 0:
-        before = params(policies, Name("ema", t - 1))
+        before = trained(policies, params(policies, Name("ema", t - 1)))
         mean = programs.blend(policies.arch, policies.mesh, dtype)(before, stored, ema_decay)
         checkpoint.save_iterate(policies.iterates, folder_name(Name("ema", t)), mean)
 

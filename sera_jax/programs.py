@@ -78,72 +78,123 @@ def _by_value(builder: Callable) -> Callable:
 
 
 def param_shardings(arch: Arch, mesh: Mesh, layout: str = "train") -> dict:
-    """NamedShardings of the weights on a layout of the mesh."""
+    """NamedShardings of the weights on a layout of the mesh, adapters left out."""
     return meshes.shardings(mesh, layout, model.dims(arch), model.abstract(arch))
 
 
+def trainable_shardings(arch: Arch, mesh: Mesh) -> dict:
+    """Of what trains: all weights, or the adapters."""
+    shapes, dims = model.trainable(arch)
+    return meshes.shardings(mesh, "train", dims, shapes)
+
+
+def frozen_shardings(arch: Arch, mesh: Mesh) -> dict:
+    """Of what does not train: nothing, or the weights beneath the adapters."""
+    return {} if arch.lora is None else param_shardings(arch, mesh)
+
+
 @functools.cache
-def random_params(arch: Arch, mesh: Mesh) -> Callable[[jax.Array], dict]:
-    """key → float32 weights on the training layout, never whole on one device."""
-    return jax.jit(lambda key: model.init(arch, key), out_shardings=param_shardings(arch, mesh))
+def random_params(arch: Arch, mesh: Mesh, dtype: Any = jnp.float32) -> Callable[[jax.Array], dict]:
+    """key → weights on the training layout, never whole on one device."""
+    return jax.jit(
+        lambda key: jax.tree.map(lambda w: w.astype(dtype), model.init(arch, key)),
+        out_shardings=param_shardings(arch, mesh),
+    )
+
+
+@functools.cache
+def random_adapters(arch: Arch, mesh: Mesh) -> Callable[[jax.Array], dict]:
+    """key → float32 adapters that add nothing yet, on the training layout."""
+    return jax.jit(lambda key: model.init_adapters(arch, key), out_shardings=trainable_shardings(arch, mesh))
 
 
 @functools.cache
 def to_decode(arch: Arch, mesh: Mesh, dtype: Any) -> Callable[[dict], dict]:
-    """Weights on the training layout → `dtype` on the decode layout. Once a sampling stage."""
+    """Weights on the training layout → `dtype` on the decode layout, adapters merged in. Once a sampling stage."""
     return jax.jit(
-        lambda params: jax.tree.map(lambda w: w.astype(dtype), params),
+        lambda params: jax.tree.map(lambda w: w.astype(dtype), model.merged(arch, params)),
         out_shardings=param_shardings(arch, mesh, "decode"),
+    )
+
+
+@functools.cache
+def to_merged(arch: Arch, mesh: Mesh) -> Callable[[dict], dict]:
+    """A policy → float32 weights on the training layout, adapters merged in."""
+    return jax.jit(
+        lambda params: jax.tree.map(lambda w: w.astype(jnp.float32), model.merged(arch, params)),
+        out_shardings=param_shardings(arch, mesh),
     )
 
 
 def decaying(arch: Arch) -> dict:
     """True for matrices, False for the scales of norms: what weight decay applies to."""
-    return jax.tree.map_with_path(lambda path, _: not path[-1].key.endswith(("scale", "bias")), model.abstract(arch))
+    shapes = model.trainable(arch)[0]
+    return jax.tree.map_with_path(lambda path, _: not path[-1].key.endswith(("scale", "bias")), shapes)
 
 
-def state_shardings(arch: Arch, mesh: Mesh, transform: optax.GradientTransformation) -> TrainState:
-    """Shardings of a TrainState: moments lie as their weights do."""
-    where = param_shardings(arch, mesh)
-    moments = jax.eval_shape(transform.init, model.abstract(arch))
-    moments = optax.tree.map_params(
-        transform, lambda _, s: s, moments, where, transform_non_params=lambda _: meshes.replicated(mesh)
+def state_shardings(
+    arch: Arch, mesh: Mesh, transform: optax.GradientTransformation, moments: str = "device"
+) -> TrainState:
+    """Shardings of a TrainState: moments lie as their weights do, in the memory of `moments` (a key of MEMORY)."""
+    where = trainable_shardings(arch, mesh)
+    of_moments = optax.tree.map_params(
+        transform,
+        lambda _, s: s.with_memory_kind(MEMORY[moments]),
+        jax.eval_shape(transform.init, model.trainable(arch)[0]),
+        where,
+        transform_non_params=lambda _: meshes.replicated(mesh),
     )
-    return TrainState(where, moments, meshes.replicated(mesh))
+    return TrainState(where, of_moments, meshes.replicated(mesh))
 
 
-def abstract_state(arch: Arch, mesh: Mesh, transform: optax.GradientTransformation) -> TrainState:
+MEMORY: dict[str, str | None] = {"device": None, "host": "pinned_host"}
+"""Where moments lie between updates → JAX's name of that memory (None = the default one)."""
+
+
+def abstract_state(
+    arch: Arch, mesh: Mesh, transform: optax.GradientTransformation, moments: str = "device"
+) -> TrainState:
     """ShapeDtypeStructs with shardings, for restoring and for compiling ahead of time."""
-    shapes = TrainState(
-        model.abstract(arch),
-        jax.eval_shape(transform.init, model.abstract(arch)),
-        jax.ShapeDtypeStruct((), jnp.int32),
-    )
-    return jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, state_shardings(arch, mesh, transform)
-    )
+    shapes = model.trainable(arch)[0]
+    shapes = TrainState(shapes, jax.eval_shape(transform.init, shapes), jax.ShapeDtypeStruct((), jnp.int32))
+    return placed(shapes, state_shardings(arch, mesh, transform, moments))
+
+
+def abstract_frozen(arch: Arch, mesh: Mesh, dtype: Any) -> dict:
+    """The same of what does not train, which is kept in `dtype`: {} without LoRA."""
+    if arch.lora is None:
+        return {}
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), model.abstract(arch))
+    return placed(shapes, frozen_shardings(arch, mesh))
+
+
+def placed(shapes: Any, where: Any) -> Any:
+    """ShapeDtypeStructs of a tree of shapes and dtypes, with a tree of shardings."""
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, where)
 
 
 @functools.cache
-def fresh_state(arch: Arch, mesh: Mesh, transform: optax.GradientTransformation) -> Callable[[dict], TrainState]:
-    """Weights (donated) → TrainState with zero moments at step 0."""
+def fresh_state(
+    arch: Arch, mesh: Mesh, transform: optax.GradientTransformation, moments: str = "device"
+) -> Callable[[dict], TrainState]:
+    """What trains (donated) → TrainState with zero moments at step 0."""
     return jax.jit(
         lambda params: TrainState(params, transform.init(params), jnp.int32(0)),
-        out_shardings=state_shardings(arch, mesh, transform),
+        out_shardings=state_shardings(arch, mesh, transform, moments),
         donate_argnums=0,
     )
 
 
 @functools.cache
 def blend(arch: Arch, mesh: Mesh, dtype: Any) -> Callable[[dict, dict, jax.Array], dict]:
-    """(a, b, share) → share·a + (1-share)·b in `dtype`: the next `ema` reference."""
+    """(a, b, share) → share·a + (1-share)·b in `dtype`: the next `ema` reference; of adapters, factor by factor."""
 
     def mix(a: dict, b: dict, share: jax.Array) -> dict:
         return jax.tree.map(
             lambda x, y: (share * x.astype(jnp.float32) + (1 - share) * y.astype(jnp.float32)).astype(dtype), a, b
         )
 
-    return jax.jit(mix, out_shardings=param_shardings(arch, mesh))
+    return jax.jit(mix, out_shardings=trainable_shardings(arch, mesh))
 
 
 # --- scoring ----------------------------------------------------------------------------------------------------------
@@ -181,8 +232,10 @@ def preference_update(
     *,
     ld_alpha: float = 1.0,
     weighting: Callable | None = None,
-) -> Callable[[TrainState, Batch, jax.Array, jax.Array], tuple[TrainState, dict]]:
-    """(state, batch of pairs, total updates of the stage, key) → (next state, metrics); the state is donated.
+    moments: str = "device",
+) -> Callable[[TrainState, dict, Batch, jax.Array, jax.Array], tuple[TrainState, dict]]:
+    """(state, frozen weights, batch of pairs, total updates of the stage, key) → (next state, metrics); the state is
+    donated. Frozen weights are {} unless adapters train (`model.join`).
 
     Args:
         loss: a row of losses.LOSSES, or a mixture. loss_keys: beta and its own keys. schedule: keywords of
@@ -190,12 +243,13 @@ def preference_update(
         ld_alpha: weight of tokens beyond the shorter response (LD-DPO): all terms of the loss, and the metrics, see the
             log-probs so weighted, and the batch brings the reference's so weighted.
         weighting: of losses.WEIGHTINGS.
+        moments: a key of MEMORY.
     """
 
-    def outputs(params: dict, frozen: None, micro: Microbatch, key: jax.Array) -> SlotSums:
+    def outputs(trained: dict, frozen: dict, micro: Microbatch, key: jax.Array) -> SlotSums:
         return score.slot_sums(
             arch,
-            params,
+            model.join(arch, trained, frozen),
             micro.rows,
             mesh=mesh,
             dtype=compute.dtype,
@@ -203,6 +257,7 @@ def preference_update(
             chunk=compute.chunk,
             tail=ld_alpha,
             alignment=weighting is not None,
+            key=key,
         )
 
     def weighted_loss(sums: SlotSums, reference: jax.Array, weight: jax.Array, label: jax.Array | None) -> tuple:
@@ -223,8 +278,8 @@ def preference_update(
             told = losses.metrics(logp_P2, reward_P2, weight_P)
         return jnp.sum(jnp.where(weight_P > 0, weight_P * loss_P, 0)), jnp.sum(weight_P), told
 
-    def loss_fn(params: dict, frozen: None, micro: Microbatch, key: jax.Array) -> tuple:
-        return weighted_loss(outputs(params, frozen, micro, key), micro.reference_BS, micro.weight_BS, None)
+    def loss_fn(trained: dict, frozen: dict, micro: Microbatch, key: jax.Array) -> tuple:
+        return weighted_loss(outputs(trained, frozen, micro, key), micro.reference_BS, micro.weight_BS, None)
 
     def outputs_loss(out: SlotSums, batch: Batch) -> tuple[jax.Array, dict]:
         total, weight, told = weighted_loss(out, batch.reference_ABS, batch.weight_ABS, batch.label_ABS)
@@ -235,38 +290,58 @@ def preference_update(
         gradients = functools.partial(step.coupled_gradients, outputs, outputs_loss)
     else:
         gradients = functools.partial(step.gradients, loss_fn)
-    return _update(arch, mesh, transform, gradients, schedule)
+    return _update(arch, mesh, transform, gradients, schedule, moments)
 
 
 @_by_value
 def sft_update(
-    arch: Arch, mesh: Mesh, compute: Compute, transform: optax.GradientTransformation, schedule: dict[str, Any]
-) -> Callable[[TrainState, Batch, jax.Array, jax.Array], tuple[TrainState, dict]]:
+    arch: Arch,
+    mesh: Mesh,
+    compute: Compute,
+    transform: optax.GradientTransformation,
+    schedule: dict[str, Any],
+    *,
+    moments: str = "device",
+) -> Callable[[TrainState, dict, Batch, jax.Array, jax.Array], tuple[TrainState, dict]]:
     """The same for single branches: mean negative log-prob of the batch's response tokens, each of weight 1."""
 
-    def loss_fn(params: dict, frozen: None, micro: Microbatch, key: jax.Array) -> tuple:
-        logp_BS, length_BS = score.row_logps(
-            arch, params, micro.rows, mesh=mesh, dtype=compute.dtype, remat=compute.remat, chunk=compute.chunk
+    def loss_fn(trained: dict, frozen: dict, micro: Microbatch, key: jax.Array) -> tuple:
+        sums = score.slot_sums(
+            arch,
+            model.join(arch, trained, frozen),
+            micro.rows,
+            mesh=mesh,
+            dtype=compute.dtype,
+            remat=compute.remat,
+            chunk=compute.chunk,
+            key=key,
         )
-        nll_BS, tokens_BS, _ = losses.sft(logp_BS, length_BS)
+        nll_BS, tokens_BS, _ = losses.sft(sums.logp_BS, sums.length_BS)
         return jnp.sum(nll_BS), jnp.sum(tokens_BS), {}
 
-    return _update(arch, mesh, transform, functools.partial(step.gradients, loss_fn), schedule)
+    return _update(arch, mesh, transform, functools.partial(step.gradients, loss_fn), schedule, moments)
 
 
-def _update(arch: Arch, mesh: Mesh, transform: Any, gradients: Callable, schedule: dict[str, Any]) -> Callable:
-    where = state_shardings(arch, mesh, transform)
+def _update(
+    arch: Arch, mesh: Mesh, transform: Any, gradients: Callable, schedule: dict[str, Any], moments: str
+) -> Callable:
+    where, here = (state_shardings(arch, mesh, transform, memory) for memory in (moments, "device"))
 
-    def update(state: TrainState, batch: Batch, total: jax.Array, key: jax.Array) -> tuple[TrainState, dict]:
-        grads, metrics = gradients(state.params, None, batch, key)
+    def update(
+        state: TrainState, frozen: dict, batch: Batch, total: jax.Array, key: jax.Array
+    ) -> tuple[TrainState, dict]:
+        grads, metrics = gradients(state.params, frozen, batch, key)
         grads = jax.lax.with_sharding_constraint(grads, where.params)
         rate = step.learning_rate(state.step, total, **schedule)
+        if moments != "device":
+            state = dataclasses.replace(state, moments=jax.device_put(state.moments, here.moments))
         return step.apply(transform, state, grads, metrics, rate)
 
+    whole = meshes.replicated(mesh)
     return jax.jit(
         update,
-        in_shardings=(where, batch_shardings(mesh), meshes.replicated(mesh), meshes.replicated(mesh)),
-        out_shardings=(where, meshes.replicated(mesh)),
+        in_shardings=(where, frozen_shardings(arch, mesh), batch_shardings(mesh), whole, whole),
+        out_shardings=(where, whole),
         donate_argnums=0,
     )
 

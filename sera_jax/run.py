@@ -272,9 +272,10 @@ class Validation:
     """How the policy of a stage is checked on held-out pairs while it trains.
 
     every: updates between two checks; the end of the stage is none, the iteration's summary measures there. measure:
-    weights → metrics, "validation/loss" among them. patience: so many checks in a row without a loss below the lowest
-    so far end the stage (early_stopping_patience of HF's EarlyStoppingCallback, threshold 0); 0 = never. best: metrics
-    → a value, the higher the better; keep: stores the weights of the best point so far. Both None = none is stored.
+    what trains → metrics, "validation/loss" among them. patience: so many checks in a row without a loss below the
+    lowest so far end the stage (early_stopping_patience of HF's EarlyStoppingCallback, threshold 0); 0 = never. best:
+    metrics → a value, the higher the better; keep: stores what trains at the best point so far. Both None = none is
+    stored.
     """
 
     every: int
@@ -311,6 +312,7 @@ def run_stage(
     count: int,
     key: jax.Array,
     mesh: Mesh,
+    frozen: Any,
     validation: Validation | None = None,
 ) -> tuple[TrainState, Cursor]:
     """The updates of a stage from where it stands on, logged, checked and saved as the run says; always saved at its
@@ -319,8 +321,9 @@ def run_stage(
     Metrics of an update are read after the next one is dispatched, so that the devices never wait for the log.
 
     Args:
-        state: donated. update: programs.preference_update or sft_update. at: where the stage stands, None = at its
-            beginning. count: updates of the run before this stage. key: of the stage; each update folds its number in.
+        state: donated. frozen: weights that no update changes ({} = none). update: programs.preference_update or
+            sft_update. at: where the stage stands, None = at its beginning. count: updates of the run before this
+            stage. key: of the stage; each update folds its number in.
 
     Returns:
         the state and the cursor at the end.
@@ -345,7 +348,7 @@ def run_stage(
     stream = zip(range(done, total), _loaded(stage, mesh, done), strict=True)
     label = "SFT" if stage.name == "sft" else f"iteration {stage.iteration}: updates"
     for index, (batch, fill) in metriclib.track(stream, total=total - done, label=label, unit="updates"):
-        state, metrics = update(state, batch, total_array, fold(key, index))
+        state, metrics = update(state, frozen, batch, total_array, fold(key, index))
         fills.append(fill)
         log(pending)
         pending, found = None, None

@@ -67,6 +67,7 @@ def slot_sums(
     chunk: int = 256,
     tail: float = 1.0,
     alignment: bool = False,
+    key: jax.Array | None = None,
 ) -> SlotSums:
     """Sums over the response tokens of every branch slot; the other arguments as `row_logps` has them.
 
@@ -75,9 +76,10 @@ def slot_sums(
             pairs. LD-DPO (Liu et al. 2024, arXiv 2409.06411): log π̂(y|x) = Σ_{t ≤ m} + α·Σ_{t > m},
             m = min(L_w, L_l).
         alignment: also give `alignment_BS`, which costs a second sum over the vocabulary.
+        key: of dropout; None = nothing is dropped.
     """
     logp_BM, log_collision_BM = _of_tokens(
-        arch, params, rows, mesh=mesh, dtype=dtype, remat=remat, chunk=chunk, collision=alignment
+        arch, params, rows, mesh=mesh, dtype=dtype, remat=remat, chunk=chunk, collision=alignment, key=key
     )
     slots = rows.example_BS.shape[1]
     # Slot S marks "no token"; segment_sum drops what lies outside [0, S).
@@ -102,7 +104,16 @@ def _shared(slot_BM: jax.Array, length_BS: jax.Array) -> jax.Array:
 
 
 def _of_tokens(
-    arch: Arch, params: dict, rows: Rows, *, mesh: Mesh, dtype: Any, remat: str, chunk: int, collision: bool
+    arch: Arch,
+    params: dict,
+    rows: Rows,
+    *,
+    mesh: Mesh,
+    dtype: Any,
+    remat: str,
+    chunk: int,
+    collision: bool,
+    key: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """float32 [B, M] each: log-prob of each response token of each row, and log Σ_v π(v)² where it was predicted (None
     unless asked for); arbitrary where slot_BM = S (no token).
@@ -123,9 +134,10 @@ def _of_tokens(
         dtype=dtype,
         remat=remat,
         placement=meshes.placement(mesh, "gather"),
+        key=key,
     )
     hidden_BMD = jnp.take_along_axis(hidden_BLD, rows.parent_BM[:, :, None], axis=1)
-    table_VD = model.head_table(arch, params).astype(dtype)
+    hidden_BMD, table_VD = model.head(arch, params, hidden_BMD, dtype, key)
     bias_V = model.head_bias(arch, params)
     head = Head(mesh, chunk, arch.logit_cap)
     if collision:

@@ -143,6 +143,10 @@ RANGES = {
     "loss.undesirable_weight": ([-0.1], [0.0]),
     "loss.ld_alpha": SHARE,
     "loss.mix": ([{"ipo": 0.0}, {"ipo": -1.0}], [{"ipo": 0.1}]),
+    "lora.rank": NOT_NEGATIVE,
+    "lora.alpha": POSITIVE,
+    "lora.targets": ([("up", "up")], [(), ("up", "head")]),
+    "lora.dropout": ([-0.1, 1.0], [0.0, 0.99]),
     "reward.gamma": SHARE,
     "reward.ema_decay": ([0.0, 1.0], [0.01, 0.99]),
     "select.from_iteration": ([0], [2]),
@@ -193,6 +197,9 @@ RANGES = {
 }
 # What else has to be set for a key to have a say.
 OWNERS = {
+    "lora.alpha": {"lora.rank": 1},
+    "lora.targets": {"lora.rank": 1},
+    "lora.dropout": {"lora.rank": 1},
     "loss.f_alpha": {"loss.f_divergence": "alpha_divergence"},
     "loss.gamma": {"loss.name": "simpo"},
     "loss.gamma_beta_ratio": {"loss.name": "simpo"},
@@ -470,6 +477,8 @@ def test_names_are_those_of_the_tables():
     assert names(config.LossConfig, "weighting") == set(losses.WEIGHTINGS)
     assert names(config.OptimizerConfig, "schedule") == set(step.SCHEDULES)
     assert names(config.ModelConfig, "remat") == set(model.REMAT)
+    assert names(config.OptimizerConfig, "moments") == set(programs.MEMORY)
+    assert set(typing.get_args(config.TargetName)) == {*model.LINEAR, "head"}
     assert names(config.RewardConfig, "source") == set(fresh.SOURCES)
     assert names(config.LoopConfig, "best_by") == set(validate.BEST)
 

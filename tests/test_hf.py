@@ -610,7 +610,7 @@ def test_a_killed_export_leaves_the_earlier_one_or_nothing(tmp_path, params, one
 
         return killer
 
-    name = {"tensors": "fetch", "copy": "_copy"}.get(moment, "rename")
+    name = {"tensors": "fetch", "copy": "copy_source"}.get(moment, "rename")
     owner = os if name == "rename" else writing
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, kills(getattr(owner, name)))

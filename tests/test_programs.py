@@ -129,7 +129,7 @@ def updated(name: str, layout: str) -> tuple[dict, dict, dict]:
     mesh, update = mesh_of(devices), update_of(name, devices)
     batch, count = batch_of(TREES, plan, REFERENCE_F, WEIGHT_N, mesh, most=4 if devices == 1 else 1, how=how)
     assert count == {"all in one row": 1, "one tree a row": 4, "eight devices": 1}[layout]
-    state, metrics = update(new_state(mesh), batch, *small(mesh))
+    state, metrics = update(new_state(mesh), {}, batch, *small(mesh))
     assert int(state.step) == 1
     return meshes.get((state.moments.trace, state.params, metrics))
 
@@ -281,7 +281,7 @@ def test_any_split_of_a_batch_gives_the_same_update_for_every_loss(name, monkeyp
         batch, _ = batch_of(TREES, plan, BIGRAM_REFERENCE_F, WEIGHT_N, mesh, most=most, how=how)
         params = bigram_params() | {"final_norm": {"scale": np.full(BIGRAM.width, names.index(name), np.float32)}}
         state = begin(meshes.put(params, programs.param_shardings(BIGRAM, mesh)))
-        state, metrics = update(state, batch, *small(mesh))
+        state, metrics = update(state, {}, batch, *small(mesh))
         seen.append(meshes.get((state.moments.trace, metrics)))
     (grads, metrics), *others = seen
     for other_grads, other in others:
@@ -313,7 +313,7 @@ def test_supervised_updates_are_means_over_tokens():
         return -jnp.sum(direct(params, plan, trees).logp_BS) / sum(len(t.branches[0]) for t in trees)
 
     value, want = jax.jit(jax.value_and_grad(whole))(host_params())
-    state, metrics = update(new_state(mesh), batch, *small(mesh))
+    state, metrics = update(new_state(mesh), {}, batch, *small(mesh))
     assert set(metrics) == {"loss", "grad_norm", "learning_rate"}
     np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
     for got, expected in zip(jax.tree.leaves(state.moments.trace), jax.tree.leaves(want)):
@@ -335,7 +335,7 @@ def test_an_update_compiles_once_and_takes_its_state_over(eight_devices):
             chosen, Plan(48, 48, 2, 4), REFERENCE_F[: 2 * trees], WEIGHT_N[:trees], eight_devices, most=3
         )
         before, state_before = jax.tree.leaves(state), state
-        state, metrics = update(state, batch, *small(eight_devices, total, seed))
+        state, metrics = update(state, {}, batch, *small(eight_devices, total, seed))
         assert all(a.is_deleted() for a in before)
         shardings = jax.tree.map(lambda a: a.sharding, state)
         where = programs.state_shardings(ARCH, eight_devices, ADAM)
@@ -578,7 +578,7 @@ def test_no_activations_cross_devices_but_the_head_s(name, shape):
     options = OPTIONS["ld_wpo"] if loss.coupled else {}  # what they add to the rest must stay at home as well
     update = programs.preference_update(WIDE, mesh, compute, GRADIENT, loss, keys, SCHEDULE, **options)
     state = programs.abstract_state(WIDE, mesh, GRADIENT)
-    text = update.lower(state, abstract_batch(mesh), *small(mesh)).compile().as_text()
+    text = update.lower(state, {}, abstract_batch(mesh), *small(mesh)).compile().as_text()
     assert unexplained(text, mesh, loss.coupled) == []
     # The reader sees what is known to cross: weights of a layer, the head's hidden chunk, its max and its sum.
     seen = collectives(text)

@@ -257,7 +257,7 @@ def update(eight_devices):
     """Stands in for an update, and tells TRACES when it is traced. State and metrics depend on every part of the batch,
     the stage's length, the key, and on all updates before."""
 
-    def run(state, batch, total, key):
+    def run(state, frozen, batch, total, key):
         TRACES.append(1)
         tokens = jnp.sum(jnp.where(batch.rows.tree_BL > 0, batch.rows.tokens_BL, 0))
         reference, weight = jnp.sum(batch.reference_ABS), jnp.sum(batch.weight_ABS)
@@ -269,7 +269,7 @@ def update(eight_devices):
     whole = meshes.replicated(eight_devices)
     return jax.jit(
         run,
-        in_shardings=(whole, programs.batch_shardings(eight_devices), whole, whole),
+        in_shardings=(whole, {}, programs.batch_shardings(eight_devices), whole, whole),
         out_shardings=whole,
         donate_argnums=0,
     )
@@ -290,7 +290,7 @@ def staged(path, stage, update, mesh, count: int = 0, validation=None, **setting
             state = run.checkpoints.restore(run.at.count, like)
         key = jax.random.key(11)
         state, _ = runs.run_stage(
-            run, stage, state, update, at=run.at, count=count, key=key, mesh=mesh, validation=validation
+            run, stage, state, update, at=run.at, count=count, key=key, mesh=mesh, frozen={}, validation=validation
         )
         return meshes.get(state), run.at
     finally:
@@ -420,7 +420,7 @@ def test_a_stage_whose_save_fails_goes_on_from_the_one_before(tmp_path, stage, u
         with pytest.raises(RunError) as error, runs.closing(run):
             runs.run_stage(
                 run, stage, first_state(eight_devices), filling, at=None, count=0, key=jax.random.key(11),
-                mesh=eight_devices,
+                mesh=eight_devices, frozen={},
             )  # fmt: skip
     finally:
         limit.__exit__(None, None, None)

@@ -1,12 +1,13 @@
 """safetensors out, tensor by tensor, and the folder around them."""
 
+import contextlib
 import functools
 import json
 import math
 import os
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import jax
@@ -61,41 +62,54 @@ def save(
     for want, leaf in zip(jax.tree.leaves(model.abstract(arch)), jax.tree.leaves(params), strict=True):
         if want.shape != leaf.shape:
             raise ValueError(f"a weight has shape {leaf.shape}, expected {want.shape} from {arch}.")
-    config = config_text(arch, source, dtype, None)
+    config, shapes = config_text(arch, source, dtype, None), file_shapes(arch)
+    files = _shards(arch, dtype.itemsize, max_shard_bytes)
+    with appearing(path) as partial:
+        for file, held in files.items():
+            get = lambda name: fetch(arch, params, name, dtype)
+            if partial is not None:
+                write_tensors(partial / file, code, {name: shapes[name] for name in held}, get)
+            else:
+                for name in held:
+                    get(name)  # a collective: every process takes part
+        if partial is not None:
+            if len(files) > 1:
+                index = {
+                    "metadata": {"total_size": sum(map(math.prod, shapes.values())) * dtype.itemsize},
+                    "weight_map": {n: f for f, held in files.items() for n in held},
+                }
+                (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+            copy_source(source, partial)
+            if card:
+                (partial / "README.md").write_text("\n".join(card) + "\n")
+            (partial / "config.json").write_text(config)
+    return path
+
+
+@contextlib.contextmanager
+def appearing(path: pathlib.Path) -> Iterator[pathlib.Path | None]:
+    """A folder beside `path` for process 0 to write into, None on the others; at the end it becomes `path`."""
     partial, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old")
     writes = jax.process_index() == 0
     if writes:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-
-    files = _shards(arch, dtype.itemsize, max_shard_bytes)
-    for file, held in files.items():
-        if writes:
-            with open(partial / file, "wb") as stream:
-                _write_header(stream, arch, held, code)
-                for name in held:
-                    stream.write(fetch(arch, params, name, dtype).tobytes())
-                stream.flush()
-                os.fsync(stream.fileno())
-        else:
-            for name in held:
-                fetch(arch, params, name, dtype)  # a collective: every process takes part
-
+    yield partial if writes else None
     if writes:
-        if len(files) > 1:
-            total = sum(math.prod(shape) for shape in file_shapes(arch).values()) * dtype.itemsize
-            index = {
-                "metadata": {"total_size": total},
-                "weight_map": {n: f for f, held in files.items() for n in held},
-            }
-            (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-        _copy(source, partial)
-        if card:
-            (partial / "README.md").write_text("\n".join(card) + "\n")
-        (partial / "config.json").write_text(config)
         _replace(partial, path, old)
     meshes.barrier("export")
-    return path
+
+
+def write_tensors(
+    file: pathlib.Path, code: str, shapes: Mapping[str, tuple[int, ...]], get: Callable[[str], np.ndarray]
+) -> None:
+    """A safetensors file, tensor by tensor. code: a key of DTYPES. get: name → the tensor, in that dtype."""
+    with open(file, "wb") as stream:
+        _write_header(stream, shapes, code)
+        for name in shapes:
+            stream.write(get(name).tobytes())
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 def _shards(arch: Arch, itemsize: int, max_shard_bytes: float) -> dict[str, list[str]]:
@@ -114,12 +128,12 @@ def _shards(arch: Arch, itemsize: int, max_shard_bytes: float) -> dict[str, list
     return {f"model-{i + 1:05}-of-{len(shards):05}.safetensors": names for i, names in enumerate(shards)}
 
 
-def _write_header(stream: BinaryIO, arch: Arch, held: list[str], code: str) -> None:
+def _write_header(stream: BinaryIO, shapes: Mapping[str, tuple[int, ...]], code: str) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    shapes, offset = file_shapes(arch), 0
-    for name in held:
-        end = offset + math.prod(shapes[name]) * DTYPES[code].itemsize
-        header[name] = {"dtype": code, "shape": list(shapes[name]), "data_offsets": [offset, end]}
+    offset = 0
+    for name, shape in shapes.items():
+        end = offset + math.prod(shape) * DTYPES[code].itemsize
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that tensors are aligned
@@ -150,7 +164,8 @@ def fetch(arch: Arch, params: dict, name: str, dtype: np.dtype) -> np.ndarray:
     return np.ascontiguousarray(whole.reshape(file_shape(weights[0], sizes_of(arch))))
 
 
-def _copy(source: Any, target: pathlib.Path) -> None:
+def copy_source(source: Any, target: pathlib.Path) -> None:
+    """What an export takes over from the folder that it came from (COPIED)."""
     if source is None:
         return
     for entry in sorted(pathlib.Path(source).iterdir()):

@@ -104,9 +104,10 @@ def iterate(world: World, t: int, live: Live, moments: Any, before: Sequence[dic
         count=update.updates_before(world, t),
         key=worlds.key(world, "update", t),
         mesh=world.mesh,
+        frozen=policies.frozen(world.policies),
         validation=validation,
     )
-    live = Live(Name("iterate", t), state.params)
+    live = Live(Name("iterate", t), policies.whole(world.policies, state.params))
     policies.save(world.policies, live, update.ema_decay(config))
     summary = outcome.summarise(world, t, live, chosen, made, stage, at=at, gold_F2=gold_F2, before=before)
     summary["perf/seconds"] = time.monotonic() - began

@@ -1,5 +1,6 @@
 """What an iteration leaves: its pairs as files, its policy evaluated, a summary; and, at the end, export and report."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -12,7 +13,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from sera_jax import disk, hf, metrics, model, policies, report, rewards, selection, sera, winrate
+from sera_jax import disk, hf, metrics, model, policies, programs, report, rewards, selection, sera, winrate
 from sera_jax.policies import Live, Name
 from sera_jax.records import Candidates, Tree
 from sera_jax.run import Checks, Cursor, Stage
@@ -133,11 +134,15 @@ def _flops(
     trees: Sequence[Tree],
     batches: Sequence[np.ndarray],
 ) -> dict[str, float]:
-    """What the iteration must cost: 2 FLOPs a parameter and token in a forward pass, 6 in training, once for every
-    log-prob that its method needs, whoever computed it. Attention, padding, logging and evaluation are not counted.
+    """What the iteration must cost: 2 FLOPs a parameter and token in a forward pass, 6 in training (4 where the
+    parameter is frozen), once for every log-prob that its method needs, whoever computed it. Attention, padding,
+    logging and evaluation are not counted.
     """
-    config = world.config
-    forward = 2 * sum(a.size for a in jax.tree.leaves(model.abstract(world.policies.arch)))
+    config, arch = world.config, world.policies.arch
+    base, adapters = (
+        sum(a.size for a in jax.tree.leaves(tree)) for tree in (model.abstract(arch), model.trainable(arch)[0])
+    )
+    forward, update = (2 * (base + adapters), 4 * base + 6 * adapters) if arch.lora else (2 * base, 6 * base)
     trained = np.array([tree.length for tree in trees])
     earlier = set().union(*(_scores_of(world, s) for s in range(1, t)))
     size = {False: _tokens(world.given.trees, False), True: _tokens(world.given.trees, True)}
@@ -156,7 +161,7 @@ def _flops(
             scored += _tokens(kept, False) * (loss_reference(world, t) not in known)
             scored += _tokens(kept, True) * (config.loss.ld_alpha < 1)
     return {
-        "flops/train": float(3 * forward * sum(trained[batch].sum() for batch in batches)),
+        "flops/train": float(update * sum(trained[batch].sum() for batch in batches)),
         "flops/score": float(forward * scored),
         "flops/sample": float(forward * sampled),
     }
@@ -379,9 +384,14 @@ def finish(world: World, live: Live, summaries: list[dict]) -> pathlib.Path:
         f"loss {config.loss.name}, β {config.loss.beta}.",
         *(f"- {key}: {value}" for key, value in told.items()),
     ]
-    export = hf.save(
-        world.run.path / "export", where.arch, params, source=config.model.path, dtype=jnp.float32, card=facts
-    )
+    export, given = world.run.path / "export", {"source": config.model.path, "dtype": jnp.float32, "card": facts}
+    if config.lora.rank and config.lora.export == "adapter":
+        hf.save_adapter(export, where.arch, policies.trained(where, params), **given)
+    elif config.lora.rank:
+        base = dataclasses.replace(where.arch, lora=None)
+        hf.save(export, base, programs.to_merged(where.arch, where.mesh)(params), **given)
+    else:
+        hf.save(export, where.arch, params, **given)
     if config.data.chat_template != "auto":  # who chats with the model needs the template that it was aligned with
         shutil.copyfile(pathlib.Path(config.data.chat_template).expanduser(), export / "chat_template.jinja")
     page = report.build(world.run.path)

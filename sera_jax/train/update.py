@@ -29,18 +29,20 @@ def start(world: World) -> Live:
     """Iterate 0, or the policy at the latest checkpoint of an interrupted iteration."""
     config, at = world.config, world.run.at
     if at is not None and at.stage == "update":
-        state = world.run.checkpoints.restore(at.count, _abstract_state(world, world.transform))
+        like = _abstract_state(world, world.transform, config.optimizer.moments)
+        state = world.run.checkpoints.restore(at.count, like)
         return Live(Name("iterate", at.iteration), state)
     if not config.sft.epochs:
         return Live(Name("iterate", 0), world.policies.start.load())
     transform = worlds.adam(config.sft.optimizer, world.policies.arch)
+    memory = config.sft.optimizer.moments
     if at is None:
-        params = world.policies.start.load()
-        state = programs.fresh_state(world.policies.arch, world.mesh, transform)(params)
+        params = policies.trained(world.policies, world.policies.start.load())
+        state = programs.fresh_state(world.policies.arch, world.mesh, transform, memory)(params)
     else:
-        state = world.run.checkpoints.restore(at.count, _abstract_state(world, transform))
+        state = world.run.checkpoints.restore(at.count, _abstract_state(world, transform, memory))
     state = _sft(world, transform, state, at)
-    live = Live(Name("iterate", 0), state.params)
+    live = Live(Name("iterate", 0), policies.whole(world.policies, state.params))
     policies.save(world.policies, live, 0.0)
     return live
 
@@ -52,7 +54,12 @@ def _sft(
     config, optimizer = world.config, world.config.sft.optimizer
     trees = world.given.sft
     update = programs.sft_update(
-        world.policies.arch, world.mesh, world.policies.compute, transform, worlds.schedule(optimizer)
+        world.policies.arch,
+        world.mesh,
+        world.policies.compute,
+        transform,
+        worlds.schedule(optimizer),
+        moments=optimizer.moments,
     )
     stage = Stage(
         name="sft",
@@ -64,24 +71,33 @@ def _sft(
         plan=worlds.update_plan(rowlib.measure(trees), optimizer, world.policies.arch, world.mesh),
     )
     state, _ = runs.run_stage(
-        world.run, stage, state, update, at=at, count=0, key=worlds.key(world, "sft", 0), mesh=world.mesh
+        world.run,
+        stage,
+        state,
+        update,
+        at=at,
+        count=0,
+        key=worlds.key(world, "sft", 0),
+        mesh=world.mesh,
+        frozen=policies.frozen(world.policies),
     )
     return state
 
 
-def _abstract_state(world: World, transform: optax.GradientTransformation) -> step.TrainState:
-    return programs.abstract_state(world.policies.arch, world.mesh, transform)
+def _abstract_state(world: World, transform: optax.GradientTransformation, moments: str) -> step.TrainState:
+    return programs.abstract_state(world.policies.arch, world.mesh, transform, moments)
 
 
 def starting_state(world: World, live: Live, moments: Any) -> step.TrainState:
     """The state that iteration t starts from."""
     config = world.config
-    params = live.params
+    params = policies.trained(world.policies, live.params)
     if config.loop.start == "initial" and live.name.t > 0:
-        jax.tree.map(lambda a: a.delete(), live.params)  # its iterate is on disk; two policies need not fit
-        params = policies.params(world.policies, Name("iterate", 0))
+        jax.tree.map(lambda a: a.delete(), params)  # its iterate is on disk; two policies need not fit
+        params = policies.trained(world.policies, policies.params(world.policies, Name("iterate", 0)))
     if moments is None:
-        return programs.fresh_state(world.policies.arch, world.mesh, world.transform)(params)
+        begin = programs.fresh_state(world.policies.arch, world.mesh, world.transform, world.config.optimizer.moments)
+        return begin(params)
     # The schedule restarts, the moments do not.
     return step.TrainState(params, moments, meshes.put(np.int32(0), meshes.replicated(world.mesh)))
 

@@ -77,11 +77,11 @@ def of_stage(world: World, t: int, scored: Live) -> Validation | None:
         return None
     scorer = programs.scorer(world.policies.arch, world.mesh, world.policies.compute)
 
-    def keep(params: Any) -> None:
-        policies.save(world.policies, Live(Name("best", t), params), 0.0)
+    def keep(trained: Any) -> None:
+        policies.save(world.policies, Live(Name("best", t), policies.whole(world.policies, trained)), 0.0)
 
-    def measure(params: Any) -> dict[str, float]:
-        run = programs.score_rows(scorer, params, world.mesh)
+    def measure(trained: Any) -> dict[str, float]:
+        run = programs.score_rows(scorer, policies.whole(world.policies, trained), world.mesh)
 
         def flat(some: Sequence[Tree]) -> np.ndarray:
             chunks = [some[i : i + score.CHUNK] for i in range(0, len(some), score.CHUNK)]

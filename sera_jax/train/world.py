@@ -21,7 +21,7 @@ from sera_jax.bootstrap import Imported
 from sera_jax.config import OptimizerConfig, TrainConfig
 from sera_jax.ledger import Ledger, branch_key, derived_tag
 from sera_jax.losses import Loss
-from sera_jax.model import Arch
+from sera_jax.model import Arch, Lora
 from sera_jax.policies import Folder, Policies
 from sera_jax.records import Pair, Prompt, Tree, Unpaired
 from sera_jax.rows import Plan
@@ -77,6 +77,7 @@ def prepare(config: TrainConfig) -> World:
         head_chunk=config.model.head_chunk,
         chat_template=config.data.chat_template,
         seed=config.run.seed if config.model.weights == "random" else None,
+        lora=lora_of(config),
     )
     arch, compute = start.arch, start.compute
     given = load(config, start)
@@ -108,6 +109,7 @@ def prepare(config: TrainConfig) -> World:
         first=first,
         iterates=run.path / "iterates",
         ledger=Ledger(config.run.ledger or run.path / "ledger"),
+        seed=config.run.seed,
     )
     world = World(
         config=config,
@@ -129,12 +131,19 @@ def prepare(config: TrainConfig) -> World:
             schedule(config.optimizer),
             ld_alpha=config.loss.ld_alpha,
             weighting=losses.WEIGHTINGS[config.loss.weighting],
+            moments=config.optimizer.moments,
         ),
         plan=plan,
         score_plan=score_plan,
     )
     _describe(world)
     return world
+
+
+def lora_of(config: TrainConfig) -> Lora | None:
+    """The adapters that train, None = all weights do."""
+    lora = config.lora
+    return Lora(lora.rank, lora.alpha, lora.targets, lora.dropout) if lora.rank else None
 
 
 def loss_of(config: TrainConfig) -> tuple[Loss, dict[str, Any]]:
@@ -415,9 +424,10 @@ def _fingerprint(config: TrainConfig, content: str) -> str:
 def _describe(world: World) -> None:
     """What will run, in a few lines."""
     config, arch, plan = world.config, world.policies.arch, world.plan
-    size = sum(a.size for a in jax.tree.leaves(model.abstract(arch)))
+    size, trained = (sum(a.size for a in jax.tree.leaves(t)) for t in (model.abstract(arch), model.trainable(arch)[0]))
+    adapters = f" and {trained / 1e6:.2f} M in adapters, which train," if arch.lora else ""
     metrics.say(
-        f"{arch.family}, {size / 1e6:.2f} M parameters, compute {config.model.compute}, "
+        f"{arch.family}, {size / 1e6:.2f} M parameters{adapters or ','} compute {config.model.compute}, "
         f"mesh {'×'.join(f'{axis} {n}' for axis, n in world.mesh.shape.items())} ({jax.devices()[0].device_kind})"
     )
     kind = "examples" if world.loss.unpaired else "pairs"

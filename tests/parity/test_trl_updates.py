@@ -125,7 +125,7 @@ def update(models, one_device, tmp_path, reference_F, loss, keys, **options) -> 
     )
     copied = jax.tree.map(jnp.copy, params)
     state = programs.fresh_state(arch, one_device, transform)(copied)
-    state, metrics = run(state, batch, jnp.int32(1), jax.random.key(0))
+    state, metrics = run(state, {}, batch, jnp.int32(1), jax.random.key(0))
     # Our gradient in the file's names and layouts: written as if it were the weights.
     written = hf.save(tmp_path / "gradient", arch, state.moments.trace, source=folder, dtype=jnp.float32)
     return meshes.get(metrics), safetensors.numpy.load_file(written / "model.safetensors")
