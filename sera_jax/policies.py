@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sera_jax import checkpoint, data, hf, model, programs, sample, score
+from sera_jax import mesh as meshes
 from sera_jax.ledger import Ledger, derived_tag, file_tag
 from sera_jax.model import Arch
 from sera_jax.programs import Compute
@@ -67,7 +68,8 @@ def open_folder(
     if seed is None:
         content, load = file_tag(path), lambda: hf.load(path, arch, mesh)
     else:
-        content, load = f"random {seed} {arch}", lambda: programs.random_params(arch, mesh)(jax.random.key(seed))
+        key = lambda: meshes.put(jax.random.key(seed), meshes.replicated(mesh))
+        content, load = f"random {seed} {arch}", lambda: programs.random_params(arch, mesh)(key())
     return Folder(
         path=path,
         arch=arch,
@@ -138,13 +140,14 @@ class Policies:
 
     start: the folder that training started from; trained_start: an SFT stage lies between it and iterate 0. first: the
     folder that is iterate 1, None = trained here.
-    fingerprint: of everything that decides what the iterates become. iterates: where they are stored.
+    fingerprints: of everything that decides what the iterates become, as run.fingerprints gives them. iterates: where
+    they are stored.
     """
 
     start: Folder
     trained_start: bool
     first: Folder | None
-    fingerprint: str
+    fingerprints: tuple[tuple[int, str], ...]
     iterates: pathlib.Path
     ledger: Ledger
 
@@ -168,7 +171,11 @@ def tag(policies: Policies, name: Name) -> str:
     if name == Name("iterate", 1) and policies.first:
         return policies.first.tag
     kind = "iterate" if name.t == 0 else name.kind  # before the first iteration the mean is iterate 0 itself
-    return derived_tag(policies.fingerprint, policies.start.tag, kind, name.t)
+    return derived_tag(_fingerprint(policies, name.t), policies.start.tag, kind, name.t)
+
+
+def _fingerprint(policies: Policies, t: int) -> str:
+    return [fingerprint for first, fingerprint in policies.fingerprints if first <= t][-1]
 
 
 def params(policies: Policies, name: Name) -> Any:

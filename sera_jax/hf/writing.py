@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from sera_jax import mesh as meshes
-from sera_jax import model
+from sera_jax import model, processes
 from sera_jax.hf.config_json import config_text
 from sera_jax.hf.layout import DTYPES, file_shape, file_shapes, matches, names, sizes_of
 from sera_jax.model import Arch
@@ -94,7 +94,7 @@ def save(
             (partial / "README.md").write_text("\n".join(card) + "\n")
         (partial / "config.json").write_text(config)
         _replace(partial, path, old)
-    meshes.barrier("export")
+    processes.barrier("export")
     return path
 
 
