@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sera_jax import data, disk, metrics, sample, sera
+from sera_jax import data, disk, metrics, processes, sample, sera
 from sera_jax.data import Responses, order
 from sera_jax.records import Candidates, Prompt, Text, Tree
 
@@ -49,7 +49,7 @@ def sample_candidates(
     label: str,
 ) -> Candidates:
     """C candidates of every prompt, appended to a file batch by batch; what the file holds already is not sampled
-    again.
+    again. Process 0 alone reads and writes it; all processes sample.
 
     Args:
         run: programs.sample_prompts(...). tokens: ids of the prompts. decode: token ids → text, specials removed.
@@ -60,29 +60,20 @@ def sample_candidates(
     """
     per_batch = max(1, slots // candidates)
     batches = sample.sampling_batches([len(t) for t in tokens], per_batch)
-    found = _read(path, [p.id for p in prompts])
+    known = processes.once(lambda: _read(path, [p.id for p in prompts]))
+    found = {index: (tokens, finished) for index, tokens, finished in known}
     missing = [(size, members) for size, members in batches if not all(int(i) in found for i in members)]
     if missing:
-        path.parent.mkdir(parents=True, exist_ok=True)
         stages = sample.run_batches(run, tokens, missing, per_batch)
-        with disk.guarded(path), open(path, "a", encoding="utf-8") as file:
-            for members, responses, finished in metrics.track(stages, total=len(missing), label=label, unit="batches"):
-                lines = []
-                for row, index in enumerate(members):
-                    if int(index) in found:  # of a batch that was torn
-                        continue
-                    found[int(index)] = (responses[row], finished[row])
-                    record = {
-                        "index": int(index),
-                        "id": prompts[index].id,
-                        "responses": [decode(r) for r in responses[row]],
-                        "finished": finished[row].tolist(),
-                        "tokens": [r.tolist() for r in responses[row]],
-                    }
-                    lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-                file.write("".join(lines))
-                file.flush()
-                os.fsync(file.fileno())
+        for members, responses, finished in metrics.track(stages, total=len(missing), label=label, unit="batches"):
+            # Without what is there already, of a batch that was torn.
+            new = [
+                (int(index), responses[row], finished[row])
+                for row, index in enumerate(members)
+                if int(index) not in found
+            ]
+            for index, ids, done in processes.once(lambda new=new: _append(path, new, prompts, decode)):
+                found[index] = (ids, done)
     order_ = range(len(prompts))
     return Candidates(
         ids=tuple(p.id for p in prompts),
@@ -93,9 +84,31 @@ def sample_candidates(
     )
 
 
-def _read(path: pathlib.Path, ids: Sequence[str]) -> dict[int, tuple]:
-    """Candidates that an earlier, interrupted run left in the file; a torn last line is cut off."""
-    found: dict[int, tuple] = {}
+def _append(path: pathlib.Path, new: list[tuple], prompts: Sequence[Prompt], decode: Callable) -> list[tuple]:
+    """Writes (index of the prompt, its candidates' tokens, which are finished); they are on disk when it returns."""
+    lines = []
+    for index, ids, finished in new:
+        record = {
+            "index": index,
+            "id": prompts[index].id,
+            "responses": [decode(r) for r in ids],
+            "finished": finished.tolist(),
+            "tokens": [r.tolist() for r in ids],
+        }
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    with disk.guarded(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write("".join(lines))
+            file.flush()
+            os.fsync(file.fileno())
+    return new
+
+
+def _read(path: pathlib.Path, ids: Sequence[str]) -> list[tuple]:
+    """Candidates that an earlier, interrupted run left in the file, as `_append` takes them; a torn last line is cut
+    off."""
+    found: list[tuple] = []
     if not path.is_file():
         return found
     whole = 0
@@ -111,7 +124,7 @@ def _read(path: pathlib.Path, ids: Sequence[str]) -> dict[int, tuple]:
                     f"{path} holds candidates of prompt {record['id']!r} at place {index}, expected another one: it "
                     "belongs to other prompts. Remove the file, or use another run folder."
                 )
-            found[index] = (tuple(np.array(t, np.int32) for t in record["tokens"]), record["finished"])
+            found.append((index, [np.array(t, np.int32) for t in record["tokens"]], record["finished"]))
     os.truncate(path, whole)
     return found
 

@@ -20,10 +20,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from sera_jax import disk
+from sera_jax import disk, processes
 from sera_jax.disk import DiskError
 
 
@@ -152,18 +151,20 @@ def save_iterate(folder: str | os.PathLike[str], name: str, params: Any) -> None
     _quiet()
     place = pathlib.Path(folder).absolute() / name
     flat = _flatten(params, (jax.Array,), "parameters to save")
-    if jax.process_index() == 0:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        removed = place.with_name(f"{name}.removed")
-        if place.exists():  # renamed first: a kill during the removal must not leave a part under the real name
-            shutil.rmtree(removed, ignore_errors=True)
-            place.rename(removed)
-        for leftover in place.parent.glob(f"{name}.*"):
-            shutil.rmtree(leftover)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"sera_jax save_iterate {name}")
+    processes.once(lambda: _clear(place))
     with _told(place, sum(leaf.nbytes for leaf in flat.values())):
         ocp.save(place, flat)
+
+
+def _clear(place: pathlib.Path) -> None:
+    """Removes an iterate and what killed saves of it left."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if place.exists():  # renamed first: a kill during the removal must not leave a part under the real name
+        removed = place.with_name(f"{place.name}.removed")
+        shutil.rmtree(removed, ignore_errors=True)
+        place.rename(removed)
+    for leftover in place.parent.glob(f"{place.name}.*"):
+        shutil.rmtree(leftover)
 
 
 def load_iterate(folder: str | os.PathLike[str], name: str, like: Any) -> Any:

@@ -422,11 +422,17 @@ class MeshConfig:
         data: copies of the weights; rows are split over data and fsdp.
         fsdp: weights split, gathered layer by layer.
         tensor: heads, hidden units and the vocabulary split.
+        slices: TPU slices that are one run, joined by a slower network; data is a multiple of it.
+        distributed: this command is one of several, on one machine or many, that are one run on the devices of all:
+            each is given the same config and sees the same files. The cluster (TPU pod, GKE, Slurm, MPI) tells who they
+            are, or JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
     """
 
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
+    slices: int = 1
+    distributed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -659,6 +665,7 @@ _RANGES: tuple[tuple[str, Any, str], ...] = (
             ("microbatch_rows", lambda v: v >= 0, "0 or more"),
         )
     ),
+    ("mesh.slices", lambda v: v >= 1, "at least 1"),
     ("mesh.data", lambda v: v == -1 or v >= 1, "-1 or at least 1"),
     ("mesh.fsdp", lambda v: v == -1 or v >= 1, "-1 or at least 1"),
     ("mesh.tensor", lambda v: v == -1 or v >= 1, "-1 or at least 1"),

@@ -16,11 +16,10 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sera_jax import bootstrap, data, metrics, policies, programs, rewards, sample, score, winrate
+from sera_jax import bootstrap, data, metrics, policies, processes, programs, rewards, sample, score, winrate
 from sera_jax import config as configs
 from sera_jax import mesh as meshes
 from sera_jax.config import ConfigError, EvaluateDoorConfig
@@ -44,7 +43,9 @@ def main(args: list[str] | None = None) -> None:
     """Reads the config and prints the result; an error of the user's ends with one line."""
     try:
         programs.compilation_cache()
-        evaluate(configs.parse(EvaluateDoorConfig, args))
+        config = configs.parse(EvaluateDoorConfig, args)
+        processes.join(config.mesh.distributed)
+        evaluate(config)
     except ValueError as error:
         sys.exit(f"error: {error}")
 
@@ -65,12 +66,24 @@ def evaluate(config: EvaluateDoorConfig) -> dict[str, Any]:
     if ":" not in config.evaluate.function:
         raise ConfigError(f"evaluate.function is {config.evaluate.function!r}, expected 'module:function'.")
     function = rewards.load_function(config.evaluate.function)
-    prompts, report = data.load_prompts(config.evaluate.prompts, limit=config.evaluate.limit)
+    prompts, report = processes.agreed(
+        lambda: data.load_prompts(config.evaluate.prompts, limit=config.evaluate.limit),
+        lambda read: configs.dump(config) + repr(read[0]),
+        "config and prompts",
+    )
     for line in report.lines():
         metrics.say(line)
     with programs.precision(config.compute):
-        mesh = meshes.make(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-        sides = {name: _side(config, name, prompts, mesh) for name in ("policy", "baseline")}
+        mesh = meshes.make(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, slices=config.mesh.slices)
+        opened = processes.agreed(
+            lambda: {name: _opened(config, name, prompts, mesh) for name in ("policy", "baseline")},
+            lambda opened: repr([side.texts if isinstance(side, Side) else side.tag for side in opened.values()]),
+            "policy and baseline",
+        )
+        sides = {
+            name: side if isinstance(side, Side) else _sampled(config, side, name, prompts)
+            for name, side in opened.items()
+        }
         kl = _kl(sides["policy"], sides["baseline"])
     texts = [prompt.prompt for prompt in prompts]
     reward = {
@@ -93,13 +106,16 @@ def evaluate(config: EvaluateDoorConfig) -> dict[str, Any]:
         for name, side in sides.items()
     }
     _show(config, wins, result)
-    if config.out and jax.process_index() == 0:
-        path = pathlib.Path(config.out)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".tmp")
-        beside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, path)
+    if config.out:
+        processes.once(lambda: _write(pathlib.Path(config.out), result))
     return result
+
+
+def _write(path: pathlib.Path, result: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, path)
 
 
 def _show(config: EvaluateDoorConfig, wins: winrate.WinRate, result: dict[str, Any]) -> None:
@@ -117,7 +133,8 @@ def _show(config: EvaluateDoorConfig, wins: winrate.WinRate, result: dict[str, A
 # --- the sides --------------------------------------------------------------------------------------------------------
 
 
-def _side(config: EvaluateDoorConfig, name: str, prompts: Sequence[Prompt], mesh: Mesh) -> Side:
+def _opened(config: EvaluateDoorConfig, name: str, prompts: Sequence[Prompt], mesh: Mesh) -> Side | Folder:
+    """A file read, or a folder to sample from."""
     path = pathlib.Path(getattr(config, name))
     if path.is_file():
         return read_responses(path, prompts, config.evaluate.limit)
@@ -126,7 +143,7 @@ def _side(config: EvaluateDoorConfig, name: str, prompts: Sequence[Prompt], mesh
             f"{name}: {path} is neither a folder nor a file, expected a Hugging Face folder or a JSONL that "
             "sera_jax.generate wrote."
         )
-    return _sampled(config, policies.open_folder(str(path), mesh, compute=config.compute), name, prompts)
+    return policies.open_folder(str(path), mesh, compute=config.compute)
 
 
 def _sampled(config: EvaluateDoorConfig, folder: Folder, name: str, prompts: Sequence[Prompt]) -> Side:

@@ -15,10 +15,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from sera_jax import bootstrap, data, disk, ledger, metrics, policies, programs, rewards, sample
+from sera_jax import bootstrap, data, disk, ledger, metrics, policies, processes, programs, rewards, sample
 from sera_jax import config as configs
 from sera_jax import mesh as meshes
 from sera_jax.config import ConfigError, GenerateConfig
@@ -32,7 +32,9 @@ def main(args: list[str] | None = None) -> None:
     """Reads the config and writes the responses; an error of the user's ends with one line."""
     try:
         programs.compilation_cache()
-        generate(configs.parse(GenerateConfig, args))
+        config = configs.parse(GenerateConfig, args)
+        processes.join(config.mesh.distributed)
+        generate(config)
     except ValueError as error:
         sys.exit(f"error: {error}")
 
@@ -47,7 +49,7 @@ def generate(config: GenerateConfig) -> pathlib.Path:
         ValueError: the file exists; the partial folder belongs to another request; prompts or model cannot be used.
     """
     out = pathlib.Path(config.out)
-    if out.exists():
+    if processes.once(out.exists):
         raise ValueError(f"{out} exists, expected a new file. Remove it, or choose another `out`.")
     if config.slots < config.candidates:
         raise ConfigError(
@@ -55,15 +57,14 @@ def generate(config: GenerateConfig) -> pathlib.Path:
             "are decoded side by side."
         )
     with programs.precision(config.model.compute):
-        folder = policies.open_folder(
-            config.model.path,
-            meshes.make(config.mesh.data, config.mesh.fsdp, config.mesh.tensor),
-            compute=config.model.compute,
-            seed=config.seed if config.model.weights == "random" else None,
+        mesh = meshes.make(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, slices=config.mesh.slices)
+        folder, prompts, tokens = processes.agreed(
+            lambda: _read(config, mesh),
+            lambda read: configs.dump(config) + json.dumps(_request(config, read[0], read[2])),
+            "config, model and prompts",
         )
-        prompts, tokens = _prompts(config, folder)
         partial = out.with_name(out.name + ".partial")
-        _claim(partial, _request(config, folder, tokens))
+        processes.once(lambda: _claim(partial, _request(config, folder, tokens)))
         run, spent = _timed(
             policies.folder_sampler(
                 folder,
@@ -86,7 +87,7 @@ def generate(config: GenerateConfig) -> pathlib.Path:
             path=partial / "candidates.jsonl",
             label=f"sampling {config.candidates} × {len(prompts)} responses",
         )
-    _finish(out, partial, prompts, candidates)
+    processes.once(lambda: _finish(out, partial, prompts, candidates))
     rate = f", {spent['tokens'] / spent['seconds']:.0f} tokens/s" if spent["seconds"] else ""
     metrics.say(
         f"{out}: {len(prompts)} prompts, {candidates.finished_PC.size} responses, "
@@ -94,6 +95,16 @@ def generate(config: GenerateConfig) -> pathlib.Path:
         f"{100 * candidates.finished_PC.mean():.1f} % finished{rate}"
     )
     return out
+
+
+def _read(config: GenerateConfig, mesh: Mesh) -> tuple[Folder, list[Prompt], list[np.ndarray]]:
+    folder = policies.open_folder(
+        config.model.path,
+        mesh,
+        compute=config.model.compute,
+        seed=config.seed if config.model.weights == "random" else None,
+    )
+    return folder, *_prompts(config, folder)
 
 
 def _prompts(config: GenerateConfig, folder: Folder) -> tuple[list[Prompt], list[np.ndarray]]:
@@ -121,9 +132,8 @@ def _claim(partial: pathlib.Path, request: dict[str, Any]) -> None:
     """Opens the partial folder: a new one, or that of the same request."""
     path = partial / "request.json"
     if not path.is_file():
-        if jax.process_index() == 0:
-            partial.mkdir(parents=True, exist_ok=True)
-            _write(path, json.dumps(request, indent=1) + "\n")
+        partial.mkdir(parents=True, exist_ok=True)
+        _write(path, json.dumps(request, indent=1) + "\n")
         return
     stored = json.loads(path.read_text(encoding="utf-8"))
     differing = [f"{k} ({stored.get(k)!r} → {v!r})" for k, v in request.items() if stored.get(k) != v]
@@ -151,8 +161,6 @@ def _timed(run: Callable) -> tuple[Callable, dict[str, float]]:
 
 def _finish(out: pathlib.Path, partial: pathlib.Path, prompts: list[Prompt], candidates: Candidates) -> None:
     """The partial folder becomes the file."""
-    if jax.process_index() != 0:
-        return
     lines = [
         json.dumps(
             {

@@ -7,7 +7,7 @@ A ledger is a folder with one append-only file for each model tag, `<tag>.logp`,
 
 An append is one write followed by fsync, under an exclusive lock (flock) of the file; a reader holds a shared one. So
 several runs of one machine may use a folder at the same time (file systems without flock, such as a mounted bucket,
-give no such promise). In a run of several processes only process 0 may use it.
+give no such promise). In a run of several processes all of them make every call here; process 0 works, all know.
 
 The first value wins: a value that is known for a key and tag is never replaced, neither in memory nor on disk, because
 margins that were selected on must be found again after a resume. Rounding depends on the layout of a batch, so a second
@@ -28,7 +28,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from sera_jax import disk
+from sera_jax import disk, processes
 
 KEY_BYTES = 16
 
@@ -121,10 +121,14 @@ class Ledger:
         """
         table = self._table(tag)
         wanted = _as_keys(keys)
-        if table.path.exists():
-            with _locked(table.path, fcntl.LOCK_SH) as file:
-                table.read(file)
-        return table.look_up(wanted)
+
+        def found() -> np.ndarray:
+            if table.path.exists():
+                with _locked(table.path, fcntl.LOCK_SH) as file:
+                    table.read(file)
+            return table.look_up(wanted)
+
+        return processes.once(found)
 
     def append(self, tag: str, keys: Sequence[bytes] | np.ndarray, values: np.ndarray | Sequence[float]) -> int:
         """Adds log-probs; returns once they are on disk. Keys that are known already keep their first value.
@@ -151,18 +155,19 @@ class Ledger:
                 f"ledger {table.path}: log-prob {broken[0]} of {len(values)} is {values[broken[0]]}, expected a finite "
                 f"number ({len(broken)} are not). Nothing was written. Look at the model's outputs for that example."
             )
-        if not len(new):
-            return 0
-        need = len(new) * (KEY_BYTES + _VALUE.itemsize)
+        return processes.once(lambda: self._add(table, new, values)) if len(new) else 0
+
+    def _add(self, table: "_Table", keys: np.ndarray, values: np.ndarray) -> int:
+        need = len(keys) * (KEY_BYTES + _VALUE.itemsize)
         self._folder.mkdir(parents=True, exist_ok=True)
         with disk.guarded(table.path, need), _locked(table.path, fcntl.LOCK_EX) as file:
             table.read(file)
-            new, first = np.unique(new, return_index=True)
-            unknown = np.isnan(table.look_up(new))
+            different, first = np.unique(keys, return_index=True)
+            unknown = np.isnan(table.look_up(different))
             # In the order they came, so that a file does not depend on hash values.
             first = np.sort(first[unknown])
             if len(first):
-                table.write(file, _as_keys(keys)[first], values[first])
+                table.write(file, keys[first], values[first])
         return len(first)
 
     def _table(self, tag: str) -> "_Table":

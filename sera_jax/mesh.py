@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -36,14 +36,21 @@ LAYOUTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 }
 
 
-def make(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make(
+    data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None, *, slices: int = 1
+) -> Mesh:
     """A mesh (data, fsdp, tensor) over the given devices (default: all of them, of all processes).
+
+    Several slices (TPU pods joined by a data-centre network) split the data axis and no other: what crosses the slow
+    network is gradients, never weights or activations.
 
     Args:
         data, fsdp, tensor: devices along each axis; at most one may be -1, which takes those that are left.
+        slices: of the devices; data is a multiple of it, and lies slice by slice.
 
     Raises:
-        ValueError: the axes do not multiply to the number of devices.
+        ValueError: the axes do not multiply to the number of devices, or the slices are not those of the devices, or do
+            not divide data.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = [data, fsdp, tensor]
@@ -55,7 +62,23 @@ def make(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.D
             f"mesh data×fsdp×tensor = {'×'.join(map(str, sizes))} needs {math.prod(sizes)} devices, but {len(devices)} "
             "are here. Change mesh.data, mesh.fsdp or mesh.tensor (-1 on one of them takes what is left)."
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    found = len({getattr(device, "slice_index", 0) for device in devices})
+    # Other platforms number by slice what is joined well enough for one mesh.
+    if found != slices and (slices > 1 or devices[0].platform == "tpu"):
+        raise ValueError(
+            f"mesh.slices is {slices}, but the {len(devices)} devices are of {found}; expected the number of slices "
+            "that they are of."
+        )
+    if sizes[0] % slices:
+        raise ValueError(
+            f"mesh.data is {sizes[0]} with mesh.slices {slices}, expected a multiple of it: slices hold copies of the "
+            "weights, and split rows."
+        )
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    within = (sizes[0] // slices, *sizes[1:])
+    grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def row_shards(mesh: Mesh) -> int:
@@ -113,11 +136,14 @@ def put(tree: Any, sharding: Any) -> Any:
     """Host arrays, equal on every process, as global arrays; each process copies only its own shards.
 
     Args:
-        tree: tree of numpy arrays (or scalars).
+        tree: tree of numpy arrays (or scalars), or PRNG keys.
         sharding: one NamedSharding for all leaves, or a tree of them.
     """
 
     def one(array: Any, where: NamedSharding) -> jax.Array:
+        if isinstance(array, jax.Array) and jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+            bits = one(jax.random.key_data(array), where)
+            return jax.random.wrap_key_data(bits, impl=jax.random.key_impl(array))
         array = np.asarray(array)
         return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
 
@@ -135,12 +161,6 @@ def get(tree: Any) -> Any:
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
     return jax.tree.map(one, tree)
-
-
-def barrier(name: str) -> None:
-    """Returns when every process has come here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sera_jax import checkpoint, data, hf, model, programs, sample, score
+from sera_jax import mesh as meshes
 from sera_jax.ledger import Ledger, derived_tag, file_tag
 from sera_jax.model import Arch, Lora
 from sera_jax.programs import Compute
@@ -75,7 +76,8 @@ def open_folder(
     if seed is None:
         content, load = file_tag(path), lambda: hf.load(path, arch, mesh, dtype=dtype)
     else:
-        content, load = f"random {seed} {arch}", lambda: programs.random_params(arch, mesh, dtype)(jax.random.key(seed))
+        key = lambda: meshes.put(jax.random.key(seed), meshes.replicated(mesh))
+        content, load = f"random {seed} {arch}", lambda: programs.random_params(arch, mesh, dtype)(key())
     if lora:
         arch, load = dataclasses.replace(arch, lora=model.targeted(arch, lora)), functools.cache(load)
     return Folder(
@@ -148,14 +150,14 @@ class Policies:
 
     start: the folder that training started from; trained_start: an SFT stage lies between it and iterate 0. first: the
     folder that is iterate 1, None = trained here.
-    fingerprint: of everything that decides what the iterates become. iterates: where they are stored. seed: of fresh
-    adapters.
+    fingerprints: of everything that decides what the iterates become, as run.fingerprints gives them. iterates: where
+    they are stored. seed: of fresh adapters.
     """
 
     start: Folder
     trained_start: bool
     first: Folder | None
-    fingerprint: str
+    fingerprints: tuple[tuple[int, str], ...]
     iterates: pathlib.Path
     ledger: Ledger
     seed: int = 0
@@ -180,7 +182,11 @@ def tag(policies: Policies, name: Name) -> str:
     if name == Name("iterate", 1) and policies.first:
         return policies.first.tag
     kind = "iterate" if name.t == 0 else name.kind  # before the first iteration the mean is iterate 0 itself
-    return derived_tag(policies.fingerprint, policies.start.tag, kind, name.t)
+    return derived_tag(_fingerprint(policies, name.t), policies.start.tag, kind, name.t)
+
+
+def _fingerprint(policies: Policies, t: int) -> str:
+    return [fingerprint for first, fingerprint in policies.fingerprints if first <= t][-1]
 
 
 def params(policies: Policies, name: Name) -> Any:
@@ -205,7 +211,8 @@ def whole(policies: Policies, trained: Any) -> Any:
 def trained(policies: Policies, params: Any) -> Any:
     """What trains of a policy's weights: with LoRA its adapters, fresh ones where it has none."""
     if policies.arch.lora and "adapters" not in params:
-        return programs.random_adapters(policies.arch, policies.mesh)(jax.random.key(policies.seed))
+        key = meshes.put(jax.random.key(policies.seed), meshes.replicated(policies.mesh))
+        return programs.random_adapters(policies.arch, policies.mesh)(key)
     return model.split(policies.arch, params)[0]
 
 

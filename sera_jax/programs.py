@@ -468,7 +468,7 @@ def sample_prompts(
         dims = ("rows", *[None] * (array.ndim - 1))
         return meshes.put(array, NamedSharding(mesh, meshes.spec(mesh, "decode", dims, array.shape)))
 
-    values, key = meshes.put(sampling, whole), jax.device_put(key, whole)
+    values, key = meshes.put(sampling, whole), meshes.put(key, whole)
 
     def run(tokens_PJ: Any, length_P: Any, hash_P2: Any) -> tuple[Any, Any]:
         start = prefill(weights, by_prompt(tokens_PJ), by_prompt(length_P))

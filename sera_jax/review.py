@@ -28,9 +28,10 @@ import jax
 import numpy as np
 import pyarrow
 import pyarrow.parquet
+from jax.sharding import Mesh
 
 from sera_jax import config as configs
-from sera_jax import data, losses, metrics, policies, programs, report, score, selection, sera
+from sera_jax import data, losses, metrics, policies, processes, programs, report, score, selection, sera
 from sera_jax import mesh as meshes
 from sera_jax.config import ConfigError, ReviewConfig
 from sera_jax.ledger import Ledger
@@ -49,7 +50,9 @@ def main(args: list[str] | None = None) -> None:
     """Reads the config and reviews; an error of the user's ends with one line."""
     try:
         programs.compilation_cache()
-        review(configs.parse(ReviewConfig, args))
+        config = configs.parse(ReviewConfig, args)
+        processes.join(config.mesh.distributed)
+        review(config)
     except ValueError as error:
         sys.exit(f"error: {error}")
 
@@ -71,30 +74,43 @@ def review(config: ReviewConfig) -> pathlib.Path:
             "a review knows no iterations."
         )
     with programs.precision(config.compute):
-        mesh = meshes.make(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+        mesh = meshes.make(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, slices=config.mesh.slices)
         loss = losses.mixture({config.loss.name: 1.0, **config.loss.mix}, config.loss.sft_weight)
-        template = config.data.chat_template
-        policy = policies.open_folder(config.policy, mesh, compute=config.compute, chat_template=template)
-        reference = None
-        if loss.reference and config.loss.reference == "initial":
-            reference = policies.open_folder(config.reference, mesh, compute=config.compute, chat_template=template)
-            sera.check_references(policy.tag, reference.tag, "reference")
-            if not policies.same_tokens(policy, reference):
-                raise ValueError(
-                    f"reference: the tokeniser of {config.reference} differs from that of {config.policy}, expected "
-                    "the same vocabulary and EOS ids. Give the model that the policy was trained from."
-                )
-        pairs, trees = _read(config, policy)
+        policy, reference, pairs, trees = processes.agreed(
+            lambda: _opened(config, loss, mesh),
+            lambda found: configs.dump(config) + repr([model and model.tag for model in found[:2]]) + repr(found[2:]),
+            "config, models and pairs",
+        )
         chosen = _select(config, policy, reference, loss, pairs, trees)
     flags = _flags(config, pairs, trees, chosen, policy.eos_ids)
     columns = {**selection.columns(pairs, trees, chosen), "flag": [",".join(names) for names in flags]}
     summary = _summary(pairs, columns, flags)
     out = pathlib.Path(config.out)
-    if jax.process_index() == 0:
-        _write(config, out, pairs, trees, chosen, columns, summary)
+    processes.once(lambda: _write(config, out, pairs, trees, chosen, columns, summary))
     _show(config, columns, summary)
     metrics.say(f"{out}: review.parquet, kept.jsonl ({summary['pairs/kept']} pairs), report.html")
     return out
+
+
+def _models(config: ReviewConfig, loss: Loss, mesh: Mesh) -> tuple[Folder, Folder | None]:
+    """The policy, and the reference where the loss has one."""
+    template = config.data.chat_template
+    policy = policies.open_folder(config.policy, mesh, compute=config.compute, chat_template=template)
+    if not loss.reference or config.loss.reference != "initial":
+        return policy, None
+    reference = policies.open_folder(config.reference, mesh, compute=config.compute, chat_template=template)
+    sera.check_references(policy.tag, reference.tag, "reference")
+    if not policies.same_tokens(policy, reference):
+        raise ValueError(
+            f"reference: the tokeniser of {config.reference} differs from that of {config.policy}, expected the same "
+            "vocabulary and EOS ids. Give the model that the policy was trained from."
+        )
+    return policy, reference
+
+
+def _opened(config: ReviewConfig, loss: Loss, mesh: Mesh) -> tuple[Folder, Folder | None, list[Pair], list[Tree]]:
+    policy, reference = _models(config, loss, mesh)
+    return policy, reference, *_read(config, policy)
 
 
 def _read(config: ReviewConfig, policy: Folder) -> tuple[list[Pair], list[Tree]]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from sera_jax import metrics, sample, sera
+from sera_jax import metrics, processes, sample, sera
 from sera_jax.records import Candidates, Text, Tree
 
 
@@ -38,20 +38,31 @@ def implicit(
 
 
 def by_function(
-    function: Callable[[Text, str], float],
+    function: Callable[[Text, str], float] | None,
     prompts: Sequence[Text],
     texts_PC: Sequence[Sequence[str | None]],
     label: str,
 ) -> np.ndarray:
-    """float32 [P, C]: a Python function's value of every (prompt, response); NaN where there is no response.
+    """float32 [P, C]: a Python function's value of every (prompt, response); NaN where there is no response. Process 0
+    asks it, all know.
 
     Args:
-        function: called with the prompt as it stands in the data (text or messages) and the response's text.
+        function: from `load_function`; called with the prompt as it stands in the data (text or messages) and the
+            response's text.
         texts_PC: of the responses; None = none, the function is not asked.
 
     Raises:
         ValueError: it returned something that is not a finite number.
     """
+    return processes.once(lambda: _asked(function, prompts, texts_PC, label))
+
+
+def _asked(
+    function: Callable[[Text, str], float],
+    prompts: Sequence[Text],
+    texts_PC: Sequence[Sequence[str | None]],
+    label: str,
+) -> np.ndarray:
     rewards_PC = np.full((len(prompts), max(map(len, texts_PC), default=0)), np.nan, np.float32)
     for p, prompt in enumerate(metrics.track(prompts, total=len(prompts), label=label, unit="prompts")):
         for c, text in enumerate(texts_PC[p]):
@@ -74,12 +85,17 @@ def random(candidates: Candidates, key: jax.Array) -> np.ndarray:
     return np.asarray(jax.vmap(jax.vmap(jax.random.uniform))(keys_PC), np.float32)
 
 
-def load_function(spec: str) -> Callable[[Text, str], float]:
-    """ "module:function" → the function; modules of the current folder are found too.
+def load_function(spec: str) -> Callable[[Text, str], float] | None:
+    """ "module:function" → the function; modules of the current folder are found too. Only process 0 imports it (it may
+    bring a model of its own); None on the others.
 
     Raises:
         ValueError: no such module or function.
     """
+    return processes.held(lambda: _imported(spec))
+
+
+def _imported(spec: str) -> Callable[[Text, str], float]:
     module, _, name = spec.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())

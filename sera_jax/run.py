@@ -1,8 +1,8 @@
 """The run folder: opening, refusing what belongs to another config, going on where it stopped; state and cursor.
 
 All state of the loop is a TrainState (weights, moments, step) and a cursor (stage, iteration, update, what validation
-has found, byte offset of metrics.jsonl), saved together. Everything else is a function of them, of the config, and of
-files that are only ever appended to (ledger, candidates).
+has found, byte offset of metrics.jsonl, on what the run has been computed), saved together. Everything else is a
+function of them, of the config, and of files that are only ever appended to (ledger, candidates).
 """
 
 import contextlib
@@ -23,20 +23,27 @@ import numpy as np
 import yaml
 from jax.sharding import Mesh
 
-from sera_jax import disk, programs
+from sera_jax import disk, processes, programs
 from sera_jax import mesh as meshes
 from sera_jax import metrics as metriclib
 from sera_jax import rows as rowlib
 from sera_jax.checkpoint import Checkpoints
 from sera_jax.disk import DiskError
+from sera_jax.ledger import derived_tag
 from sera_jax.metrics import Metrics
 from sera_jax.records import Batch, Tree
 from sera_jax.rows import Fill, Plan
 from sera_jax.step import TrainState
 
-# Keys that may differ between a run and its continuation: they change no number of it.
+# Keys that may differ between a run and its continuation: they change no number of it ...
 FREE_KEYS = (
     "run.dir run.resume run.save_every run.keep_checkpoints run.ledger run.compilation_cache run.tensorboard run.wandb"
+).split()
+# ... or only how its numbers are rounded, because they say where and in which portions they are computed.
+LAYOUT_KEYS = (
+    "mesh.distributed mesh.slices mesh.data mesh.fsdp mesh.tensor model.remat model.head_chunk bootstrap.slots "
+    "optimizer.moments sft.optimizer.moments "
+    "optimizer.row_tokens optimizer.microbatch_rows sft.optimizer.row_tokens sft.optimizer.microbatch_rows"
 ).split()
 
 
@@ -68,7 +75,7 @@ class Cursor:
     """How far a run is.
 
     stage: "sft" or "update"; iteration: 0 in SFT; update: updates done in the stage, of `total`; count: updates of the
-    whole run, those that were left out by an early stop included; offset: bytes of metrics.jsonl.
+    whole run, those that were left out by an early stop included; offset: bytes of metrics.jsonl. origins: of the run.
     """
 
     stage: str
@@ -78,11 +85,16 @@ class Cursor:
     count: int
     offset: int
     checks: Checks = Checks()
+    origins: tuple[tuple[int, int, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """An open run folder. at: where it stopped, None = from the start. lock: held while the run is open."""
+    """An open run folder. at: where it stopped, None = from the start. lock: held by process 0 while the run is open.
+
+    origins: how its iterates came to be: (iterate, updates of the run, fingerprint) of its beginning, and of every
+    resume under another fingerprint (on other devices, say): from that iterate on, behind so many updates.
+    """
 
     path: pathlib.Path
     metrics: Metrics
@@ -90,18 +102,27 @@ class Run:
     at: Cursor | None
     save_every: int
     log_every: int
-    lock: TextIO
+    lock: TextIO | None
+    origins: tuple[tuple[int, int, str], ...]
 
 
 def open_run(
-    config_yaml: str, *, content: str, resume: str, keep: int, save_every: int, log_every: int, **sinks: Any
+    config_yaml: str,
+    *,
+    content: str,
+    fingerprint: str,
+    resume: str,
+    keep: int,
+    save_every: int,
+    log_every: int,
+    **sinks: Any,
 ) -> Run:
     """Opens `run.dir` of a complete config: new, or to go on.
 
     Args:
-        config_yaml: config.dump(...). content: hash of the model and the data behind the config's paths.
-        resume: auto, never or must. keep: checkpoints that stay. sinks: keywords of
-            Metrics.
+        config_yaml: config.dump(...). content: hash of the model and the data behind the config's paths. fingerprint:
+            of all that decides the bits of the iterates.
+        resume: auto, never or must. keep: checkpoints that stay. sinks: keywords of Metrics.
 
     Raises:
         RunError: another run has the folder open; it holds another config (the differing keys are named) or the same
@@ -109,26 +130,64 @@ def open_run(
     """
     config = yaml.safe_load(config_yaml)
     path = pathlib.Path(config["run"]["dir"])
-    if resume == "must" and not (path / "config.yaml").is_file():
-        raise RunError(f"{path} holds no config.yaml and run.resume is 'must'. Check run.dir, or start with 'auto'.")
     with disk.guarded(path), contextlib.ExitStack() as undone:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = undone.enter_context(_claimed(path))
-        if resume == "never" and any(found.name != LOCK for found in path.iterdir()):
-            raise RunError(
-                f"{path} is not empty and run.resume is 'never'. Choose another run.dir, or resume with 'auto'."
-            )
-        _belongs(path, config_yaml, content)
+
+        def claimed() -> TextIO:
+            if resume == "must" and not (path / "config.yaml").is_file():
+                raise RunError(
+                    f"{path} holds no config.yaml and run.resume is 'must'. Check run.dir, or start with 'auto'."
+                )
+            with disk.guarded(path):
+                path.mkdir(parents=True, exist_ok=True)
+                lock = undone.enter_context(_claimed(path))
+                if resume == "never" and any(found.name != LOCK for found in path.iterdir()):
+                    raise RunError(
+                        f"{path} is not empty and run.resume is 'never'. Choose another run.dir, or resume with 'auto'."
+                    )
+                _belongs(path, config_yaml, content)
+            return lock
+
+        lock = processes.held(claimed)
         checkpoints = Checkpoints(path / "checkpoints", keep)
         undone.callback(checkpoints.close)
-        latest = checkpoints.latest()
-        at = None
-        if latest is not None:
-            at = Cursor(**{**latest[1], "checks": Checks(**latest[1].get("checks", {}))})
+        at = _cursor(processes.once(checkpoints.latest))
         sinks = {"tensorboard_dir": path / "tensorboard" if sinks.pop("tensorboard", False) else None, **sinks}
-        metrics = Metrics(path / "metrics.jsonl", offset=0 if at is None else at.offset, config=config, **sinks)
+        log = lambda: Metrics(path / "metrics.jsonl", offset=0 if at is None else at.offset, config=config, **sinks)
+        metrics = processes.held(log) or log()
         undone.pop_all()
-    return Run(path, metrics, checkpoints, at, save_every, log_every, lock)
+    return Run(path, metrics, checkpoints, at, save_every, log_every, lock, origins(at, fingerprint))
+
+
+def _cursor(latest: Sequence[Any] | None) -> Cursor | None:
+    """Of the (step, plain values) of a checkpoint."""
+    if latest is None:
+        return None
+    plain = latest[1]
+    return Cursor(
+        **{
+            **plain,
+            "checks": Checks(**plain.get("checks", {})),
+            "origins": tuple(map(tuple, plain.get("origins", ()))),
+        }
+    )
+
+
+def origins(at: Cursor | None, fingerprint: str) -> tuple[tuple[int, int, str], ...]:
+    """Those of a run that goes on from `at` (None: begins) under a fingerprint."""
+    if at is None or not at.origins:
+        return ((0, 0, fingerprint),)
+    if at.origins[-1][2] == fingerprint:
+        return at.origins
+    ended = at.update == at.total or at.checks.stopped
+    return (*at.origins, (at.iteration + ended, at.count, fingerprint))
+
+
+def fingerprints(run: Run) -> tuple[tuple[int, str], ...]:
+    """(t, fingerprint): of the iterates from t on until the next one: of everything that their bits come from."""
+    told = [fingerprint for _, _, fingerprint in run.origins[:1]]
+    for n in range(2, len(run.origins) + 1):
+        told.append(derived_tag(*(value for origin in run.origins[:n] for value in origin)))
+    return tuple((origin[0], fingerprint) for origin, fingerprint in zip(run.origins, told))
 
 
 LOCK = "run.lock"
@@ -204,7 +263,7 @@ def differences(stored: dict, asked: dict, prefix: str = "") -> list[str]:
         name, a, b = f"{prefix}{key}", stored.get(key), asked.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             found += differences(a, b, f"{name}.")
-        elif (a != b or (key in stored) != (key in asked)) and name not in FREE_KEYS:
+        elif (a != b or (key in stored) != (key in asked)) and name not in (*FREE_KEYS, *LAYOUT_KEYS):
             found.append(f"{name} ({shown(stored, key)} → {shown(asked, key)})")
     return found
 
@@ -216,7 +275,8 @@ def close(run: Run) -> None:
         DiskError: the last save could not be written.
     """
     with contextlib.ExitStack() as closing:
-        closing.enter_context(run.lock)
+        if run.lock is not None:
+            closing.enter_context(run.lock)
         closing.callback(run.metrics.close)
         closing.callback(run.checkpoints.close)
 
@@ -329,11 +389,12 @@ def run_stage(
         the state and the cursor at the end.
     """
     total = len(stage.batches)
-    at = at or Cursor(stage.name, stage.iteration, 0, total, count, run.metrics.offset)
+    logged = lambda: processes.once(lambda: run.metrics.offset)
+    at = at or Cursor(stage.name, stage.iteration, 0, total, count, logged(), origins=run.origins)
     if at.checks.stopped:
         return state, at
     whole = meshes.replicated(mesh)
-    total_array, key = meshes.put(np.int32(total), whole), jax.device_put(key, whole)
+    total_array, key = meshes.put(np.int32(total), whole), meshes.put(key, whole)
     fold = jax.jit(jax.random.fold_in, out_shardings=whole)
     pending: dict | None = None
     fills: list[Fill] = []
@@ -356,6 +417,7 @@ def run_stage(
         last = index + 1 == total
         if validation is not None and (index + 1) % validation.every == 0 and not last:
             found = validation.measure(state.params)
+            found = processes.once(lambda found=found: found)  # it decides where the stage ends
             checks = checked(checks, index + 1, found, validation)
             if checks.best_update == index + 1 and validation.keep is not None:
                 validation.keep(state.params)
@@ -369,7 +431,7 @@ def run_stage(
         if (index + 1) % run.save_every == 0 or last:
             log(pending)
             pending = None
-            at = Cursor(stage.name, stage.iteration, index + 1, total, count + index + 1, run.metrics.offset, checks)
+            at = Cursor(stage.name, stage.iteration, index + 1, total, count + index + 1, logged(), checks, run.origins)
             run.checkpoints.save(at.count, state, dataclasses.asdict(at))
         if checks.stopped:
             break

@@ -69,7 +69,7 @@ def select(
     arrays["weights_E"] = weights_E
     where = programs.selector_shardings(mesh)
     placed = {name: meshes.put(a, where[name]) for name, a in arrays.items()}
-    out = selector(**placed, key=jax.device_put(key, where["key"]))
+    out = selector(**placed, key=meshes.put(key, where["key"]))
     out = {name: np.asarray(a) for name, a in meshes.get(out).items()}
     sera.check_finite(out["bad"], [pair.id for pair in pairs], what)
     return Selection(out["mask_N"][:n], out["score_N"][:n], out["margin_N"][:n])

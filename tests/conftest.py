@@ -153,7 +153,11 @@ def tiny_config(tiny, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tiny)
     of_devices = meshes.make
     monkeypatch.setattr(
-        meshes, "make", lambda d, f, t, devices=None: of_devices(d, f, t, devices or jax.devices()[: d * f * t])
+        meshes,
+        "make",
+        lambda d, f, t, devices=None, slices=1: of_devices(
+            d, f, t, devices or jax.devices()[: d * f * t], slices=slices
+        ),
     )
 
     def make(*flags: str, run: str = "run"):

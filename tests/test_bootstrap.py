@@ -85,7 +85,7 @@ def test_an_interrupted_run_goes_on(tmp_path, whole, killed_at, torn):
     with pytest.raises(RuntimeError, match="killed"):
         sampled(path, run)
     assert len(calls) == killed_at
-    left = path.read_bytes()
+    left = path.read_bytes() if killed_at else b""
     assert stored.startswith(left) and left.count(b"\n") == min(2 * killed_at, 7)
     path.write_bytes(left[: len(left) - torn])
     again, more = sampler()

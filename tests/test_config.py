@@ -179,6 +179,7 @@ RANGES = {
     "mesh.data": ([0, -2], [1]),
     "mesh.fsdp": ([0, -2], [-1, 1]),
     "mesh.tensor": ([0, -2], [1]),
+    "mesh.slices": ([0, -1], [1, 2]),
 } | {
     f"{stage}.{key}": values
     for stage in ("optimizer", "sft.optimizer")

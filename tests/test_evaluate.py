@@ -29,7 +29,7 @@ def world(tiny, folders, tmp_path, monkeypatch):
     """flags → result, on one device; and the files that generate writes for both models."""
     monkeypatch.syspath_prepend(tiny)
     of_devices = meshes.make
-    monkeypatch.setattr(meshes, "make", lambda d, f, t: of_devices(d, f, t, jax.devices()[: d * f * t]))
+    monkeypatch.setattr(meshes, "make", lambda d, f, t, slices: of_devices(d, f, t, jax.devices()[: d * f * t]))
     prompts = f"[{tiny / 'prompts.jsonl'}]"
 
     def run(policy, baseline, *flags: str):

@@ -29,7 +29,7 @@ def folder(tiny, tmp_path_factory):
 def ask(tiny, folder, tmp_path, monkeypatch):
     """flags → config of the tiny world on one device."""
     of_devices = meshes.make
-    monkeypatch.setattr(meshes, "make", lambda d, f, t: of_devices(d, f, t, jax.devices()[: d * f * t]))
+    monkeypatch.setattr(meshes, "make", lambda d, f, t, slices: of_devices(d, f, t, jax.devices()[: d * f * t]))
 
     def make(*flags: str, out: str = "out.jsonl"):
         base = [f"--model.path={folder}", f"--prompts=[{tiny / 'prompts.jsonl'}]", f"--out={tmp_path / out}"]

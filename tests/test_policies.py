@@ -31,7 +31,7 @@ def scorer(eight_devices):
 def where(tmp_path, eight_devices, scorer) -> Policies:
     load = lambda: programs.random_params(ARCH, eight_devices)(jax.random.key(3))
     start = Folder("start", ARCH, None, (2,), eight_devices, BF16, "a" * 16, load)
-    return Policies(start, False, None, "config and data", tmp_path / "iterates", Ledger(tmp_path / "l"))
+    return Policies(start, False, None, ((0, "config and data"),), tmp_path / "iterates", Ledger(tmp_path / "l"))
 
 
 @pytest.fixture(scope="module")
@@ -59,25 +59,25 @@ def same_bits(a, b):
 def test_without_sft_iterate_0_is_the_start(where):
     assert policies.tag(where, START) == where.start.tag == policies.tag(where, Name("ema", 0))
     # Of the start's content alone: another run on the same checkpoint finds its log-probs.
-    other = dataclasses.replace(where, fingerprint="another config")
+    other = dataclasses.replace(where, fingerprints=((0, "another config"),))
     assert policies.tag(other, START) == where.start.tag
 
 
 def test_after_sft_iterate_0_is_a_model_of_its_own(where):
     trained = dataclasses.replace(where, trained_start=True)
     assert policies.tag(trained, START) == policies.tag(trained, Name("ema", 0)) != where.start.tag
-    other = dataclasses.replace(trained, fingerprint="another config")
+    other = dataclasses.replace(trained, fingerprints=((0, "another config"),))
     assert policies.tag(other, START) != policies.tag(trained, START)
 
 
 def test_tags_are_distinct_and_repeat(where):
     def tags(p: Policies) -> dict:
         names = [Name(kind, t) for kind in ("iterate", "ema") for t in (1, 2, 3)]
-        return {(p.fingerprint, p.start.tag, p.trained_start, n): policies.tag(p, n) for n in names}
+        return {(p.fingerprints, p.start.tag, p.trained_start, n): policies.tag(p, n) for n in names}
 
     runs = [
         where,
-        dataclasses.replace(where, fingerprint="b"),
+        dataclasses.replace(where, fingerprints=((0, "b"),)),
         dataclasses.replace(where, start=dataclasses.replace(where.start, tag="b" * 16)),
     ]
     found = {k: v for p in runs for k, v in tags(p).items()}

@@ -39,10 +39,11 @@ def config_of(path, **changes) -> TrainConfig:
     return record
 
 
-def opened(path, resume="auto", save_every=3, log_every=2, keep=2, content="c1", **changes):
+def opened(path, resume="auto", save_every=3, log_every=2, keep=2, content="c1", fingerprint="f1", **changes):
     return runs.open_run(
         config.dump(config_of(path, **changes)),
         content=content,
+        fingerprint=fingerprint,
         resume=resume,
         keep=keep,
         save_every=save_every,
@@ -340,7 +341,8 @@ def test_checkpoints_come_every_so_often_and_at_the_end(tmp_path, stage, update,
     run = opened(tmp_path)
     assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [104, 108, 110]
     size = (tmp_path / "metrics.jsonl").stat().st_size
-    assert run.at == Cursor("update", 2, update=10, total=10, count=110, offset=size)
+    origins = ((0, 0, "f1"),)
+    assert run.at == Cursor("update", 2, update=10, total=10, count=110, offset=size, origins=origins)
     like = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), first_state(eight_devices)
     )

@@ -311,7 +311,7 @@ def refused(config_flags: list[str]) -> str:
 def test_bad_input_is_one_clear_line_and_a_second_try_works(tiny, tmp_path, monkeypatch):
     """A wrong model, data or key is told before anything is done, and the run folder stays free for the next try."""
     of_devices = meshes.make
-    monkeypatch.setattr(meshes, "make", lambda d, f, t: of_devices(d, f, t, jax.devices()[: d * f * t]))
+    monkeypatch.setattr(meshes, "make", lambda d, f, t, slices: of_devices(d, f, t, jax.devices()[: d * f * t]))
     model = tmp_path / "model"
     shutil.copytree(tiny / "model", model)
     base = [f"--run.dir={tmp_path / 'run'}", "--run.compilation_cache=off", f"--model.path={model}"]

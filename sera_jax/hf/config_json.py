@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sera_jax import mesh as meshes
-from sera_jax import model, rope
+from sera_jax import model, processes, rope
 from sera_jax.hf.families import CAPS, FAMILIES, KEYS, Family
 from sera_jax.model import Arch
 
@@ -53,7 +52,7 @@ def write_config(
         partial = path / "config.json.partial"
         partial.write_text(config_text(arch, source, dtype, extra))
         os.replace(partial, path / "config.json")
-    meshes.barrier("config.json")
+    processes.barrier("config.json")
     return path
 
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from sera_jax import mesh as meshes
-from sera_jax import model
+from sera_jax import model, processes
 from sera_jax.hf.config_json import config_text
 from sera_jax.hf.layout import DTYPES, file_shape, file_shapes, matches, names, sizes_of
 from sera_jax.model import Arch
@@ -97,7 +97,7 @@ def appearing(path: pathlib.Path) -> Iterator[pathlib.Path | None]:
     yield partial if writes else None
     if writes:
         _replace(partial, path, old)
-    meshes.barrier("export")
+    processes.barrier("export")
 
 
 def write_tensors(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from sera_jax import bootstrap, disk, policies, programs, rewards, sample, score
+from sera_jax import bootstrap, disk, policies, processes, programs, rewards, sample, score
 from sera_jax.bootstrap import Fresh
 from sera_jax.config import BootstrapConfig, EvaluateConfig
 from sera_jax.ledger import branch_key, derived_tag
@@ -63,6 +63,7 @@ def bootstrap_pairs(world: World, t: int, scored: Live) -> Made | None:
         penalty=config.reward.length_penalty,
         normalise=config.reward.length_normalise,
     )
+    rewards_PC = processes.once(lambda: rewards_PC)  # they decide what is trained on
     made = bootstrap.fresh_pairs(
         candidates,
         rewards_PC,
@@ -103,8 +104,7 @@ def responses(
         contents = (branch_key(ids, ()).hex() for ids in tokens)
         said = derived_tag(policies.tag(world.policies, live.name), own, *contents)
         shared = pathlib.Path(config.run.ledger) / "responses" / f"{said}.jsonl"
-        if shared.is_file() and not path.exists():
-            _copy(shared, path)
+        processes.once(lambda: _copy(shared, path))
     made = bootstrap.sample_candidates(
         _sampler(world, live, worlds.key(world, use, t), candidates, values),
         prompts,
@@ -115,13 +115,15 @@ def responses(
         path=path,
         label=label,
     )
-    if shared is not None and not shared.exists():
-        _copy(path, shared)
+    if shared is not None:
+        processes.once(lambda: _copy(path, shared))
     return made
 
 
 def _copy(source: pathlib.Path, to: pathlib.Path) -> None:
-    """Copies a file; it appears when complete, whoever else does the same."""
+    """Copies a file that is there to where none is; it appears when complete, whoever else does the same."""
+    if to.exists() or not source.is_file():
+        return
     to.parent.mkdir(parents=True, exist_ok=True)
     beside = to.with_name(f"{to.name}.{os.getpid()}.tmp")
     with disk.guarded(to):

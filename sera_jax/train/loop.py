@@ -1,6 +1,5 @@
 """The walk: [SFT] → T × (score → select → sample → reward → pairs → update → save) → export."""
 
-import json
 import pathlib
 import sys
 import time
@@ -10,7 +9,7 @@ from typing import Any
 import jax
 
 from sera_jax import config as configs
-from sera_jax import policies, programs
+from sera_jax import policies, processes, programs
 from sera_jax import run as runs
 from sera_jax.config import TrainConfig
 from sera_jax.policies import Live, Name
@@ -23,7 +22,11 @@ def main(args: list[str] | None = None) -> None:
     """Reads the config and runs, or only checks the data; an error of the user's ends with one line."""
     try:
         config = configs.parse(TrainConfig, args)
-        check.check(config) if config.data.check else train(config)
+        if config.data.check:
+            check.check(config)
+            return
+        processes.join(config.mesh.distributed)
+        train(config)
     except ValueError as error:
         sys.exit(f"error: {error}")
 
@@ -49,7 +52,7 @@ def walk(world: World) -> pathlib.Path:
     """Start, iterations, export; what an earlier process has done is not done again."""
     live, moments = update.start(world), None
     first = max(1, live.name.t)  # on resume the policy in memory is iterate `first`, as far as it was trained
-    summaries = [json.loads((worlds.folder(world, t) / "summary.json").read_text()) for t in range(1, first)]
+    summaries = outcome.read_summaries(world, first - 1)
     for t in range(first, world.config.loop.iterations + 1):
         if t == 1 and world.policies.first:
             live, summary = adopt(world, live)

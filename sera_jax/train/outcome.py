@@ -4,7 +4,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from sera_jax import disk, hf, metrics, model, policies, programs, report, rewards, selection, sera, winrate
+from sera_jax import disk, hf, metrics, model, policies, processes, programs, report, rewards, selection, sera, winrate
 from sera_jax.policies import Live, Name
 from sera_jax.records import Candidates, Tree
 from sera_jax.run import Checks, Cursor, Stage
@@ -47,7 +47,6 @@ def write_pairs(
         gold_F2: of the fresh pairs (`judged`).
     """
     folder = worlds.folder(world, t)
-    folder.mkdir(parents=True, exist_ok=True)
     if chosen is not None:
         columns = selection.columns(world.given.pairs, world.given.trees, chosen)
         _write_table(columns, folder / "kept.parquet")
@@ -77,8 +76,18 @@ def write_pairs(
 
 
 def _write_table(columns: dict[str, Any], path: pathlib.Path) -> None:
-    with disk.whole(path) as beside:
-        pyarrow.parquet.write_table(pyarrow.table(columns), beside)
+    _write(path, lambda beside: pyarrow.parquet.write_table(pyarrow.table(columns), beside))
+
+
+def _write(path: pathlib.Path, content: Callable[[pathlib.Path], Any]) -> None:
+    """One file, by process 0. content: writes it to a path beside."""
+
+    def written() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with disk.whole(path) as beside:
+            content(beside)
+
+    processes.once(written)
 
 
 # --- the summary of an iteration --------------------------------------------------------------------------------------
@@ -120,6 +129,7 @@ def summarise(
         )
     said = watch.warnings(summary, before)
     summary |= {"watch/warnings": len(said), "warnings": said}
+    summary = processes.once(lambda: summary)  # it decides what is exported
     world.run.metrics.write({"stage": "iteration", "step": 0, **summary})
     shown = [[k, v] for k, v in summary.items() if k not in ("iteration", "warnings")]
     metrics.table(f"iteration {t}", ["measure", "value"], shown)
@@ -341,9 +351,15 @@ def _responses(world: World, live: Live) -> Candidates:
 
 def write_summary(world: World, t: int, summary: dict[str, Any]) -> None:
     """iterations/t/summary.json."""
-    worlds.folder(world, t).mkdir(parents=True, exist_ok=True)
-    with disk.whole(worlds.folder(world, t) / "summary.json") as beside:
-        beside.write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    text = json.dumps(summary, indent=1)
+    _write(worlds.folder(world, t) / "summary.json", lambda beside: beside.write_text(text, encoding="utf-8"))
+
+
+def read_summaries(world: World, count: int) -> list[dict[str, Any]]:
+    """Those of the first iterations, as an earlier process left them."""
+    return processes.once(
+        lambda: [json.loads((worlds.folder(world, t) / "summary.json").read_text()) for t in range(1, count + 1)]
+    )
 
 
 # --- the end ----------------------------------------------------------------------------------------------------------
@@ -393,11 +409,12 @@ def finish(world: World, live: Live, summaries: list[dict]) -> pathlib.Path:
     else:
         hf.save(export, where.arch, params, **given)
     if config.data.chat_template != "auto":  # who chats with the model needs the template that it was aligned with
-        shutil.copyfile(pathlib.Path(config.data.chat_template).expanduser(), export / "chat_template.jinja")
-    page = report.build(world.run.path)
+        template = pathlib.Path(config.data.chat_template).expanduser()
+        _write(export / "chat_template.jinja", lambda beside: shutil.copyfile(template, beside))
+    page = processes.once(lambda: str(report.build(world.run.path)))
     result = {"exported": policies.folder_name(name), "iteration": t, "iterations": len(summaries)}
-    with disk.whole(world.run.path / "result.json") as beside:
-        beside.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    text = json.dumps(result) + "\n"
+    _write(world.run.path / "result.json", lambda beside: beside.write_text(text, encoding="utf-8"))
     metrics.say(f"exported iterate {t}{behind}: {export}")
     metrics.say(f"report: {page}")
     return export

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pyarrow.parquet
 
-from sera_jax import data, policies, programs, sera, step
+from sera_jax import data, policies, processes, programs, sera, step
 from sera_jax import mesh as meshes
 from sera_jax import rows as rowlib
 from sera_jax import run as runs
@@ -181,16 +181,15 @@ def updates_before(world: World, t: int) -> int:
 def _earlier_fresh(world: World, t: int) -> list[Tree]:
     """The fresh pairs that iteration t trained on, with the ids that were sampled."""
     path = worlds.folder(world, t) / "fresh.parquet"
-    if not path.is_file():
-        return []
     columns = ["id", "prompt_tokens", "chosen_tokens", "rejected_tokens", "kept"]
+    read = lambda: pyarrow.parquet.read_table(path, columns=columns).to_pylist() if path.is_file() else []
     return [
         Tree(
             row["id"],
             np.array(row["prompt_tokens"], np.int32),
             (np.array(row["chosen_tokens"], np.int32), np.array(row["rejected_tokens"], np.int32)),
         )
-        for row in pyarrow.parquet.read_table(path, columns=columns).to_pylist()
+        for row in processes.once(read)
         if row["kept"]
     ]
 

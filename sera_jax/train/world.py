@@ -12,7 +12,21 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from sera_jax import bootstrap, data, losses, metrics, model, policies, programs, rewards, sample, score, sera, step
+from sera_jax import (
+    bootstrap,
+    data,
+    losses,
+    metrics,
+    model,
+    policies,
+    processes,
+    programs,
+    rewards,
+    sample,
+    score,
+    sera,
+    step,
+)
 from sera_jax import config as configs
 from sera_jax import mesh as meshes
 from sera_jax import rows as rowlib
@@ -66,9 +80,17 @@ class World:
     score_plan: Plan
 
 
-def prepare(config: TrainConfig) -> World:
-    """Reads everything that can be wrong before the run folder is touched: tokenizer, data, architecture, mesh."""
-    mesh = meshes.make(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+@dataclasses.dataclass(frozen=True)
+class _Files:
+    """What a process reads. content: hash of what is behind the config's paths."""
+
+    start: Folder
+    given: Given
+    first: Folder | None
+    content: str
+
+
+def _read(config: TrainConfig, mesh: Mesh) -> _Files:
     start = policies.open_folder(
         config.model.path,
         mesh,
@@ -79,11 +101,21 @@ def prepare(config: TrainConfig) -> World:
         seed=config.run.seed if config.model.weights == "random" else None,
         lora=lora_of(config),
     )
-    arch, compute = start.arch, start.compute
     given = load(config, start)
-    _check_early(config, given.pairs)
+    check_scores(config, given.pairs)
     first = _first(config, start, mesh)
-    content = _content(given, start, first)
+    return _Files(start, given, first, _content(given, start, first))
+
+
+def prepare(config: TrainConfig) -> World:
+    """Reads everything that can be wrong before the run folder is touched: tokenizer, data, architecture, mesh."""
+    mesh = meshes.make(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, slices=config.mesh.slices)
+    files = processes.agreed(
+        lambda: _read(config, mesh), lambda files: configs.dump(config) + files.content, "config, model and data"
+    )
+    start, given, first, content = files.start, files.given, files.first, files.content
+    arch, compute = start.arch, start.compute
+    _check_early(config)
     loss, loss_keys = loss_of(config)
     transform = adam(config.optimizer, arch)
     # An SFT stage alone has no pairs; its trees then stand for them in plans that nothing runs by.
@@ -95,6 +127,7 @@ def prepare(config: TrainConfig) -> World:
     run = runs.open_run(
         configs.dump(config),
         content=content,
+        fingerprint=_fingerprint(config, content),
         resume=config.run.resume,
         keep=config.run.keep_checkpoints,
         save_every=config.run.save_every,
@@ -105,7 +138,7 @@ def prepare(config: TrainConfig) -> World:
     where = Policies(
         start=start,
         trained_start=config.sft.epochs > 0,
-        fingerprint=_fingerprint(config, content),
+        fingerprints=runs.fingerprints(run),
         first=first,
         iterates=run.path / "iterates",
         ledger=Ledger(config.run.ledger or run.path / "ledger"),
@@ -160,18 +193,17 @@ def selector_of(config: TrainConfig, mesh: Mesh) -> Callable:
     )
 
 
-def _check_early(config: TrainConfig, pairs: Sequence[Pair]) -> None:
-    """What would else be found after the first iteration: reward functions, scores in the data, ensemble weights.
+def _check_early(config: TrainConfig) -> None:
+    """What would else be found after the first iteration: reward functions, ensemble weights.
 
     Raises:
-        ValueError: as the rooms raise it; for scores, naming the key and the first pair without.
+        ValueError: as the rooms raise it.
     """
     gaps = config.select.score == "reward_gap" and config.loop.iterations >= config.select.from_iteration
     if gaps or (config.reward.source == "function" and bootstraps(config)):
         rewards.load_function(config.reward.function)
     if config.evaluate.function:
         rewards.load_function(config.evaluate.function)
-    check_scores(config, pairs)
     for t in range(1, config.loop.iterations):
         sera.ensemble_weights(t, config.reward.ensemble, config.reward.gamma)
 
@@ -418,7 +450,8 @@ def _fingerprint(config: TrainConfig, content: str) -> str:
     del plain["run"], plain["evaluate"]
     devices = [str(d.device_kind) for d in jax.devices()]
     config_json = json.dumps(plain, sort_keys=True, default=list)
-    return derived_tag(config_json, config.run.seed, content, *devices, jax.__version__)
+    several = [jax.process_count()] if jax.process_count() > 1 else []
+    return derived_tag(config_json, config.run.seed, content, *devices, *several, jax.__version__)
 
 
 def _describe(world: World) -> None:

@@ -1,0 +1,73 @@
+"""Several processes of one run, each with devices of its own, joined over loopback."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import pytest
+
+HERE = pathlib.Path(__file__).parents[2]
+PATIENCE = 300.0  # seconds; an idle machine of two cores takes a tenth
+
+
+class Joined:
+    """Processes of one run: alike but for their number, and for the arguments that are theirs alone."""
+
+    def __init__(self, commands: list[list[str]], *, devices: int, folder: pathlib.Path):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        common = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+            "JAX_NUM_PROCESSES": str(len(commands)),
+            "PYTHONPATH": os.pathsep.join([str(HERE), str(folder)]),
+        }
+        self._logs = [open(folder / f"process-{port}-{i}.log", "w+") for i in range(len(commands))]
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, *command],
+                env=common | {"JAX_PROCESS_ID": str(i)},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=folder,
+            )
+            for i, (command, log) in enumerate(zip(commands, self._logs))
+        ]
+
+    def alive(self) -> bool:
+        return all(process.poll() is None for process in self.processes)
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.wait()
+
+    def ended(self) -> list[int]:
+        """Exit codes, once all have ended."""
+        return [process.wait(timeout=PATIENCE) for process in self.processes]
+
+    def said(self) -> list[str]:
+        """What each printed."""
+        for log in self._logs:
+            log.flush()
+        return [pathlib.Path(log.name).read_text() for log in self._logs]
+
+
+@pytest.fixture
+def joined(tmp_path):
+    """joined(command of process 0, command of process 1, devices=2): started; killed with the test at the latest."""
+    started: list[Joined] = []
+
+    def start(*commands: list[str], devices: int = 2, folder: pathlib.Path = tmp_path) -> Joined:
+        started.append(Joined(list(commands), devices=devices, folder=folder))
+        return started[-1]
+
+    yield start
+    for group in started:
+        group.kill()
