@@ -59,6 +59,7 @@ def generate(config: GenerateConfig) -> pathlib.Path:
             config.model.path,
             meshes.make(config.mesh.data, config.mesh.fsdp, config.mesh.tensor),
             compute=config.model.compute,
+            attention=config.model.attention,
             seed=config.seed if config.model.weights == "random" else None,
         )
         prompts, tokens = _prompts(config, folder)

@@ -25,19 +25,28 @@ from sera_jax.rows import Plan
 
 
 def row_logps(
-    arch: Arch, params: dict, rows: Rows, *, mesh: Mesh, dtype: Any, remat: str = "none", chunk: int = 256
+    arch: Arch,
+    params: dict,
+    rows: Rows,
+    *,
+    mesh: Mesh,
+    dtype: Any,
+    remat: str = "none",
+    chunk: int = 256,
+    backend: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """Summed log-probs and token counts of every branch slot.
 
     Args:
         params: weights; rows: one microbatch [B, ...], B a multiple of the mesh's row shards.
         dtype: of the matrix products. remat: key of model.REMAT. chunk: response tokens projected at a time, per row.
+        backend: key of attention.ATTENTION, or "auto".
 
     Returns:
         logp_BS float32, the sum over the slot's response tokens (EOS included); length_BS float32, their number. 0 in
         empty slots.
     """
-    sums = slot_sums(arch, params, rows, mesh=mesh, dtype=dtype, remat=remat, chunk=chunk)
+    sums = slot_sums(arch, params, rows, mesh=mesh, dtype=dtype, remat=remat, chunk=chunk, backend=backend)
     return sums.logp_BS, sums.length_BS
 
 
@@ -65,6 +74,7 @@ def slot_sums(
     dtype: Any,
     remat: str = "none",
     chunk: int = 256,
+    backend: str = "auto",
     tail: float = 1.0,
     alignment: bool = False,
     key: jax.Array | None = None,
@@ -79,7 +89,16 @@ def slot_sums(
         key: of dropout; None = nothing is dropped.
     """
     logp_BM, log_collision_BM = _of_tokens(
-        arch, params, rows, mesh=mesh, dtype=dtype, remat=remat, chunk=chunk, collision=alignment, key=key
+        arch,
+        params,
+        rows,
+        mesh=mesh,
+        dtype=dtype,
+        remat=remat,
+        chunk=chunk,
+        backend=backend,
+        collision=alignment,
+        key=key,
     )
     slots = rows.example_BS.shape[1]
     # Slot S marks "no token"; segment_sum drops what lies outside [0, S).
@@ -112,17 +131,18 @@ def _of_tokens(
     dtype: Any,
     remat: str,
     chunk: int,
+    backend: str,
     collision: bool,
     key: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """float32 [B, M] each: log-prob of each response token of each row, and log Σ_v π(v)² where it was predicted (None
     unless asked for); arbitrary where slot_BM = S (no token).
     """
-    mask, position = attention.tree_mask(rows.tree_BL, rows.branch_BL), rows.position_BL
+    tree = rows.tree_BL, rows.branch_BL, rows.position_BL
+    within_rows = attention.over_rows(backend, *tree, mesh=mesh, scale=arch.score_scale, cap=arch.score_cap)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, _: Any, window: jax.Array | None) -> tuple[jax.Array, tuple]:
-        seen = attention.within(mask, position, position, window)
-        return attention.attend(q, k, v, seen, scale=arch.score_scale, cap=arch.score_cap), ()
+        return within_rows(q, k, v, window), ()
 
     hidden_BLD, _ = model.hidden(
         arch,

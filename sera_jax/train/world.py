@@ -75,6 +75,7 @@ def prepare(config: TrainConfig) -> World:
         compute=config.model.compute,
         remat=config.model.remat,
         head_chunk=config.model.head_chunk,
+        attention=config.model.attention,
         chat_template=config.data.chat_template,
         seed=config.run.seed if config.model.weights == "random" else None,
         lora=lora_of(config),
