@@ -170,8 +170,8 @@ def _of_tokens(
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """How the head computes. chunk: response tokens projected at a time, per row. cap: c of c·tanh(logit/c), which
-    Gemma 2 puts behind its logits; None = not."""
+    """How the head computes. chunk: response tokens projected at a time, per row, at most; fewer where the rows of many
+    devices come together (`_chunk_of`). cap: c of c·tanh(logit/c), which Gemma 2 puts behind its logits; None = not."""
 
     mesh: Mesh
     chunk: int
@@ -181,7 +181,7 @@ class Head:
 def head_logps(
     hidden_BMD: jax.Array, table_VD: jax.Array, bias_V: jax.Array | None, target_BM: jax.Array, head: Head
 ) -> jax.Array:
-    """log softmax(hidden · tableᵀ + bias)[target], float32 [B, M].
+    """log softmax(hidden · tableᵀ + bias)[target], float32 [B, M]; products in the dtype of `hidden`.
 
     The vocabulary is split over the mesh axes that `mesh.LAYOUTS` gives it; hidden states are gathered over fsdp one
     chunk at a time where fsdp splits the vocabulary, and (max, sum-exp, target) are what crosses devices. The backward
@@ -240,8 +240,19 @@ def _specs(mesh: Mesh, table_shape: tuple[int, int]) -> tuple[P, P]:
 
 def _sharded(body, head: Head, table_shape: tuple[int, int], inputs: tuple[P, ...], results: tuple[P, ...]):
     """`body` under shard_map."""
-    bound = functools.partial(body, vocab_axes=_vocab_axes(head.mesh, table_shape), chunk=head.chunk, cap=head.cap)
+    vocab_axes = _vocab_axes(head.mesh, table_shape)
+    bound = functools.partial(body, vocab_axes=vocab_axes, chunk=head.chunk, cap=head.cap)
     return jax.shard_map(bound, mesh=head.mesh, in_specs=inputs, out_specs=results, check_vma=False)
+
+
+TOKENS = 2048  # of all gathered rows together: more make the head's matrix products no faster, but its logits larger
+
+
+def _chunk_of(chunk: int, rows: int, vocab_axes: tuple[str, ...]) -> int:
+    """Response tokens of a row that are projected at a time, where a device has `rows` rows: `chunk`, but no more than
+    make TOKENS with the rows that are gathered; 64 at least."""
+    gathered = rows * (jax.lax.axis_size("fsdp") if "fsdp" in vocab_axes else 1)
+    return min(chunk, max(64, TOKENS // gathered))
 
 
 def _chunks(array: jax.Array, chunk: int) -> jax.Array:
@@ -287,6 +298,7 @@ def _logits(hidden: jax.Array, table: jax.Array, bias: jax.Array | None, cap: fl
 
 def _forward_chunks(hidden_bMD, table_vD, bias_v, target_bM, *, vocab_axes, chunk, cap, collision):
     rows, length = target_bM.shape
+    chunk, table_vD = _chunk_of(chunk, rows, vocab_axes), table_vD.astype(hidden_bMD.dtype)
     across = (lambda x: jax.lax.psum(x, vocab_axes)) if vocab_axes else (lambda x: x)
 
     def body(_, inputs):
@@ -310,7 +322,8 @@ def _forward_chunks(hidden_bMD, table_vD, bias_v, target_bM, *, vocab_axes, chun
 
 
 def _backward_chunks(hidden_bMD, table_vD, bias_v, target_bM, lse_bM, cotangent_bM, *, vocab_axes, chunk, cap):
-    length = target_bM.shape[1]
+    rows, length = target_bM.shape
+    chunk, table_vD = _chunk_of(chunk, rows, vocab_axes), table_vD.astype(hidden_bMD.dtype)
 
     def body(sums, inputs):
         d_table, d_bias = sums

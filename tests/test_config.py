@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import sera_jax
-from sera_jax import attention, config, data, generate, losses, model, step
+from sera_jax import attention, config, data, generate, losses, model, programs, step
 from sera_jax.config import ConfigError, GenerateConfig, ReviewConfig, TrainConfig
 from sera_jax.train import fresh, validate
 
