@@ -1,4 +1,4 @@
-"""The attention rule of prompt trees (README, "Rows"), dense on XLA.
+"""The attention rule of prompt trees (README, "Rows"): dense on XLA, or block by block in a TPU kernel.
 
 A query sees a key that is not later in the row, is in the same tree, and is in the prompt or in its own branch. A
 sliding window counts positions, not indices: the second branch of a tree stands far from its prompt in the row, but not
@@ -7,8 +7,21 @@ in the text.
 Letters: N query heads, K key/value heads (N = K·G), H head size, Q queries, T keys.
 """
 
+import functools
+import math
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as splash_mask
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from sera_jax import mesh as meshes
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
+"""(q_BLNH, k_BLKH, v_BLKH, a layer's window or None) → [B, L, N, H] in q's dtype."""
 
 
 def tree_mask(tree_BL: jax.Array, branch_BL: jax.Array) -> jax.Array:
@@ -45,6 +58,186 @@ def attend(
     scores = _scores("bqkgh,btkh->bkgqt", grouped, k_BTKH, mask_BQT[:, None, None], scale, cap)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BTKH.dtype)
     return jnp.einsum("bkgqt,btkh->bqkgh", weights, v_BTKH).reshape(b, q, n, h)
+
+
+# --- rows that attend to themselves: training, scoring, prefill -------------------------------------------------------
+
+
+def over_rows(
+    name: str,
+    tree_BL: jax.Array,
+    branch_BL: jax.Array,
+    position_BL: jax.Array,
+    *,
+    mesh: Mesh,
+    layout: str = "gather",
+    scale: float | None = None,
+    cap: float | None = None,
+) -> Attend:
+    """Attention of packed rows to themselves; what all layers share of the masks is made here, once.
+
+    Args:
+        name: a key of ATTENTION or "auto" (see `backend`). layout: of mesh.LAYOUTS, where rows and heads lie.
+        scale, cap: as in `attend`.
+
+    Raises:
+        ValueError: see `backend`.
+    """
+    run = ATTENTION[backend(name, mesh, tree_BL.shape[1])]
+    return run(tree_BL, branch_BL, position_BL, mesh=mesh, layout=layout, scale=scale, cap=cap)
+
+
+def backend(name: str, mesh: Mesh, length: int) -> str:
+    """A key of ATTENTION: `name` itself; for "auto" splash on TPUs in rows of a multiple of 128 tokens, xla otherwise.
+
+    What counts is the platform of the mesh's devices: a program that is compiled for a TPU on another machine is the
+    one that the TPU runs. Elsewhere than on TPUs the splash kernel is interpreted: right, and slow.
+
+    Raises:
+        ValueError: splash, and rows of another length.
+    """
+    fits = length % LANES == 0
+    if name == "auto":
+        return "splash" if fits and platform(mesh) == "tpu" else "xla"
+    if name == "splash" and not fits:
+        raise ValueError(
+            f"model.attention is splash, which takes rows of a multiple of {LANES} tokens, but these have {length}. "
+            f"Set optimizer.row_tokens to a multiple of {LANES} (0 plans one), or model.attention to auto or xla."
+        )
+    return name
+
+
+def platform(mesh: Mesh) -> str:
+    """ "cpu", "gpu" or "tpu": of the mesh's devices, which need not be this machine's."""
+    return mesh.devices.flat[0].platform
+
+
+def _xla(
+    tree_BL: jax.Array,
+    branch_BL: jax.Array,
+    position_BL: jax.Array,
+    *,
+    mesh: Mesh,
+    layout: str,
+    scale: float | None,
+    cap: float | None,
+) -> Attend:
+    """All scores of a layer at once: L² of them for each row and head."""
+    mask_BLL = tree_mask(tree_BL, branch_BL)
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array | None) -> jax.Array:
+        return attend(q, k, v, within(mask_BLL, position_BL, position_BL, window), scale=scale, cap=cap)
+
+    return run
+
+
+LANES = 128  # of a TPU's vector registers: blocks are multiples of it
+BLOCKS = (512, 384, 256, 128)  # tokens of a block, the first that divides the row
+
+
+def _splash(
+    tree_BL: jax.Array,
+    branch_BL: jax.Array,
+    position_BL: jax.Array,
+    *,
+    mesh: Mesh,
+    layout: str,
+    scale: float | None,
+    cap: float | None,
+) -> Attend:
+    """JAX's splash attention with the rows' own masks; no array of L² scores, forward or backward.
+
+    The mask is an array (L² bytes a row and pass, shared by heads), since no static mask knows where trees and branches
+    begin. Blocks in which no query sees a key are not computed, though the grid still steps over them.
+    """
+    mask_BLL = tree_mask(tree_BL, branch_BL)
+    block = next(b for b in BLOCKS if tree_BL.shape[1] % b == 0)
+    blocks = _mask_blocks(mask_BLL, block)
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array | None) -> jax.Array:
+        seen = blocks
+        if window is not None:
+            seen = _mask_blocks(within(mask_BLL, position_BL, position_BL, window), block)
+        row_axes, head_axes = (
+            meshes.axes_that_divide(mesh, meshes.LAYOUTS[layout][dim], q.shape[axis])
+            for dim, axis in (("rows", 0), ("heads", 2))
+        )
+        # K/V heads lie as their queries do; where they are too few, each device picks those that its queries read.
+        split = k.shape[2] % math.prod(mesh.shape[a] for a in head_axes) == 0
+        body = functools.partial(
+            _splash_rows,
+            head_axes=() if split else head_axes,
+            group=q.shape[2] // k.shape[2],
+            block=block,
+            scale=q.shape[-1] ** -0.5 if scale is None else scale,
+            cap=cap,
+            interpret=platform(mesh) != "tpu",
+        )
+        queries, keys = P(row_axes, None, head_axes), P(row_axes, None, head_axes if split else ())
+        inputs = (queries, keys, keys, P(row_axes))
+        return jax.shard_map(body, mesh=mesh, in_specs=inputs, out_specs=queries, check_vma=False)(q, k, v, seen)
+
+    return run
+
+
+def _mask_blocks(mask_BLL: jax.Array, block: int) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """The masks as the kernels read them, for (forward and dQ, dK and dV): of each block its index, whether it is
+    empty, mixed or full, and its bits; leading axis B."""
+
+    def of(process: Callable) -> tuple[jax.Array, ...]:
+        return jax.vmap(lambda mask_LL: process(mask_LL[None], (block, block))[0][:4])(mask_BLL)
+
+    return of(splash_mask.process_dynamic_mask), of(splash_mask.process_dynamic_mask_dkv)
+
+
+def _splash_rows(
+    q_bLnH: jax.Array,
+    k_bLkH: jax.Array,
+    v_bLkH: jax.Array,
+    seen: tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]],
+    *,
+    head_axes: tuple[str, ...],
+    group: int,
+    block: int,
+    scale: float,
+    cap: float | None,
+    interpret: bool,
+) -> jax.Array:
+    """A device's own rows and heads."""
+    if head_axes:
+        heads = q_bLnH.shape[2]
+        reads = (jax.lax.axis_index(head_axes) * heads + jnp.arange(heads)) // group
+        k_bLkH, v_bLkH = (jnp.take(x, reads, axis=2) for x in (k_bLkH, v_bLkH))
+    q_bLnH = (q_bLnH.astype(jnp.float32) * scale).astype(q_bLnH.dtype)
+    names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
+    sizes = splash_kernel.BlockSizes(**dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), block))
+
+    def one(q: jax.Array, k: jax.Array, v: jax.Array, seen: tuple) -> jax.Array:
+        # The flag says how the mask's bits are laid out: it has to be a Python bool, never traced.
+        forward, backward = (splash_mask.MaskInfo(*arrays, q_sequence=None, is_dynamic_mask=True) for arrays in seen)
+        kernel = splash_kernel.SplashAttentionKernel(
+            forward,
+            forward,
+            backward,
+            block_sizes=sizes,
+            is_mqa=False,
+            save_residuals=False,
+            mask_value=splash_kernel.DEFAULT_MASK_VALUE,
+            attn_logits_soft_cap=cap,
+            residual_checkpoint_name=None,
+            mask_function=None,
+            interpret=interpret,
+        )
+        return kernel(*(x.swapaxes(0, 1) for x in (q, k, v))).swapaxes(0, 1)
+
+    return jax.vmap(one)(q_bLnH, k_bLkH, v_bLkH, seen)
+
+
+ATTENTION: dict[str, Callable[..., Attend]] = {"xla": _xla, "splash": _splash}
+"""Name → (tree_BL, branch_BL, position_BL, where it runs, scale, cap) → the attention of a layer."""
+
+
+# --- one step of decoding ---------------------------------------------------------------------------------------------
 
 
 def attend_decode(

@@ -118,6 +118,8 @@ class ModelConfig:
         remat: what the backward pass keeps of each layer: none = everything, dots = matrix products, full = the input
         only.
         head_chunk: response tokens of a row projected onto the vocabulary at a time.
+        attention: xla = all scores of a layer at once; splash = block by block, in a kernel for TPUs; auto = splash on
+        TPUs, xla elsewhere.
     """
 
     path: str
@@ -125,6 +127,7 @@ class ModelConfig:
     compute: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "dots", "full"] = "full"
     head_chunk: int = 256
+    attention: Literal["auto", "xla", "splash"] = "auto"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -102,6 +102,7 @@ def _read(config: GenerateConfig, mesh: Mesh) -> tuple[Folder, list[Prompt], lis
         config.model.path,
         mesh,
         compute=config.model.compute,
+        attention=config.model.attention,
         seed=config.seed if config.model.weights == "random" else None,
     )
     return folder, *_prompts(config, folder)

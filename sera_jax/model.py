@@ -490,18 +490,19 @@ def head_table(arch: Arch, params: dict) -> jax.Array:
 def head(
     arch: Arch, params: dict, hidden: jax.Array, dtype: Any, key: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Hidden states [..., D'] and table [V, D'] in `dtype`: logits are hidden · tableᵀ (+ head_bias), capped by
-    arch.logit_cap. D' is D, and R more where the head has an adapter: h·Wᵀ + s·(h·A)·Bᵀ = [h, s·h·A]·[W, B]ᵀ.
+    """Hidden states [..., D'] in `dtype` and table [V, D']: logits are hidden · tableᵀ (+ head_bias), capped by
+    arch.logit_cap. D' is D, and R more where the head has an adapter: h·Wᵀ + s·(h·A)·Bᵀ = [h, s·h·A]·[W, B]ᵀ, with the
+    table in `dtype`; else it comes as it is stored, so that its gradient need not be rounded.
 
     key: as in `hidden`.
     """
-    table = head_table(arch, params).astype(dtype)
+    table = head_table(arch, params)
     low = params.get("adapters", {}).get("head")
     if low is None:
         return hidden, table
     low = _cast(low, dtype)
     more = _adapter(arch.lora, {"a": low["a"], "b": jnp.eye(arch.lora.rank, dtype=dtype)}, "head", hidden, key)
-    return jnp.concatenate((hidden, more), axis=-1), jnp.concatenate((table, low["b"]), axis=-1)
+    return jnp.concatenate((hidden, more), axis=-1), jnp.concatenate((table.astype(dtype), low["b"]), axis=-1)
 
 
 def head_bias(arch: Arch, params: dict) -> jax.Array | None:
@@ -511,7 +512,8 @@ def head_bias(arch: Arch, params: dict) -> jax.Array | None:
 
 def logits(arch: Arch, params: dict, hidden: jax.Array, dtype: Any) -> jax.Array:
     """float32 [..., V] of hidden states [..., D]; `score` has its own form of this, which keeps no logits."""
-    out = jnp.einsum("...d,vd->...v", *head(arch, params, hidden, dtype), preferred_element_type=jnp.float32)
+    hidden, table = head(arch, params, hidden, dtype)
+    out = jnp.einsum("...d,vd->...v", hidden, table.astype(dtype), preferred_element_type=jnp.float32)
     bias = head_bias(arch, params)
     if bias is not None:
         out += _along(bias.astype(dtype), out)

@@ -57,6 +57,7 @@ def open_folder(
     compute: str,
     remat: str = "full",
     head_chunk: int = 256,
+    attention: str = "auto",
     chat_template: str = "auto",
     seed: int | None = None,
     lora: Lora | None = None,
@@ -64,7 +65,8 @@ def open_folder(
     """Reads all but the weights.
 
     Args:
-        compute: float32 or bfloat16; remat, head_chunk: as programs.Compute. seed: draws the weights; None = read.
+        compute: float32 or bfloat16; remat, head_chunk, attention: as programs.Compute. seed: draws the weights; None =
+        read.
         lora: of the policies that are to be trained from it.
 
     Raises:
@@ -86,7 +88,7 @@ def open_folder(
         tokenizer=tokenizer,
         eos_ids=data.eos_ids(path, tokenizer),
         mesh=mesh,
-        compute=Compute(jnp.dtype(compute), remat, head_chunk),
+        compute=Compute(jnp.dtype(compute), remat, head_chunk, attention),
         tag=derived_tag(content, compute),
         load=load,
     )

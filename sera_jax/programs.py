@@ -33,12 +33,13 @@ from sera_jax.step import Microbatch, TrainState
 @dataclasses.dataclass(frozen=True)
 class Compute:
     """How the model is computed. dtype: of matrix products; remat: key of model.REMAT; chunk: of the head, tokens a
-    row.
+    row; attention: key of attention.ATTENTION, or "auto".
     """
 
     dtype: Any
     remat: str = "full"
     chunk: int = 256
+    attention: str = "auto"
 
 
 def compilation_cache(folder: str = "") -> None:
@@ -205,7 +206,8 @@ def scorer(arch: Arch, mesh: Mesh, compute: Compute) -> Callable[[dict, Rows], j
     """(params, rows of one microbatch) → logp_BS float32, on every process."""
 
     def run(params: dict, rows: Rows) -> jax.Array:
-        return score.row_logps(arch, params, rows, mesh=mesh, dtype=compute.dtype, chunk=compute.chunk)[0]
+        how = {"dtype": compute.dtype, "chunk": compute.chunk, "backend": compute.attention}
+        return score.row_logps(arch, params, rows, mesh=mesh, **how)[0]
 
     return jax.jit(run, out_shardings=meshes.replicated(mesh))
 
@@ -255,6 +257,7 @@ def preference_update(
             dtype=compute.dtype,
             remat=compute.remat,
             chunk=compute.chunk,
+            backend=compute.attention,
             tail=ld_alpha,
             alignment=weighting is not None,
             key=key,
@@ -314,6 +317,7 @@ def sft_update(
             dtype=compute.dtype,
             remat=compute.remat,
             chunk=compute.chunk,
+            backend=compute.attention,
             key=key,
         )
         nll_BS, tokens_BS, _ = losses.sft(sums.logp_BS, sums.length_BS)
@@ -352,7 +356,7 @@ def _update(
 @functools.cache
 def prefiller(arch: Arch, mesh: Mesh, compute: Compute) -> Callable[[dict, jax.Array, jax.Array], Prefilled]:
     """(decode weights, tokens_PJ, length_P) → Prefilled."""
-    return jax.jit(functools.partial(sample.prefill, arch, mesh=mesh, dtype=compute.dtype))
+    return jax.jit(functools.partial(sample.prefill, arch, mesh=mesh, dtype=compute.dtype, backend=compute.attention))
 
 
 @functools.cache

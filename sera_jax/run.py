@@ -42,7 +42,7 @@ FREE_KEYS = (
 # ... or only how its numbers are rounded, because they say where and in which portions they are computed.
 LAYOUT_KEYS = (
     "mesh.distributed mesh.slices mesh.data mesh.fsdp mesh.tensor model.remat model.head_chunk bootstrap.slots "
-    "optimizer.moments sft.optimizer.moments "
+    "optimizer.moments sft.optimizer.moments model.attention "
     "optimizer.row_tokens optimizer.microbatch_rows sft.optimizer.row_tokens sft.optimizer.microbatch_rows"
 ).split()
 

@@ -43,22 +43,37 @@ class Prefilled:
 
 
 def prefill(
-    arch: Arch, params: dict, tokens_PJ: jax.Array, length_P: jax.Array, *, mesh: Mesh, dtype: Any
+    arch: Arch,
+    params: dict,
+    tokens_PJ: jax.Array,
+    length_P: jax.Array,
+    *,
+    mesh: Mesh,
+    dtype: Any,
+    backend: str = "auto",
 ) -> Prefilled:
     """One forward pass over the prompts.
 
     Args:
         params: weights on the decode layout. tokens_PJ: int32, padded on the right; length_P: at least 1 each.
+        backend: key of attention.ATTENTION, or "auto"; prompts that no kernel takes are computed by xla.
     """
     p, j = tokens_PJ.shape
     index_PJ = jnp.broadcast_to(jnp.arange(j), (p, j))
     real_PJ = (index_PJ < length_P[:, None]).astype(jnp.int32)
-    mask = attention.tree_mask(real_PJ, jnp.zeros_like(real_PJ))
+    within_rows = attention.over_rows(
+        backend if j % attention.LANES == 0 else "xla",
+        real_PJ,
+        jnp.zeros_like(real_PJ),
+        index_PJ,
+        mesh=mesh,
+        layout="decode",
+        scale=arch.score_scale,
+        cap=arch.score_cap,
+    )
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, _: Any, window: jax.Array | None) -> tuple[jax.Array, tuple]:
-        seen = attention.within(mask, index_PJ, index_PJ, window)
-        out = attention.attend(q, k, v, seen, scale=arch.score_scale, cap=arch.score_cap)
-        return out, (k.swapaxes(1, 2), v.swapaxes(1, 2))
+        return within_rows(q, k, v, window), (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
     placement = meshes.placement(mesh, "decode")
     hidden_PJD, cache = model.hidden(

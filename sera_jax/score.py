@@ -25,19 +25,28 @@ from sera_jax.rows import Plan
 
 
 def row_logps(
-    arch: Arch, params: dict, rows: Rows, *, mesh: Mesh, dtype: Any, remat: str = "none", chunk: int = 256
+    arch: Arch,
+    params: dict,
+    rows: Rows,
+    *,
+    mesh: Mesh,
+    dtype: Any,
+    remat: str = "none",
+    chunk: int = 256,
+    backend: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """Summed log-probs and token counts of every branch slot.
 
     Args:
         params: weights; rows: one microbatch [B, ...], B a multiple of the mesh's row shards.
         dtype: of the matrix products. remat: key of model.REMAT. chunk: response tokens projected at a time, per row.
+        backend: key of attention.ATTENTION, or "auto".
 
     Returns:
         logp_BS float32, the sum over the slot's response tokens (EOS included); length_BS float32, their number. 0 in
         empty slots.
     """
-    sums = slot_sums(arch, params, rows, mesh=mesh, dtype=dtype, remat=remat, chunk=chunk)
+    sums = slot_sums(arch, params, rows, mesh=mesh, dtype=dtype, remat=remat, chunk=chunk, backend=backend)
     return sums.logp_BS, sums.length_BS
 
 
@@ -65,6 +74,7 @@ def slot_sums(
     dtype: Any,
     remat: str = "none",
     chunk: int = 256,
+    backend: str = "auto",
     tail: float = 1.0,
     alignment: bool = False,
     key: jax.Array | None = None,
@@ -79,7 +89,16 @@ def slot_sums(
         key: of dropout; None = nothing is dropped.
     """
     logp_BM, log_collision_BM = _of_tokens(
-        arch, params, rows, mesh=mesh, dtype=dtype, remat=remat, chunk=chunk, collision=alignment, key=key
+        arch,
+        params,
+        rows,
+        mesh=mesh,
+        dtype=dtype,
+        remat=remat,
+        chunk=chunk,
+        backend=backend,
+        collision=alignment,
+        key=key,
     )
     slots = rows.example_BS.shape[1]
     # Slot S marks "no token"; segment_sum drops what lies outside [0, S).
@@ -112,17 +131,18 @@ def _of_tokens(
     dtype: Any,
     remat: str,
     chunk: int,
+    backend: str,
     collision: bool,
     key: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """float32 [B, M] each: log-prob of each response token of each row, and log Σ_v π(v)² where it was predicted (None
     unless asked for); arbitrary where slot_BM = S (no token).
     """
-    mask, position = attention.tree_mask(rows.tree_BL, rows.branch_BL), rows.position_BL
+    tree = rows.tree_BL, rows.branch_BL, rows.position_BL
+    within_rows = attention.over_rows(backend, *tree, mesh=mesh, scale=arch.score_scale, cap=arch.score_cap)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, _: Any, window: jax.Array | None) -> tuple[jax.Array, tuple]:
-        seen = attention.within(mask, position, position, window)
-        return attention.attend(q, k, v, seen, scale=arch.score_scale, cap=arch.score_cap), ()
+        return within_rows(q, k, v, window), ()
 
     hidden_BLD, _ = model.hidden(
         arch,
@@ -150,8 +170,8 @@ def _of_tokens(
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """How the head computes. chunk: response tokens projected at a time, per row. cap: c of c·tanh(logit/c), which
-    Gemma 2 puts behind its logits; None = not."""
+    """How the head computes. chunk: response tokens projected at a time, per row, at most; fewer where the rows of many
+    devices come together (`_chunk_of`). cap: c of c·tanh(logit/c), which Gemma 2 puts behind its logits; None = not."""
 
     mesh: Mesh
     chunk: int
@@ -161,7 +181,7 @@ class Head:
 def head_logps(
     hidden_BMD: jax.Array, table_VD: jax.Array, bias_V: jax.Array | None, target_BM: jax.Array, head: Head
 ) -> jax.Array:
-    """log softmax(hidden · tableᵀ + bias)[target], float32 [B, M].
+    """log softmax(hidden · tableᵀ + bias)[target], float32 [B, M]; products in the dtype of `hidden`.
 
     The vocabulary is split over the mesh axes that `mesh.LAYOUTS` gives it; hidden states are gathered over fsdp one
     chunk at a time where fsdp splits the vocabulary, and (max, sum-exp, target) are what crosses devices. The backward
@@ -220,8 +240,19 @@ def _specs(mesh: Mesh, table_shape: tuple[int, int]) -> tuple[P, P]:
 
 def _sharded(body, head: Head, table_shape: tuple[int, int], inputs: tuple[P, ...], results: tuple[P, ...]):
     """`body` under shard_map."""
-    bound = functools.partial(body, vocab_axes=_vocab_axes(head.mesh, table_shape), chunk=head.chunk, cap=head.cap)
+    vocab_axes = _vocab_axes(head.mesh, table_shape)
+    bound = functools.partial(body, vocab_axes=vocab_axes, chunk=head.chunk, cap=head.cap)
     return jax.shard_map(bound, mesh=head.mesh, in_specs=inputs, out_specs=results, check_vma=False)
+
+
+TOKENS = 2048  # of all gathered rows together: more make the head's matrix products no faster, but its logits larger
+
+
+def _chunk_of(chunk: int, rows: int, vocab_axes: tuple[str, ...]) -> int:
+    """Response tokens of a row that are projected at a time, where a device has `rows` rows: `chunk`, but no more than
+    make TOKENS with the rows that are gathered; 64 at least."""
+    gathered = rows * (jax.lax.axis_size("fsdp") if "fsdp" in vocab_axes else 1)
+    return min(chunk, max(64, TOKENS // gathered))
 
 
 def _chunks(array: jax.Array, chunk: int) -> jax.Array:
@@ -267,6 +298,7 @@ def _logits(hidden: jax.Array, table: jax.Array, bias: jax.Array | None, cap: fl
 
 def _forward_chunks(hidden_bMD, table_vD, bias_v, target_bM, *, vocab_axes, chunk, cap, collision):
     rows, length = target_bM.shape
+    chunk, table_vD = _chunk_of(chunk, rows, vocab_axes), table_vD.astype(hidden_bMD.dtype)
     across = (lambda x: jax.lax.psum(x, vocab_axes)) if vocab_axes else (lambda x: x)
 
     def body(_, inputs):
@@ -290,7 +322,8 @@ def _forward_chunks(hidden_bMD, table_vD, bias_v, target_bM, *, vocab_axes, chun
 
 
 def _backward_chunks(hidden_bMD, table_vD, bias_v, target_bM, lse_bM, cotangent_bM, *, vocab_axes, chunk, cap):
-    length = target_bM.shape[1]
+    rows, length = target_bM.shape
+    chunk, table_vD = _chunk_of(chunk, rows, vocab_axes), table_vD.astype(hidden_bMD.dtype)
 
     def body(sums, inputs):
         d_table, d_bias = sums

@@ -1,12 +1,16 @@
-"""The tree-attention rule against Python loops, attention against float64 NumPy, one decoding step against the rest."""
+"""The tree-attention rule against Python loops, attention against float64 NumPy, one decoding step against the rest,
+the splash kernel (interpreted) against the dense form."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sera_jax import attention
+from sera_jax import attention, programs
+from sera_jax import mesh as meshes
 from sera_jax import rows as rowlib
+from sera_jax.model import Arch
+from sera_jax.programs import Compute
 from sera_jax.records import Tree
 from sera_jax.rows import Plan
 
@@ -121,3 +125,116 @@ def test_one_decoding_step_is_attention_over_all_blocks_laid_side_by_side(dtype)
     assert got.dtype == dtype
     tolerance = 2e-6 if dtype == jnp.float32 else 2e-2
     np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(want, np.float32), atol=tolerance)
+
+
+# --- splash -----------------------------------------------------------------------------------------------------------
+
+
+def long_rows():
+    """Two rows of 256 tokens: three trees or more, branches of one token and of 90, an empty prompt, padding."""
+    rng = np.random.default_rng(4)
+    ids = lambda n: rng.integers(0, 90, n).astype(np.int32)
+    shapes = [(40, 30, 20), (1, 50, 3), (60, 1, 10), (10, 90, 30), (0, 10, 12), (5, 20, 6, 9), (20, 8)]
+    trees = [Tree(f"t{i}", ids(p), tuple(map(ids, branches))) for i, (p, *branches) in enumerate(shapes)]
+    rows = rowlib.pack(trees, Plan(256, 256, 12, 2))
+    assert rows.tree_BL.shape == (2, 256) and (rows.tree_BL.max(axis=1) >= 3).all() and (rows.tree_BL == 0).any()
+    return rows
+
+
+def forward_and_gradients(name: str, rows, qkv: tuple, d_out: jax.Array, mesh, *, window=None, **keys):
+    """(out, dq, dk, dv)."""
+
+    @jax.jit
+    def run(*qkv):
+        attend = attention.over_rows(name, rows.tree_BL, rows.branch_BL, rows.position_BL, mesh=mesh, **keys)
+        out, pull = jax.vjp(lambda *x: attend(*x, None if window is None else jnp.int32(window)), *qkv)
+        return out, *pull(d_out)
+
+    return run(*qkv)
+
+
+def drawn(rows, heads: int, kv_heads: int, size: int):
+    rng = np.random.default_rng(5)
+    draw = lambda n: jnp.asarray(rng.normal(size=(*rows.tree_BL.shape, n, size)), jnp.float32)
+    return (draw(heads), draw(kv_heads), draw(kv_heads)), draw(heads)
+
+
+@pytest.mark.parametrize(
+    "heads, kv_heads, size, keys",
+    [
+        (4, 2, 64, {}),
+        (2, 1, 80, {"window": 7}),
+        (2, 2, 96, {"scale": 0.3}),
+        (2, 1, 128, {"window": 25}),  # shorter than prompts and branches: it crosses from second branches into prompts
+        (2, 2, 256, {"window": 40, "cap": 5.0, "scale": 0.08}),
+    ],
+)
+def test_splash_is_the_dense_form_forward_and_backward(monkeypatch, one_device, heads, kv_heads, size, keys):
+    monkeypatch.setattr(attention, "BLOCKS", (128,))
+    rows = long_rows()
+    qkv, d_out = drawn(rows, heads, kv_heads, size)
+    got, want = (forward_and_gradients(name, rows, qkv, d_out, one_device, **keys) for name in ("splash", "xla"))
+    for a, b in zip(got, want):
+        assert a.shape == b.shape and a.dtype == jnp.float32
+        np.testing.assert_allclose(a, b, atol=5e-6 * np.abs(b).max())  # measured: 1.1e-6 at most
+
+
+@pytest.mark.parametrize("heads, kv_heads, tensor", [(4, 2, 2), (4, 2, 4), (3, 1, 2)])
+def test_splash_with_split_rows_and_heads(monkeypatch, one_device, heads, kv_heads, tensor):
+    """K/V heads that tensor divides; fewer K/V heads than that; query heads that it does not divide."""
+    monkeypatch.setattr(attention, "BLOCKS", (128,))
+    rows, mesh = long_rows(), meshes.make(1, 2, tensor, jax.devices()[: 2 * tensor])
+    qkv, d_out = drawn(rows, heads, kv_heads, 64)
+    got = forward_and_gradients("splash", rows, qkv, d_out, mesh, window=20)
+    want = forward_and_gradients("xla", rows, qkv, d_out, one_device, window=20)
+    for a, b in zip(got, want):
+        np.testing.assert_allclose(a, b, atol=5e-6 * np.abs(b).max())  # measured: 1.1e-6 at most
+
+
+def test_splash_skips_blocks_that_no_query_of_a_block_sees(monkeypatch, one_device):
+    """A NaN anywhere in a block that is computed spreads over the block's queries, masked or not."""
+    monkeypatch.setattr(attention, "BLOCKS", (128,))
+    tree = np.repeat([1, 2, 3], 128)[None]  # three trees of a block each
+    rows = {"branch_BL": np.zeros((1, 384), int), "position_BL": np.tile(np.arange(128), 3)[None]}
+    q, k, v = (jnp.ones((1, 384, 1, 64)) for _ in range(3))
+    v = v.at[0, 200].set(jnp.nan)
+    out = attention.over_rows("splash", tree, **rows, mesh=one_device)(q, k, v, None)
+    assert np.isfinite(out[0, :128]).all() and np.isfinite(out[0, 256:]).all()
+    assert np.isnan(out[0, 128:256]).all()
+
+
+def test_the_backend_is_chosen_by_the_devices_of_the_mesh_and_the_length_of_rows(one_device):
+    class Devices:  # of a TPU that is not here
+        devices = np.array([type("Device", (), {"platform": "tpu"})()])
+
+    assert attention.backend("auto", one_device, 256) == "xla"
+    assert attention.backend("auto", Devices, 256) == "splash" and attention.backend("auto", Devices, 200) == "xla"
+    assert attention.backend("xla", Devices, 256) == "xla" and attention.backend("splash", one_device, 128) == "splash"
+    told = r"splash, which takes rows of a multiple of 128 tokens, but these have 200\. Set optimizer\.row_tokens"
+    with pytest.raises(ValueError, match=told):
+        attention.backend("splash", Devices, 200)
+
+
+def test_scorer_and_prefill_compute_with_the_chosen_backend(monkeypatch, one_device):
+    """Log-probs, first logits and caches of a model with a window and soft caps are the dense form's; prompts that the
+    kernel does not take are computed too."""
+    arch = Arch(
+        "gemma2", 91, 32, 2, 4, 2, 64, 16, 1e-6, 1e4, True, windows=(20, None), score_cap=8.0, logit_cap=5.0,
+        init_std=0.3,
+    )  # fmt: skip
+    params = programs.random_params(arch, one_device)(jax.random.key(0))
+    names = []
+    for name, build in attention.ATTENTION.items():
+        monkeypatch.setitem(attention.ATTENTION, name, lambda *a, n=name, b=build, **k: names.append(n) or b(*a, **k))
+    rows = long_rows()
+    compute = {name: Compute(jnp.float32, attention=name) for name in ("splash", "xla")}
+    got, want = (programs.scorer(arch, one_device, compute[name])(params, rows) for name in ("splash", "xla"))
+    np.testing.assert_allclose(got, want, rtol=2e-6)
+    assert names == ["splash", "xla"]
+    for length, used in ((128, ["splash", "xla"]), (32, ["xla", "xla"])):
+        names.clear()
+        prompts = jnp.asarray(rows.tokens_BL[:, :length]), jnp.array([length, length - 9])
+        got, want = (programs.prefiller(arch, one_device, compute[name])(params, *prompts) for name in compute)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+            np.testing.assert_allclose(a, b, atol=2e-5)  # of logits and caches of size 4 to 32; measured: 2.4e-6
+        assert names == used

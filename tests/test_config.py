@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import sera_jax
-from sera_jax import config, data, generate, losses, model, programs, step
+from sera_jax import attention, config, data, generate, losses, model, programs, step
 from sera_jax.config import ConfigError, GenerateConfig, ReviewConfig, TrainConfig
 from sera_jax.train import fresh, validate
 
@@ -480,6 +480,7 @@ def test_names_are_those_of_the_tables():
     assert names(config.ModelConfig, "remat") == set(model.REMAT)
     assert names(config.OptimizerConfig, "moments") == set(programs.MEMORY)
     assert set(typing.get_args(config.TargetName)) == {*model.LINEAR, "head"}
+    assert names(config.ModelConfig, "attention") == {"auto", *attention.ATTENTION}
     assert names(config.RewardConfig, "source") == set(fresh.SOURCES)
     assert names(config.LoopConfig, "best_by") == set(validate.BEST)
 

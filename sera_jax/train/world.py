@@ -97,6 +97,7 @@ def _read(config: TrainConfig, mesh: Mesh) -> _Files:
         compute=config.model.compute,
         remat=config.model.remat,
         head_chunk=config.model.head_chunk,
+        attention=config.model.attention,
         chat_template=config.data.chat_template,
         seed=config.run.seed if config.model.weights == "random" else None,
         lora=lora_of(config),
