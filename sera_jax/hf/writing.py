@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from typing import Any, BinaryIO
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from sera_jax import disk, model
 from sera_jax import mesh as meshes
-from sera_jax import model
 from sera_jax.hf.config_json import config_text
 from sera_jax.hf.layout import DTYPES, file_shape, file_shapes, matches, names, sizes_of
 from sera_jax.model import Arch
@@ -38,8 +39,10 @@ def save(
 ) -> pathlib.Path:
     """Writes a folder that transformers, vLLM and `load` take as it is; an earlier one is replaced.
 
-    All processes call it; process 0 writes. Everything is written to `path`.partial and renamed, so a killed export
-    leaves an earlier one as it was, or nothing.
+    All processes call it; process 0 writes. Everything is written to `path`.partial, config.json as the last, which
+    then changes places with `path`: a killed export leaves there an earlier one as it was, or the new one, whole; or
+    nothing, if there was none. (Where a file system cannot swap two folders, an earlier one is called `path`.old
+    between two renames; the next export brings it back.) The host's memory holds a tensor or two.
 
     Args:
         params: weights on any layout. dtype: of the files: float32, float16 or bfloat16.
@@ -54,18 +57,20 @@ def save(
     Raises:
         ValueError: a dtype that weights cannot have; weights of other shapes than `arch` says.
     """
-    path, dtype = pathlib.Path(path).absolute(), np.dtype(dtype)
+    path, dtype = pathlib.Path(path).resolve(), np.dtype(dtype)
     code = next((name for name, known in DTYPES.items() if known == dtype), None)
     if code is None:
         raise ValueError(f"export dtype is {dtype.name}, expected one of {', '.join(d.name for d in DTYPES.values())}.")
     for want, leaf in zip(jax.tree.leaves(model.abstract(arch)), jax.tree.leaves(params), strict=True):
         if want.shape != leaf.shape:
             raise ValueError(f"a weight has shape {leaf.shape}, expected {want.shape} from {arch}.")
-    config = config_text(arch, source, dtype, None)
     partial, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old")
     writes = jax.process_index() == 0
+    if writes and (old / "config.json").exists() and not path.exists():
+        os.rename(old, path)
+    config = config_text(arch, source, dtype, None)
     if writes:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
         partial.mkdir(parents=True)
 
     files = _shards(arch, dtype.itemsize, max_shard_bytes)
@@ -74,9 +79,7 @@ def save(
             with open(partial / file, "wb") as stream:
                 _write_header(stream, arch, held, code)
                 for name in held:
-                    stream.write(fetch(arch, params, name, dtype).tobytes())
-                stream.flush()
-                os.fsync(stream.fileno())
+                    stream.write(fetch(arch, params, name, dtype).view(np.uint8).data)  # no copy
         else:
             for name in held:
                 fetch(arch, params, name, dtype)  # a collective: every process takes part
@@ -92,7 +95,11 @@ def save(
         _copy(source, partial)
         if card:
             (partial / "README.md").write_text("\n".join(card) + "\n")
+        for place in (*partial.rglob("*"), partial):
+            disk.sync(place)
         (partial / "config.json").write_text(config)
+        disk.sync(partial / "config.json")
+        disk.sync(partial)
         _replace(partial, path, old)
     meshes.barrier("export")
     return path
@@ -133,7 +140,13 @@ def _one_layer(stack: jax.Array, layer: jax.Array, dtype: Any) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def _cast(array: jax.Array, dtype: Any) -> jax.Array:
-    return array.astype(dtype)
+    # A copy even in the same dtype: jit would give back the argument, which would keep what the host reads of it.
+    return jnp.copy(array).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnames="axes")
+def _turn(array: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    return array.transpose(axes)  # a program of its own: fused with the cast it takes four times as long on CPU
 
 
 def fetch(arch: Arch, params: dict, name: str, dtype: np.dtype) -> np.ndarray:
@@ -144,7 +157,7 @@ def fetch(arch: Arch, params: dict, name: str, dtype: np.dtype) -> np.ndarray:
         leaf = functools.reduce(dict.__getitem__, weight.path, params)
         array = _cast(leaf, dtype) if layer is None else _one_layer(leaf, np.int32(layer), dtype)
         letters = weight.file.replace(",", "").replace("3", "")
-        parts.append(meshes.get(array).transpose([weight.ours.index(letter) for letter in letters]))
+        parts.append(meshes.get(_turn(array, tuple(weight.ours.index(letter) for letter in letters))))
     # Several of ours lie along axis 3 of the file's.
     whole = parts[0] if len(parts) == 1 else np.stack(parts, weights[0].file.replace(",", "").index("3"))
     return np.ascontiguousarray(whole.reshape(file_shape(weights[0], sizes_of(arch))))
@@ -163,14 +176,27 @@ def _copy(source: Any, target: pathlib.Path) -> None:
 
 
 def _replace(partial: pathlib.Path, path: pathlib.Path, old: pathlib.Path) -> None:
-    """partial → path. A folder cannot be renamed onto another, so an earlier one first steps aside."""
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        os.rename(path, old)
-    try:
+    """partial → path, on the disk, before an earlier one is removed."""
+    _remove(old)
+    if not path.exists():
         os.rename(partial, path)
-    except BaseException:
-        if old.exists():
+        earlier = None
+    elif disk.exchange(partial, path):
+        earlier = partial
+    else:
+        os.rename(path, old)
+        try:
+            os.rename(partial, path)
+        except BaseException:
             os.rename(old, path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+            raise
+        earlier = old
+    disk.sync(path.parent)
+    if earlier:
+        _remove(earlier)
+
+
+def _remove(folder: pathlib.Path) -> None:
+    """config.json as the first: what is left when this is killed does not load."""
+    (folder / "config.json").unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
