@@ -1,6 +1,7 @@
 """Files that are whole or not there, and what a disk that takes no more has to say."""
 
 import contextlib
+import ctypes
 import errno
 import os
 import pathlib
@@ -74,3 +75,25 @@ def sync(path: str | os.PathLike[str]) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def exchange(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Swaps two names, of files or folders, in one step: at no moment is either missing.
+
+    Returns:
+        Whether it did: False where the system (not Linux) or the file system (many that are on a network) cannot.
+
+    Raises:
+        OSError: they cannot be swapped for another reason.
+    """
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if renameat2(here, os.fsencode(one), here, os.fsencode(other), swap) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(number, os.strerror(number), str(one), None, str(other))

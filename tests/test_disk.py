@@ -1,9 +1,12 @@
 """Files are whole or not there, whatever the disk says; and what it says is told."""
 
 import contextlib
+import ctypes
 import errno
 import os
+import re
 import resource
+import sys
 
 import numpy as np
 import pyarrow
@@ -27,6 +30,20 @@ def test_a_file_appears_when_it_is_complete(tmp_path):
     with disk.whole(path) as beside:
         beside.write_text("two")
     assert path.read_text() == "two"
+
+
+def test_two_folders_change_places(tmp_path, monkeypatch):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "is").write_text(name)
+    swapped = disk.exchange(tmp_path / "a", tmp_path / "b")
+    assert [(tmp_path / name / "is").read_text() for name in "ab"] == (["b", "a"] if swapped else ["a", "b"])
+    assert swapped or not sys.platform.startswith("linux")
+    if swapped:
+        with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path / "c"))):
+            disk.exchange(tmp_path / "c", tmp_path / "b")
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: object())  # another system
+    assert disk.exchange(tmp_path / "a", tmp_path / "b") is False
 
 
 def test_a_write_that_the_system_stops_half_way(tmp_path, small_files):

@@ -17,7 +17,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from sera_jax import hf, model, programs
+from sera_jax import disk, hf, model, programs
 from sera_jax.hf import layout, reading, writing
 from sera_jax.model import Arch
 
@@ -319,7 +319,13 @@ def test_published_models_have_as_many_weights_as_they_say(tmp_path, name):
 # --- weights in -------------------------------------------------------------------------------------------------------
 
 
-def test_weights_lie_where_the_names_say(tmp_path, one_device):
+@pytest.fixture(params=[reading.STAGED, 0], ids=["on the host", "by layers"])
+def way(request, monkeypatch):
+    """Both ways in: stacked on the host, or on the devices layer by layer."""
+    monkeypatch.setattr(reading, "STAGED", request.param)
+
+
+def test_weights_lie_where_the_names_say(tmp_path, one_device, way):
     """Witness: the layouts written out by hand."""
     got = hf.load(write(tmp_path, tensors=(file := tensors())), ARCH, one_device)
     stack = lambda name, to: np.stack([to(file[f"model.layers.{i}.{name}.weight"]) for i in range(3)])
@@ -344,7 +350,7 @@ def test_weights_lie_where_the_names_say(tmp_path, one_device):
 
 
 @pytest.mark.parametrize("layout", ["train", "decode"])
-def test_eight_devices_hold_the_same_values_on_their_shardings(tmp_path, one_device, eight_devices, layout):
+def test_eight_devices_hold_the_same_values_on_their_shardings(tmp_path, one_device, eight_devices, layout, way):
     path = write(tmp_path, tensors=tensors())
     got = hf.load(path, ARCH, eight_devices, layout=layout)
     jax.tree.map(same_bits, got, hf.load(path, ARCH, one_device))
@@ -372,6 +378,35 @@ def test_only_the_wanted_slices_are_read(tmp_path):
     assert view.shape == (16, 4, 6) and np.shares_memory(view, array)
 
 
+def test_a_mesh_reads_each_byte_once(tmp_path, eight_devices, way, monkeypatch):
+    """Whatever is split, and on however many devices a slice lies: here every one is on two or more."""
+    read = []
+
+    class Told(np.ndarray):
+        def __getitem__(self, index):
+            got = super().__getitem__(index)
+            read.append(got.nbytes)
+            return got
+
+    told = lambda weight, array, sizes: layout.view(weight, array, sizes).view(Told)
+    monkeypatch.setattr(reading, "view", told)
+    file = tensors(ml_dtypes.bfloat16)
+    got = hf.load(write(tmp_path, tensors=file), ARCH, eight_devices)
+    held = sum(s.data.nbytes for a in jax.tree.leaves(got) for s in a.addressable_shards)
+    assert held > 2 * sum(a.nbytes for a in jax.tree.leaves(got))
+    assert sum(read) == sum(a.nbytes for a in file.values())
+
+
+def test_replicas_are_apart(tmp_path, eight_devices, way):
+    """Devices that were given one copy of a slice: what is computed in place on one leaves the others alone."""
+    held = hf.load(write(tmp_path, tensors=tensors()), ARCH, eight_devices)
+    want = jax.tree.map(lambda a: np.array(a) + 1, held)
+    got = jax.jit(lambda p: jax.tree.map(lambda a: a + 1, p), donate_argnums=0)(held)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        for s in a.addressable_shards:
+            same_bits(s.data, b[s.index])
+
+
 def test_what_was_loaded_does_not_change_with_the_file(tmp_path, one_device):
     """JAX may take over aligned memory as it is."""
     file = write(tmp_path, tensors=tensors()) / "model.safetensors"
@@ -389,7 +424,7 @@ def test_what_was_loaded_does_not_change_with_the_file(tmp_path, one_device):
 
 @pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("wanted", [np.float32, ml_dtypes.bfloat16])
-def test_dtypes(tmp_path, one_device, stored, wanted):
+def test_dtypes(tmp_path, one_device, stored, wanted, way):
     file = tensors(stored)
     got = hf.load(write(tmp_path, tensors=file), ARCH, one_device, dtype=wanted)
     same_bits(got["embed"]["table"], file["model.embed_tokens.weight"].astype(wanted))
@@ -593,13 +628,14 @@ def test_an_earlier_export_is_replaced_whole(tmp_path, params, one_device):
 
 @pytest.mark.parametrize(
     "moment, earlier",
-    [(m, e) for m in ("tensors", "copy", "last rename") for e in (False, True)] + [("first rename", True)],
+    [(m, e) for m in ("tensors", "copy") for e in (False, True)]
+    + [("last rename", False), ("swap", True), ("first rename", True), ("last rename", True)],
 )
 def test_a_killed_export_leaves_the_earlier_one_or_nothing(tmp_path, params, one_device, monkeypatch, moment, earlier):
     path = tmp_path / "export"
     if earlier:
         hf.save(path, ARCH, params, dtype=jnp.float32)
-    calls = {"tensors": 5, "copy": 1, "first rename": 1, "last rename": 2 if earlier else 1}
+    calls = {"tensors": 5, "copy": 1, "swap": 1, "first rename": 1, "last rename": 2 if earlier else 1}
 
     def kills(original):
         def killer(*args):
@@ -610,9 +646,11 @@ def test_a_killed_export_leaves_the_earlier_one_or_nothing(tmp_path, params, one
 
         return killer
 
-    name = {"tensors": "fetch", "copy": "copy_source"}.get(moment, "rename")
-    owner = os if name == "rename" else writing
+    name = {"tensors": "fetch", "copy": "copy_source", "swap": "exchange"}.get(moment, "rename")
+    owner = {"rename": os, "exchange": disk}.get(name, writing)
     with monkeypatch.context() as patch:
+        if "rename" in moment:  # a file system that cannot swap
+            patch.setattr(disk, "exchange", lambda one, other: False)
         patch.setattr(owner, name, kills(getattr(owner, name)))
         with pytest.raises(KeyboardInterrupt):
             hf.save(path, ARCH, jax.tree.map(lambda w: w + 1, params), dtype=jnp.float32)

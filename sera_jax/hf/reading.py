@@ -6,13 +6,13 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sera_jax import mesh as meshes
 from sera_jax import model
@@ -20,6 +20,9 @@ from sera_jax.hf.config_json import read_json
 from sera_jax.hf.families import FAMILIES
 from sera_jax.hf.layout import DTYPES, file_shape, layer_names, matches, names, sizes_of, some, view, weights_of
 from sera_jax.model import Arch
+
+STAGED = 2**26
+"""Bytes of a weight, of all layers, that are put together on the host; a larger one goes to the devices by layers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,9 @@ def load(
     path: str | os.PathLike[str], arch: Arch, mesh: Mesh, *, layout: str = "train", dtype: Any = jnp.float32
 ) -> dict:
     """The weights of a Hugging Face folder, on their shardings.
+
+    Beside what the devices hold, the host's memory holds one tensor, or 64 MiB. A process reads the slices of its own
+    devices, each once.
 
     Args:
         path: folder with model.safetensors, or with several files and model.safetensors.index.json.
@@ -91,21 +97,75 @@ def load(
     return params
 
 
-def _placed(arrays: list[np.ndarray], stacked: bool, sharding: Any, dtype: np.dtype) -> jax.Array:
+def _placed(arrays: list[np.ndarray], stacked: bool, sharding: NamedSharding, dtype: np.dtype) -> jax.Array:
     """Views into files as one global array, stacked along a leading axis; only the asked-for slices are read."""
     shape = (len(arrays), *arrays[0].shape) if stacked else arrays[0].shape
+    if math.prod(shape) * dtype.itemsize <= STAGED:
+        read = (lambda index: _copy(arrays, index, dtype)) if stacked else arrays[0].__getitem__
+        return _global(shape, sharding, read, dtype)
+    if not stacked:
+        return _cast(sharding, dtype)(_as_it_lies(arrays[0], sharding))
+    # One layer at a time, in the file's dtype.
+    layer = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    stack = jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
+    for i, array in enumerate(arrays):
+        stack = jax.block_until_ready(_set_layer(sharding)(stack, _as_it_lies(array, layer), np.int32(i)))
+    return stack
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        # Always a copy: an array that aliased the file would change when the file does.
-        if not stacked:
-            return arrays[0][index].astype(dtype, order="C")
-        slices = [array[index[1:]] for array in arrays[index[0]]]
-        out = np.empty((len(slices), *slices[0].shape), dtype)
-        for i, one in enumerate(slices):
-            out[i] = one
-        return out
 
-    return jax.make_array_from_callback(shape, sharding, read)
+def _as_it_lies(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """The same, but the host copies in the order of the file, and the devices transpose."""
+    order = sorted(range(array.ndim), key=lambda axis: -array.strides[axis])
+    where = NamedSharding(sharding.mesh, PartitionSpec(*(sharding.spec[axis] for axis in order)))
+    lying = array.transpose(order)
+    return _turn(sharding, tuple(map(order.index, range(array.ndim))))(
+        _global(lying.shape, where, lying.__getitem__, array.dtype)
+    )
+
+
+def _copy(arrays: list[np.ndarray], index: tuple[slice, ...], dtype: np.dtype) -> np.ndarray:
+    """A slice of the stack of arrays."""
+    slices = [array[index[1:]] for array in arrays[index[0]]]
+    out = np.empty((len(slices), *slices[0].shape), dtype)
+    for i, one in enumerate(slices):
+        out[i] = one
+    return out
+
+
+def _global(
+    shape: tuple[int, ...], sharding: NamedSharding, read: Callable[[tuple[slice, ...]], np.ndarray], dtype: np.dtype
+) -> jax.Array:
+    """The array whose slices `read` gives, each read once, however many devices hold it."""
+    held: dict[tuple, np.ndarray] = {}
+
+    def once(index: tuple[slice, ...]) -> np.ndarray:
+        key = tuple((s.start, s.stop) for s in index)
+        if key not in held:
+            # Always a copy: an array that aliased the file would change when the file does.
+            held[key] = np.array(read(index), dtype, order="C")
+        return held[key]
+
+    return jax.make_array_from_callback(shape, sharding, once)
+
+
+@functools.cache
+def _set_layer(sharding: NamedSharding) -> Callable[[jax.Array, jax.Array, np.int32], jax.Array]:
+    """(stack, a layer of any dtype, which) → the stack with it, in place."""
+
+    def run(stack: jax.Array, layer: jax.Array, i: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(stack, layer.astype(stack.dtype), i, 0)
+
+    return jax.jit(run, donate_argnums=0, out_shardings=sharding)
+
+
+@functools.cache
+def _turn(sharding: NamedSharding, axes: tuple[int, ...]) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda array: array.transpose(axes), out_shardings=sharding)
+
+
+@functools.cache
+def _cast(sharding: NamedSharding, dtype: np.dtype) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda array: array.astype(dtype), out_shardings=sharding)
 
 
 def _stored(path: pathlib.Path) -> dict[str, Stored]:

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from sera_jax import disk, model, processes
 from sera_jax import mesh as meshes
-from sera_jax import model, processes
 from sera_jax.hf.config_json import config_text
 from sera_jax.hf.layout import DTYPES, file_shape, file_shapes, matches, names, sizes_of
 from sera_jax.model import Arch
@@ -39,8 +40,10 @@ def save(
 ) -> pathlib.Path:
     """Writes a folder that transformers, vLLM and `load` take as it is; an earlier one is replaced.
 
-    All processes call it; process 0 writes. Everything is written to `path`.partial and renamed, so a killed export
-    leaves an earlier one as it was, or nothing.
+    All processes call it; process 0 writes. Everything is written to `path`.partial, config.json as the last, which
+    then changes places with `path`: a killed export leaves there an earlier one as it was, or the new one, whole; or
+    nothing, if there was none. (Where a file system cannot swap two folders, an earlier one is called `path`.old
+    between two renames; the next export brings it back.) The host's memory holds a tensor or two.
 
     Args:
         params: weights on any layout. dtype: of the files: float32, float16 or bfloat16.
@@ -55,13 +58,14 @@ def save(
     Raises:
         ValueError: a dtype that weights cannot have; weights of other shapes than `arch` says.
     """
-    path, dtype = pathlib.Path(path).absolute(), np.dtype(dtype)
+    path, dtype = pathlib.Path(path).resolve(), np.dtype(dtype)
     code = next((name for name, known in DTYPES.items() if known == dtype), None)
     if code is None:
         raise ValueError(f"export dtype is {dtype.name}, expected one of {', '.join(d.name for d in DTYPES.values())}.")
     for want, leaf in zip(jax.tree.leaves(model.abstract(arch)), jax.tree.leaves(params), strict=True):
         if want.shape != leaf.shape:
             raise ValueError(f"a weight has shape {leaf.shape}, expected {want.shape} from {arch}.")
+    _restored(path)
     config, shapes = config_text(arch, source, dtype, None), file_shapes(arch)
     files = _shards(arch, dtype.itemsize, max_shard_bytes)
     with appearing(path) as partial:
@@ -82,6 +86,7 @@ def save(
             copy_source(source, partial)
             if card:
                 (partial / "README.md").write_text("\n".join(card) + "\n")
+            _synced(partial)
             (partial / "config.json").write_text(config)
     return path
 
@@ -92,12 +97,25 @@ def appearing(path: pathlib.Path) -> Iterator[pathlib.Path | None]:
     partial, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old")
     writes = jax.process_index() == 0
     if writes:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
         partial.mkdir(parents=True)
     yield partial if writes else None
     if writes:
+        _synced(partial)
         _replace(partial, path, old)
     processes.barrier("export")
+
+
+def _restored(path: pathlib.Path) -> None:
+    """Puts an earlier folder back that a killed export had moved aside."""
+    old = path.with_name(path.name + ".old")
+    if jax.process_index() == 0 and (old / "config.json").exists() and not path.exists():
+        os.rename(old, path)
+
+
+def _synced(folder: pathlib.Path) -> None:
+    for place in (*folder.rglob("*"), folder):
+        disk.sync(place)
 
 
 def write_tensors(
@@ -107,9 +125,7 @@ def write_tensors(
     with open(file, "wb") as stream:
         _write_header(stream, shapes, code)
         for name in shapes:
-            stream.write(get(name).tobytes())
-        stream.flush()
-        os.fsync(stream.fileno())
+            stream.write(np.ascontiguousarray(get(name)).view(np.uint8).data)  # no copy
 
 
 def _shards(arch: Arch, itemsize: int, max_shard_bytes: float) -> dict[str, list[str]]:
@@ -147,7 +163,13 @@ def _one_layer(stack: jax.Array, layer: jax.Array, dtype: Any) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def _cast(array: jax.Array, dtype: Any) -> jax.Array:
-    return array.astype(dtype)
+    # A copy even in the same dtype: jit would give back the argument, which would keep what the host reads of it.
+    return jnp.copy(array).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnames="axes")
+def _turn(array: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    return array.transpose(axes)  # a program of its own: fused with the cast it takes four times as long on CPU
 
 
 def fetch(arch: Arch, params: dict, name: str, dtype: np.dtype) -> np.ndarray:
@@ -158,7 +180,7 @@ def fetch(arch: Arch, params: dict, name: str, dtype: np.dtype) -> np.ndarray:
         leaf = functools.reduce(dict.__getitem__, weight.path, params)
         array = _cast(leaf, dtype) if layer is None else _one_layer(leaf, np.int32(layer), dtype)
         letters = weight.file.replace(",", "").replace("3", "")
-        parts.append(meshes.get(array).transpose([weight.ours.index(letter) for letter in letters]))
+        parts.append(meshes.get(_turn(array, tuple(weight.ours.index(letter) for letter in letters))))
     # Several of ours lie along axis 3 of the file's.
     whole = parts[0] if len(parts) == 1 else np.stack(parts, weights[0].file.replace(",", "").index("3"))
     return np.ascontiguousarray(whole.reshape(file_shape(weights[0], sizes_of(arch))))
@@ -178,14 +200,27 @@ def copy_source(source: Any, target: pathlib.Path) -> None:
 
 
 def _replace(partial: pathlib.Path, path: pathlib.Path, old: pathlib.Path) -> None:
-    """partial → path. A folder cannot be renamed onto another, so an earlier one first steps aside."""
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        os.rename(path, old)
-    try:
+    """partial → path, on the disk, before an earlier one is removed."""
+    _remove(old)
+    if not path.exists():
         os.rename(partial, path)
-    except BaseException:
-        if old.exists():
+        earlier = None
+    elif disk.exchange(partial, path):
+        earlier = partial
+    else:
+        os.rename(path, old)
+        try:
+            os.rename(partial, path)
+        except BaseException:
             os.rename(old, path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+            raise
+        earlier = old
+    disk.sync(path.parent)
+    if earlier:
+        _remove(earlier)
+
+
+def _remove(folder: pathlib.Path) -> None:
+    """config.json as the first: what is left when this is killed does not load."""
+    (folder / "config.json").unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
