@@ -21,10 +21,12 @@ from jax.sharding import PartitionSpec as P
 
 from sera_jax import losses, model, sample, score, sera, step
 from sera_jax import mesh as meshes
+from sera_jax import rows as rowlib
 from sera_jax.losses import Loss
 from sera_jax.mesh import ROW_AXES
 from sera_jax.model import Arch
 from sera_jax.records import Batch, Rows, Sampling
+from sera_jax.rows import Plan
 from sera_jax.sample import Prefilled
 from sera_jax.score import SlotSums
 from sera_jax.step import Microbatch, TrainState
@@ -82,6 +84,20 @@ def param_shardings(arch: Arch, mesh: Mesh, layout: str = "train") -> dict:
     return meshes.shardings(mesh, layout, model.dims(arch), model.abstract(arch))
 
 
+def abstract_params(arch: Arch, mesh: Mesh, layout: str = "train", dtype: Any = jnp.float32) -> dict:
+    """Weights as ShapeDtypeStructs with shardings, for restoring and for compiling ahead of time."""
+    return placed(_as(model.abstract(arch), dtype), param_shardings(arch, mesh, layout))
+
+
+def placed(shapes: Any, where: Any) -> Any:
+    """A tree of shapes, with the shardings of another tree."""
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, where)
+
+
+def _as(shapes: Any, dtype: Any) -> Any:
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), shapes)
+
+
 @functools.cache
 def random_params(arch: Arch, mesh: Mesh) -> Callable[[jax.Array], dict]:
     """key → float32 weights on the training layout, never whole on one device."""
@@ -119,9 +135,7 @@ def abstract_state(arch: Arch, mesh: Mesh, transform: optax.GradientTransformati
         jax.eval_shape(transform.init, model.abstract(arch)),
         jax.ShapeDtypeStruct((), jnp.int32),
     )
-    return jax.tree.map(
-        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, state_shardings(arch, mesh, transform)
-    )
+    return placed(shapes, state_shardings(arch, mesh, transform))
 
 
 @functools.cache
@@ -159,6 +173,12 @@ def scorer(arch: Arch, mesh: Mesh, compute: Compute) -> Callable[[dict, Rows], j
     return jax.jit(run, out_shardings=meshes.replicated(mesh))
 
 
+def abstract_rows(mesh: Mesh, plan: Plan) -> Rows:
+    """The rows that `scorer` takes beside its weights."""
+    shapes = jax.eval_shape(lambda: rowlib.empty(plan.rows, plan))
+    return placed(shapes, jax.tree.map(lambda _: meshes.rows_sharding(mesh), shapes))
+
+
 # --- updates ----------------------------------------------------------------------------------------------------------
 
 
@@ -167,6 +187,25 @@ def batch_shardings(mesh: Mesh) -> Batch:
     by_row = meshes.rows_sharding(mesh, axis=1)
     rows = Rows(*[by_row] * len(dataclasses.fields(Rows)))
     return Batch(rows, reference_ABS=by_row, weight_ABS=by_row, label_ABS=by_row, count=meshes.replicated(mesh))
+
+
+def abstract_batch(mesh: Mesh, plan: Plan, microbatches: int) -> Batch:
+    """A batch of so many microbatches, as an update takes it."""
+    rows = jax.eval_shape(lambda: rowlib.empty(plan.rows, plan))
+    rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct((microbatches, *a.shape), a.dtype), rows)
+    by_slot = jax.ShapeDtypeStruct((microbatches, plan.rows, plan.slots), jnp.float32)
+    shapes = Batch(rows, by_slot, by_slot, by_slot, jax.ShapeDtypeStruct((), jnp.int32))
+    return placed(shapes, batch_shardings(mesh))
+
+
+def abstract_key(mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """The key of a run, on every device."""
+    return placed(jax.eval_shape(lambda: sample.seeded(0)), meshes.replicated(mesh))
+
+
+def abstract_number(mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """int32 scalar on every device: the total updates of a stage."""
+    return jax.ShapeDtypeStruct((), jnp.int32, sharding=meshes.replicated(mesh))
 
 
 @_by_value
@@ -291,6 +330,22 @@ def decoder(
     return jax.jit(run, out_shardings=(meshes.replicated(mesh),) * 2)
 
 
+def abstract_prompts(mesh: Mesh, prompts: int, length: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """tokens_PJ and length_P of `prefiller`, hash_P2 of `decoder`, where `sample_prompts` puts them."""
+
+    def one(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=by_prompt(mesh, shape))
+
+    return one((prompts, length), jnp.int32), one((prompts,), jnp.int32), one((prompts, 2), jnp.uint32)
+
+
+def abstract_sampling(mesh: Mesh) -> Sampling:
+    """The Sampling of `decoder`."""
+    values = sample.sampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, eos_ids=(0,))
+    whole = meshes.replicated(mesh)
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), values)
+
+
 # --- selection --------------------------------------------------------------------------------------------------------
 
 
@@ -373,6 +428,22 @@ def selector_shardings(mesh: Mesh) -> dict[str, NamedSharding]:
     return {"logp_EN2": NamedSharding(mesh, P(None, ROW_AXES)), **where}
 
 
+def abstract_selection(mesh: Mesh, pairs: int, iterates: int, groups: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
+    """The keyword arguments of `selector` for so many pairs, iterates of the ensemble, and strata."""
+    n = -(-pairs // meshes.row_shards(mesh)) * meshes.row_shards(mesh)
+    by_pair = {name: ((n,), jnp.float32) for name in ("gap_N", "reward_gap_N", "gold_N")}
+    by_pair |= {name: ((n, 2), jnp.float32) for name in ("reward_reference_N2", "loss_reference_N2", "length_N2")}
+    by_pair |= {"valid_N": ((n,), jnp.bool_), "group_N": ((n,), jnp.int32), "example_N": ((n,), jnp.int32)}
+    by_pair |= {"logp_EN2": ((iterates, n, 2), jnp.float32)}
+    small = {"keep_G": ((groups,), jnp.int32), "weights_E": ((iterates,), jnp.float32)}
+    where = selector_shardings(mesh)
+    shapes = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=where[name])
+        for name, (shape, dtype) in (by_pair | small).items()
+    }
+    return {**shapes, "key": abstract_key(mesh)}
+
+
 # --- from the host ----------------------------------------------------------------------------------------------------
 
 
@@ -388,18 +459,19 @@ def sample_prompts(
     """A sampler bound to (decode-layout) weights: padded prompts on the host → tokens_PCT, finished_PC on the host
     (`sample.run_batches`)."""
     whole = meshes.replicated(mesh)
-
-    def by_prompt(array: Any) -> jax.Array:
-        dims = ("rows", *[None] * (array.ndim - 1))
-        return meshes.put(array, NamedSharding(mesh, meshes.spec(mesh, "decode", dims, array.shape)))
-
     values, key = meshes.put(sampling, whole), jax.device_put(key, whole)
 
-    def run(tokens_PJ: Any, length_P: Any, hash_P2: Any) -> tuple[Any, Any]:
-        start = prefill(weights, by_prompt(tokens_PJ), by_prompt(length_P))
-        return meshes.get(decode(weights, start, by_prompt(hash_P2), key, values))
+    def run(*prompts: Any) -> tuple[Any, Any]:
+        tokens_PJ, length_P, hash_P2 = (meshes.put(array, by_prompt(mesh, array.shape)) for array in prompts)
+        start = prefill(weights, tokens_PJ, length_P)
+        return meshes.get(decode(weights, start, hash_P2, key, values))
 
     return run
+
+
+def by_prompt(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """Where an array over the prompts of a sampling batch lies."""
+    return NamedSharding(mesh, meshes.spec(mesh, "decode", ("rows", *[None] * (len(shape) - 1)), shape))
 
 
 def sampler(
