@@ -946,21 +946,35 @@ def parse(record: type, args: list[str] | None = None) -> Any:
     Raises:
         ConfigError: unknown or missing key, wrong type, value out of range; the message names key and file.
     """
+    return parse_beside(record, None, args)[0]
+
+
+def parse_beside(record: type, own: type | None, args: list[str] | None = None) -> tuple[Any, Any]:
+    """`parse` for a door that takes the keys of another one, and beside them its own.
+
+    Args:
+        own: a record of keys that `record` does not have; None = none.
+
+    Returns:
+        both records, the second None where `own` is.
+    """
     args = sys.argv[1:] if args is None else args
-    parser = jsonargparse.ArgumentParser(exit_on_error=False, description=record.__doc__)
+    records = [record] if own is None else [record, own]
+    parser = jsonargparse.ArgumentParser(exit_on_error=False, description=records[-1].__doc__)
     parser.add_argument("--config", action="config", help="YAML file; flags override its values")
-    parser.add_class_arguments(record, None)
+    for each in records:
+        parser.add_class_arguments(each, None)
     where = next((b for a, b in zip(args, [*args[1:], ""]) if a == "--config"), None)
     where = where or next((a.split("=", 1)[1] for a in args if a.startswith("--config=")), "flags")
     if where != "flags" and not pathlib.Path(where).is_file():
         raise ConfigError(f"{where}: no such config file.")
     try:
-        namespace = parser.parse_args(args)
-        config = record(**{k: v for k, v in vars(parser.instantiate(namespace)).items() if k != "config"})
+        values = vars(parser.instantiate(parser.parse_args(args)))
+        made = [each(**{f.name: values[f.name] for f in dataclasses.fields(each)}) for each in records]
     except (jsonargparse.ArgumentError, yaml.YAMLError, TypeError, ValueError) as error:
         raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
-    check(config, where)
-    return config
+    check(made[0], where)
+    return made[0], (made[1] if own is not None else None)
 
 
 def dump(config: Any) -> str:

@@ -195,8 +195,7 @@ def params(policies: Policies, name: Name) -> Any:
     """The weights of a model that is not in memory, on the training layout; those that train float32."""
     if name.t == 0 and not policies.trained_start:
         return policies.start.load()
-    where = programs.trainable_shardings(policies.arch, policies.mesh)
-    like = programs.placed(model.trainable(policies.arch)[0], where)
+    like = programs.abstract_trainable(policies.arch, policies.mesh)
     return whole(policies, checkpoint.load_iterate(policies.iterates, folder_name(name), like))
 
 

@@ -21,10 +21,12 @@ from jax.sharding import PartitionSpec as P
 
 from sera_jax import losses, model, sample, score, sera, step
 from sera_jax import mesh as meshes
+from sera_jax import rows as rowlib
 from sera_jax.losses import Loss
 from sera_jax.mesh import ROW_AXES
 from sera_jax.model import Arch
 from sera_jax.records import Batch, Rows, Sampling
+from sera_jax.rows import Plan
 from sera_jax.sample import Prefilled
 from sera_jax.score import SlotSums
 from sera_jax.step import Microbatch, TrainState
@@ -94,6 +96,20 @@ def frozen_shardings(arch: Arch, mesh: Mesh) -> dict:
     return {} if arch.lora is None else param_shardings(arch, mesh)
 
 
+def abstract_params(arch: Arch, mesh: Mesh, layout: str = "train", dtype: Any = jnp.float32) -> dict:
+    """Weights as ShapeDtypeStructs with shardings, for restoring and for compiling ahead of time."""
+    return placed(_as(model.abstract(arch), dtype), param_shardings(arch, mesh, layout))
+
+
+def placed(shapes: Any, where: Any) -> Any:
+    """A tree of shapes, with the shardings of another tree."""
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, where)
+
+
+def _as(shapes: Any, dtype: Any) -> Any:
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), shapes)
+
+
 @functools.cache
 def random_params(arch: Arch, mesh: Mesh, dtype: Any = jnp.float32) -> Callable[[jax.Array], dict]:
     """key → weights on the training layout, never whole on one device."""
@@ -161,17 +177,14 @@ def abstract_state(
     return placed(shapes, state_shardings(arch, mesh, transform, moments))
 
 
+def abstract_trainable(arch: Arch, mesh: Mesh) -> dict:
+    """What trains as ShapeDtypeStructs with shardings."""
+    return placed(model.trainable(arch)[0], trainable_shardings(arch, mesh))
+
+
 def abstract_frozen(arch: Arch, mesh: Mesh, dtype: Any) -> dict:
     """The same of what does not train, which is kept in `dtype`: {} without LoRA."""
-    if arch.lora is None:
-        return {}
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), model.abstract(arch))
-    return placed(shapes, frozen_shardings(arch, mesh))
-
-
-def placed(shapes: Any, where: Any) -> Any:
-    """ShapeDtypeStructs of a tree of shapes and dtypes, with a tree of shardings."""
-    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, where)
+    return {} if arch.lora is None else abstract_params(arch, mesh, dtype=dtype)
 
 
 @functools.cache
@@ -212,6 +225,12 @@ def scorer(arch: Arch, mesh: Mesh, compute: Compute) -> Callable[[dict, Rows], j
     return jax.jit(run, out_shardings=meshes.replicated(mesh))
 
 
+def abstract_rows(mesh: Mesh, plan: Plan) -> Rows:
+    """The rows that `scorer` takes beside its weights."""
+    shapes = jax.eval_shape(lambda: rowlib.empty(plan.rows, plan))
+    return placed(shapes, jax.tree.map(lambda _: meshes.rows_sharding(mesh), shapes))
+
+
 # --- updates ----------------------------------------------------------------------------------------------------------
 
 
@@ -220,6 +239,25 @@ def batch_shardings(mesh: Mesh) -> Batch:
     by_row = meshes.rows_sharding(mesh, axis=1)
     rows = Rows(*[by_row] * len(dataclasses.fields(Rows)))
     return Batch(rows, reference_ABS=by_row, weight_ABS=by_row, label_ABS=by_row, count=meshes.replicated(mesh))
+
+
+def abstract_batch(mesh: Mesh, plan: Plan, microbatches: int) -> Batch:
+    """A batch of so many microbatches, as an update takes it."""
+    rows = jax.eval_shape(lambda: rowlib.empty(plan.rows, plan))
+    rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct((microbatches, *a.shape), a.dtype), rows)
+    by_slot = jax.ShapeDtypeStruct((microbatches, plan.rows, plan.slots), jnp.float32)
+    shapes = Batch(rows, by_slot, by_slot, by_slot, jax.ShapeDtypeStruct((), jnp.int32))
+    return placed(shapes, batch_shardings(mesh))
+
+
+def abstract_key(mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """The key of a run, on every device."""
+    return placed(jax.eval_shape(lambda: sample.seeded(0)), meshes.replicated(mesh))
+
+
+def abstract_number(mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """int32 scalar on every device: the total updates of a stage."""
+    return jax.ShapeDtypeStruct((), jnp.int32, sharding=meshes.replicated(mesh))
 
 
 @_by_value
@@ -370,6 +408,22 @@ def decoder(
     return jax.jit(run, out_shardings=(meshes.replicated(mesh),) * 2)
 
 
+def abstract_prompts(mesh: Mesh, prompts: int, length: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """tokens_PJ and length_P of `prefiller`, hash_P2 of `decoder`, where `sample_prompts` puts them."""
+
+    def one(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=by_prompt(mesh, shape))
+
+    return one((prompts, length), jnp.int32), one((prompts,), jnp.int32), one((prompts, 2), jnp.uint32)
+
+
+def abstract_sampling(mesh: Mesh) -> Sampling:
+    """The Sampling of `decoder`."""
+    values = sample.sampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, eos_ids=(0,))
+    whole = meshes.replicated(mesh)
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), values)
+
+
 # --- selection --------------------------------------------------------------------------------------------------------
 
 
@@ -452,6 +506,22 @@ def selector_shardings(mesh: Mesh) -> dict[str, NamedSharding]:
     return {"logp_EN2": NamedSharding(mesh, P(None, ROW_AXES)), **where}
 
 
+def abstract_selection(mesh: Mesh, pairs: int, iterates: int, groups: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
+    """The keyword arguments of `selector` for so many pairs, iterates of the ensemble, and strata."""
+    n = -(-pairs // meshes.row_shards(mesh)) * meshes.row_shards(mesh)
+    by_pair = {name: ((n,), jnp.float32) for name in ("gap_N", "reward_gap_N", "gold_N")}
+    by_pair |= {name: ((n, 2), jnp.float32) for name in ("reward_reference_N2", "loss_reference_N2", "length_N2")}
+    by_pair |= {"valid_N": ((n,), jnp.bool_), "group_N": ((n,), jnp.int32), "example_N": ((n,), jnp.int32)}
+    by_pair |= {"logp_EN2": ((iterates, n, 2), jnp.float32)}
+    small = {"keep_G": ((groups,), jnp.int32), "weights_E": ((iterates,), jnp.float32)}
+    where = selector_shardings(mesh)
+    shapes = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=where[name])
+        for name, (shape, dtype) in (by_pair | small).items()
+    }
+    return {**shapes, "key": abstract_key(mesh)}
+
+
 # --- from the host ----------------------------------------------------------------------------------------------------
 
 
@@ -467,18 +537,19 @@ def sample_prompts(
     """A sampler bound to (decode-layout) weights: padded prompts on the host → tokens_PCT, finished_PC on the host
     (`sample.run_batches`)."""
     whole = meshes.replicated(mesh)
-
-    def by_prompt(array: Any) -> jax.Array:
-        dims = ("rows", *[None] * (array.ndim - 1))
-        return meshes.put(array, NamedSharding(mesh, meshes.spec(mesh, "decode", dims, array.shape)))
-
     values, key = meshes.put(sampling, whole), meshes.put(key, whole)
 
-    def run(tokens_PJ: Any, length_P: Any, hash_P2: Any) -> tuple[Any, Any]:
-        start = prefill(weights, by_prompt(tokens_PJ), by_prompt(length_P))
-        return meshes.get(decode(weights, start, by_prompt(hash_P2), key, values))
+    def run(*prompts: Any) -> tuple[Any, Any]:
+        tokens_PJ, length_P, hash_P2 = (meshes.put(array, by_prompt(mesh, array.shape)) for array in prompts)
+        start = prefill(weights, tokens_PJ, length_P)
+        return meshes.get(decode(weights, start, hash_P2, key, values))
 
     return run
+
+
+def by_prompt(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """Where an array over the prompts of a sampling batch lies."""
+    return NamedSharding(mesh, meshes.spec(mesh, "decode", ("rows", *[None] * (len(shape) - 1)), shape))
 
 
 def sampler(

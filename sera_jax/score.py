@@ -363,8 +363,13 @@ CHUNK = 256  # trees packed, scored, written to the ledger and, after a stop, po
 
 def plan_for(trees: Sequence[Tree], arch: Arch, mesh: Mesh) -> Plan:
     """Rows for scoring a set in chunks."""
-    batch = min(CHUNK, len(trees))
-    return rowlib.plan(rowlib.measure(trees), batch=batch, width=arch.width, shards=meshes.row_shards(mesh))
+    return plan_of(rowlib.measure(trees), arch, mesh)
+
+
+def plan_of(lengths_N3: np.ndarray, arch: Arch, mesh: Mesh) -> Plan:
+    """The same for lengths as rows.measure gives them."""
+    batch = min(CHUNK, len(lengths_N3))
+    return rowlib.plan(lengths_N3, batch=batch, width=arch.width, shards=meshes.row_shards(mesh))
 
 
 def set_logps(

@@ -1,0 +1,13 @@
+"""Every program of a config, compiled for a TPU that is not there: does it fit, and how fast can it be at best?
+
+door     reads the config, compiles, prints, gives the verdict          ← read this first
+cases    the programs of a config, each with its abstract arguments
+chips    TPU generations, slices by name
+memory   what a compiled program holds; what the compiler says of one that is too large
+
+python -m sera_jax.compile_check --config configs/x.yaml --topology v5e:4x4 [--slices 2] [--json FILE] [keys of train]
+"""
+
+from sera_jax.compile_check.door import main
+
+__all__ = ["main"]
