@@ -115,8 +115,8 @@ class ModelConfig:
         weights: pretrained = read the safetensors; random = draw them from run.seed (config.json and tokenizer are
         enough).
         compute: dtype of the matrix products; weights, moments and log-probs are float32 always.
-        remat: what the backward pass keeps of each layer: none = everything, dots = matrix products, full = the input
-        only.
+        remat: what the backward pass keeps of each layer: none = everything, dots = matrix products, attention = its
+            input and what its attention gave, full = its input only, host = the same in the memory of the machine.
         head_chunk: response tokens of a row projected onto the vocabulary at a time.
         attention: xla = all scores of a layer at once; splash = block by block, in a kernel for TPUs; auto = splash on
         TPUs, xla elsewhere.
@@ -125,7 +125,7 @@ class ModelConfig:
     path: str
     weights: Literal["pretrained", "random"] = "pretrained"
     compute: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["none", "dots", "full"] = "full"
+    remat: Literal["none", "dots", "attention", "full", "host"] = "full"
     head_chunk: int = 256
     attention: Literal["auto", "xla", "splash"] = "auto"
 

@@ -24,18 +24,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from sera_jax import rope
 from sera_jax.mesh import Placement
 
+_ONLY_NAMED = jax.checkpoint_policies.save_only_these_names
+_NAMED_TO_HOST = jax.checkpoint_policies.save_and_offload_only_these_names
 REMAT: dict[str, Callable[[Callable], Callable]] = {
     "none": lambda body: body,
     "dots": functools.partial(
         jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable, prevent_cse=False
     ),
+    "attention": functools.partial(jax.checkpoint, policy=_ONLY_NAMED("attended"), prevent_cse=False),
     "full": functools.partial(jax.checkpoint, prevent_cse=False),
+    "host": functools.partial(
+        jax.checkpoint,
+        policy=_NAMED_TO_HOST(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=["input"],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+        prevent_cse=False,
+    ),
 }
-"""What the backward pass keeps of each layer."""
+"""What the backward pass keeps of each layer: everything; matrix products; its input, and what its attention gave (the
+dearest part to compute again in long rows); its input; its input, in the machine's memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,7 +261,7 @@ class _Layer(nnx.Module):
         if self.arch.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
         out, kept = attend(rope.rotate(q, *turns), rope.rotate(k, *turns), v)
-        return linear("out", out), kept
+        return linear("out", checkpoint_name(out, "attended")), kept
 
     def fed_forward(self, y: jax.Array, adapted: Callable) -> jax.Array:
         linear, act = functools.partial(_linear, self.mlp, adapted), ACTIVATIONS[self.arch.activation]
@@ -456,6 +471,7 @@ def hidden(
 
     def body(x_BLD: jax.Array, layer: tuple[Any, ...]) -> tuple[jax.Array, Any]:
         weights, low, cache_slice, window, layer_key = layer
+        x_BLD = checkpoint_name(x_BLD, "input")
         weights = placement.weights(_cast(weights, dtype), layer_dims)
         low = placement.weights(_cast(low, dtype), adapter_dims)
 

@@ -78,21 +78,30 @@ def test_remat_changes_no_gradient(params):
     def gradient(remat):
         return jax.jit(jax.grad(lambda p: (run(p, remat=remat) * weight).sum()))(params)
 
-    assert set(model.REMAT) == {"none", "dots", "full"}
-    none, dots, full = (gradient(remat) for remat in ("none", "dots", "full"))
-    for a, b, c in zip(*(jax.tree.leaves(g) for g in (none, dots, full))):
-        np.testing.assert_allclose(a, b, atol=1e-6 * np.abs(a).max())  # measured: equal bits
-        np.testing.assert_allclose(a, c, atol=1e-6 * np.abs(a).max())
+    none, *others = (gradient(remat) for remat in ("none", "dots", "attention", "full", "host"))
+    assert set(model.REMAT) == {"none", "dots", "attention", "full", "host"}
+    for other in others:
+        for a, b in zip(jax.tree.leaves(none), jax.tree.leaves(other)):
+            np.testing.assert_allclose(a, b, atol=1e-6 * np.abs(a).max())  # measured: equal bits
 
 
-def test_full_remat_keeps_less(params):
-    """What the backward pass is handed over from the forward pass, in numbers."""
+def test_remat_keeps_what_it_says(params):
+    """What the backward pass is handed over from the forward pass, in numbers, and in which memory."""
 
     def kept(remat):
-        _, backward = jax.vjp(lambda p: run(p, remat=remat), params)
-        return sum(leaf.size for leaf in jax.tree.leaves(backward))
+        _, backward = jax.jit(lambda p: jax.vjp(lambda p: run(p, remat=remat), p))(params)
+        by_kind = {"device": 0, "pinned_host": 0}
+        for leaf in jax.tree.leaves(backward):
+            by_kind[leaf.sharding.memory_kind] += leaf.size
+        return by_kind
 
-    assert kept("full") < kept("dots") < kept("none")
+    found = {remat: kept(remat) for remat in model.REMAT}
+    device = {remat: kinds["device"] for remat, kinds in found.items()}
+    assert device["host"] < device["full"] < device["attention"] < device["dots"] < device["none"]
+    inputs = ARCH.layers * TREE.shape[1] * ARCH.width
+    heads = ARCH.layers * TREE.shape[1] * ARCH.heads * ARCH.head_dim
+    assert device["attention"] - device["full"] == heads and device["full"] - device["host"] == inputs
+    assert found["host"]["pinned_host"] == inputs and not any(found[r]["pinned_host"] for r in found if r != "host")
 
 
 def test_weights_stored_in_the_compute_dtype_give_the_same_bits(params):
