@@ -225,12 +225,15 @@ class SftConfig:
 
     Args:
         epochs: 0 = no SFT stage.
-        data: files of {"prompt", "completion"}, {"messages"} or {"text"}; empty = the chosen responses of the pairs.
+        data: files of {"prompt", "completion"}, {"messages"} or {"text"}, `datasets` folders or hub names; empty = the
+            chosen responses of the pairs.
+        split: of `datasets` folders and hub names in data; empty = data.split.
         optimizer: of this stage.
     """
 
     epochs: int = 0
     data: tuple[str, ...] = ()
+    split: str = ""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-5)
 
 
@@ -937,7 +940,8 @@ def _check_references(config: TrainConfig, where: str) -> None:
 
 
 def parse(record: type, args: list[str] | None = None) -> Any:
-    """Reads `--config FILE.yaml` (defaults) and flags (which win) into `record`, checks it, or exits with one line.
+    """Reads `--config FILE.yaml` (defaults; of several the later ones win) and flags (which win over all of them) into
+    `record`, and checks it.
 
     Args:
         record: TrainConfig, GenerateConfig, EvaluateDoorConfig or ReviewConfig.
@@ -961,13 +965,20 @@ def parse_beside(record: type, own: type | None, args: list[str] | None = None) 
     args = sys.argv[1:] if args is None else args
     records = [record] if own is None else [record, own]
     parser = jsonargparse.ArgumentParser(exit_on_error=False, description=records[-1].__doc__)
-    parser.add_argument("--config", action="config", help="YAML file; flags override its values")
+    parser.add_argument(
+        "--config", action="config", help="YAML file, may come several times; what comes later overrides"
+    )
     for each in records:
         parser.add_class_arguments(each, None)
-    where = next((b for a, b in zip(args, [*args[1:], ""]) if a == "--config"), None)
-    where = where or next((a.split("=", 1)[1] for a in args if a.startswith("--config=")), "flags")
-    if where != "flags" and not pathlib.Path(where).is_file():
-        raise ConfigError(f"{where}: no such config file.")
+    files = [
+        a.removeprefix("--config=") if a != "--config" else b
+        for a, b in zip(args, [*args[1:], ""])
+        if a == "--config" or a.startswith("--config=")
+    ]
+    for file in files:
+        if not pathlib.Path(file).is_file():
+            raise ConfigError(f"{file}: no such config file.")
+    where = " + ".join(files) or "flags"
     try:
         values = vars(parser.instantiate(parser.parse_args(args)))
         made = [each(**{f.name: values[f.name] for f in dataclasses.fields(each)}) for each in records]

@@ -68,6 +68,21 @@ def test_yaml_gives_the_defaults_and_flags_win(tmp_path):
     assert got.sft.optimizer.learning_rate == 2e-5
 
 
+def test_several_files(tmp_path):
+    """What a later one does not name stays as an earlier one has it, section by section; flags win over all of them."""
+    one, two = tmp_path / "1.yaml", tmp_path / "2.yaml"
+    one.write_text(yaml.safe_dump(NEEDED | {"loss": {"beta": 0.2, "name": "ipo"}, "optimizer": {"batch_size": 32}}))
+    two.write_text(yaml.safe_dump({"loss": {"beta": 0.4}, "optimizer": {"clip": 0.5}, "run": {"dir": "runs/two"}}))
+    got = config.parse(TrainConfig, ["--config", str(one), f"--config={two}", "--optimizer.clip=0.7"])
+    assert (got.loss.name, got.loss.beta, got.run.dir) == ("ipo", 0.4, "runs/two")
+    assert (got.optimizer.batch_size, got.optimizer.clip) == (32, 0.7)
+    two.write_text("loss: {bta: 1}")
+    with pytest.raises(ConfigError, match="^" + re.escape(f"{one} + {two}: ") + ".*bta"):
+        config.parse(TrainConfig, [f"--config={one}", "--config", str(two)])
+    with pytest.raises(ConfigError, match="^nowhere.yaml: no such config file.$"):
+        config.parse(TrainConfig, [f"--config={one}", "--config", "nowhere.yaml"])
+
+
 def test_flags_alone_are_enough():
     got = config.parse(TrainConfig, ["--run.dir=r", "--model.path=m", "--data.pairs=[p]"])
     assert got == TrainConfig(config.RunConfig("r"), config.ModelConfig("m"), config.DataConfig(("p",)))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import datasets
 import jax
 import numpy as np
 import pyarrow.parquet
@@ -613,6 +614,14 @@ def test_kto_trains_on_labelled_responses_and_resumes(tiny_config, labelled, mon
     assert summary["watch/logp_per_token_start"] == pytest.approx(start_N[good_N].sum() / tokens, rel=1e-6)
     assert summary["watch/margin_size"] == pytest.approx(0.1 * np.median(np.abs(now_N - start_N)), rel=1e-4)
     assert 0 <= summary["sera/margin_noise"] < 1e-4
+
+
+def test_sft_texts_may_be_of_another_split(tiny_config, tmp_path):
+    parts = {name: datasets.Dataset.from_list([{"prompt": "the dog", "completion": name}]) for name in ("train", "red")}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "texts")
+    for flags, want in (((), "train"), (("--sft.split=red",), "red")):
+        (text,), _ = worlds.read_texts(tiny_config(*SFT, f"--sft.data=[{tmp_path / 'texts'}]", *flags))
+        assert text.response == want
 
 
 def test_kto_takes_pairs_apart(tiny_config, capsys):

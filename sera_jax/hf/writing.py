@@ -221,6 +221,7 @@ def _replace(partial: pathlib.Path, path: pathlib.Path, old: pathlib.Path) -> No
 
 
 def _remove(folder: pathlib.Path) -> None:
-    """config.json as the first: what is left when this is killed does not load."""
-    (folder / "config.json").unlink(missing_ok=True)
+    """The config as the first: what is left when this is killed does not load."""
+    for name in ("config.json", "adapter_config.json"):
+        (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)

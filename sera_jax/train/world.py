@@ -360,7 +360,10 @@ def read_evaluated(config: TrainConfig) -> tuple[list[Prompt], data.Report]:
 
 def read_texts(config: TrainConfig) -> tuple[list[data.Demonstration], data.Report]:
     """The demonstrations of the SFT stage, where they have files of their own."""
-    return data.load_texts(config.sft.data, split=config.data.split, subset=config.data.subset, progress=progress)
+    given = config.data
+    return data.load_texts(
+        config.sft.data, split=config.sft.split or given.split, subset=given.subset, progress=progress
+    )
 
 
 def cutting(config: TrainConfig) -> dict[str, Any]:
