@@ -122,7 +122,8 @@ def agreed(work: Callable[[], T], content: Callable[[T], str], what: str) -> T:
             that has to be the same. what: it is, for the error.
 
     Raises:
-        ValueError: `work` failed on some process (told on all of them), or the contents differ.
+        ValueError: `work` raised one on some process (the others with its message), or the contents differ.
+        RuntimeError: `work` raised something else on another process.
     """
     if jax.process_count() == 1:
         return work()
@@ -131,15 +132,16 @@ def agreed(work: Callable[[], T], content: Callable[[T], str], what: str) -> T:
         value = work()
         said = b"\0" + hashlib.blake2b(content(value).encode(), digest_size=16).digest()
     except Exception as error:  # told to the others first
-        failed, said = error, b"\1" + _said(error, jax.process_index()).encode()
+        kind = b"\1" if isinstance(error, ValueError) else b"\2"
+        failed, said = error, kind + _said(error, jax.process_index()).encode()
     buffer = np.zeros(_MESSAGE, np.uint8)
     buffer[: len(said[:_MESSAGE])] = np.frombuffer(said[:_MESSAGE], np.uint8)
     heard = [bytes(row) for row in multihost_utils.process_allgather(buffer)]
     if failed is not None:
         raise failed
     for row in heard:
-        if row[0] == 1:
-            raise ValueError(row[1:].rstrip(b"\0").decode(errors="replace"))
+        if row[0]:
+            raise (ValueError if row[0] == 1 else RuntimeError)(row[1:].rstrip(b"\0").decode(errors="replace"))
     strange = [str(i) for i, row in enumerate(heard) if row != heard[0]]
     if strange:
         raise ValueError(

@@ -182,12 +182,12 @@ def origins(at: Cursor | None, fingerprint: str) -> tuple[tuple[int, int, str], 
     return (*at.origins, (at.iteration + ended, at.count, fingerprint))
 
 
-def fingerprints(run: Run) -> tuple[tuple[int, str], ...]:
-    """(t, fingerprint): of the iterates from t on until the next one: of everything that their bits come from."""
-    told = [fingerprint for _, _, fingerprint in run.origins[:1]]
-    for n in range(2, len(run.origins) + 1):
-        told.append(derived_tag(*(value for origin in run.origins[:n] for value in origin)))
-    return tuple((origin[0], fingerprint) for origin, fingerprint in zip(run.origins, told))
+def fingerprints(origins: Sequence[tuple[int, int, str]]) -> tuple[tuple[int, str], ...]:
+    """(t, fingerprint) of the iterates from t on, until the next one: of everything that their bits come from."""
+    told = [origins[0][2]]
+    for n in range(2, len(origins) + 1):
+        told.append(derived_tag(*(value for origin in origins[:n] for value in origin)))
+    return tuple((origin[0], fingerprint) for origin, fingerprint in zip(origins, told))
 
 
 LOCK = "run.lock"

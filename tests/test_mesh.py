@@ -1,11 +1,12 @@
 """Devices by name, the table of layouts, and host arrays in and out of every sharding."""
 
+import dataclasses
 import re
 
 import jax
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sera_jax import mesh as meshes
@@ -35,6 +36,50 @@ def test_axes_in_order_and_minus_one_takes_what_is_left():
 def test_axes_that_do_not_multiply_to_the_devices(sizes, told):
     with pytest.raises(ValueError, match=re.escape(told) + r"\. Change mesh\.data, mesh\.fsdp or mesh\.tensor"):
         meshes.make(*sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a mesh asks of a device of a slice."""
+
+    id: int
+    slice_index: int
+    platform: str = "cpu"
+    device_kind: str = "chip"
+    process_index: int = 0
+
+
+def of_slices(*slices: int, platform: str = "cpu") -> list[Device]:
+    return [Device(i, s, platform) for i, s in enumerate(slices)]
+
+
+@pytest.mark.parametrize("sizes", [(4, 2, 1), (2, -1, 1), (-1, 2, 2), (8, 1, 1)])
+def test_slices_split_the_data_axis_alone(sizes):
+    """Whatever the order of the devices: a slice is a block of neighbours along data, whole along the other axes."""
+    mesh = meshes.make(*sizes, of_slices(1, 0, 1, 0, 0, 1, 0, 1), slices=2)
+    assert mesh.devices.size == 8 and len({d.id for d in mesh.devices.flat}) == 8
+    half = mesh.shape["data"] // 2
+    for s, block in enumerate((mesh.devices[:half], mesh.devices[half:])):
+        assert {d.slice_index for d in block.flat} == {s}
+    assert mesh.axis_names == meshes.AXES and set(mesh.axis_types) == {AxisType.Auto}
+
+
+@pytest.mark.parametrize(
+    "sizes, slices, platform, told",
+    [
+        ((1, 8, 1), 2, "cpu", "mesh.data is 1 with mesh.slices 2, expected a multiple of it"),
+        ((8, 1, 1), 4, "cpu", "mesh.slices is 4, but the 8 devices are of 2; expected the number of slices"),
+        ((2, 4, 1), 1, "tpu", "mesh.slices is 1, but the 8 devices are of 2; expected the number of slices"),
+    ],
+)
+def test_slices_that_do_not_fit(sizes, slices, platform, told):
+    with pytest.raises(ValueError, match=re.escape(told)):
+        meshes.make(*sizes, of_slices(0, 0, 0, 0, 1, 1, 1, 1, platform=platform), slices=slices)
+
+
+def test_devices_without_slices_are_one():
+    with pytest.raises(ValueError, match="mesh.slices is 2, but the 8 devices are of 1"):
+        meshes.make(2, 4, 1, slices=2)
 
 
 def test_dimensions_that_do_not_divide_fall_back_to_fewer_axes():
@@ -103,6 +148,14 @@ def test_put_takes_one_sharding_for_all_and_scalars(eight_devices):
     assert one.sharding.is_fully_replicated and int(one) == 7
     second = meshes.put(np.zeros((3, 8)), meshes.rows_sharding(eight_devices, axis=1))
     assert second.sharding.spec == P(None, ("data", "fsdp")) and second.addressable_shards[0].data.shape == (3, 2)
+
+
+def test_put_takes_keys(eight_devices):
+    whole = meshes.replicated(eight_devices)
+    for key in (jax.random.key(7), jax.random.key(7, impl="rbg")):
+        there, beside = meshes.put((key, np.int32(1)), whole)
+        assert there.sharding.is_fully_replicated and len(there.sharding.device_set) == 8 and int(beside) == 1
+        assert there.dtype == key.dtype and jax.random.bits(there) == jax.random.bits(key)
 
 
 def test_placement_pins_rows_and_gathered_weights(eight_devices):

@@ -85,6 +85,14 @@ def test_tags_are_distinct_and_repeat(where):
     assert tags(where) == tags(dataclasses.replace(where))
 
 
+def test_iterates_keep_the_tag_that_they_were_made_under(where):
+    """A run that went on elsewhere from iterate 2 on: the ledger still knows iterate 1, and nothing of 2."""
+    moved = dataclasses.replace(where, fingerprints=(*where.fingerprints, (2, "elsewhere")))
+    for kind in ("iterate", "ema"):
+        same = [policies.tag(where, Name(kind, t)) == policies.tag(moved, Name(kind, t)) for t in range(4)]
+        assert same == [True, True, False, False]
+
+
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
 
-from sera_jax import config, losses, model, programs, score, sera, step
+from sera_jax import config, losses, model, programs, sample, score, sera, step
 from sera_jax import mesh as meshes
 from sera_jax import rows as rowlib
 from sera_jax.model import Arch
@@ -606,3 +607,76 @@ def test_the_reader_flags_a_flat_gather_over_the_batch():
     text = lambda f: jax.jit(f, out_shardings=by_row).lower(hidden, parent).compile().as_text()
     assert unexplained(text(flat), mesh) != []
     assert collectives(text(by_rows)) == []
+
+
+# --- what crosses devices for every token that is sampled -------------------------------------------------------------
+
+TALL = Arch("llama", 96, 40, 3, 8, 4, 6, 56, 1e-5, 1e4, tied=False)
+PROMPTS, PADDED = 26, 32  # 13 prompts a copy of the weights: no dimension of a weight
+
+
+def in_loops(program: str) -> str:
+    """The lines of a compiled program that run in a loop: bodies of loops and all that they call."""
+    lines: dict[str, list[str]] = {}
+    for line in program.splitlines():
+        head = re.match(r"(?:ENTRY )?%(\S+) .*\{$", line)
+        if head:
+            lines[head[1]] = block = []
+        elif lines:
+            block.append(line)
+    called = {
+        name: {other for line in block for other in re.findall(r"%([\w.\-]+)", line) if other in lines}
+        for name, block in lines.items()
+    }
+    found, todo = set(), re.findall(r"body=%([\w.\-]+)", program)
+    while todo:
+        name = todo.pop()
+        if name not in found:
+            found.add(name)
+            todo += called[name]
+    return "\n".join(line for name in sorted(found) for line in lines[name])
+
+
+def decode_program(mesh, layout: str) -> str:
+    """The compiled decode program, of weights on a layout."""
+    shaped = lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
+    params = jax.tree.map(shaped, model.abstract(TALL), programs.param_shardings(TALL, mesh, layout))
+
+    def by_prompt(dtype, *shape: int) -> jax.ShapeDtypeStruct:
+        spec = meshes.spec(mesh, "decode", ("rows", *[None] * (len(shape) - 1)), shape)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    prompts = by_prompt(jnp.int32, PROMPTS, PADDED), by_prompt(jnp.int32, PROMPTS)
+    compute = Compute(jnp.float32)
+    prefill = programs.prefiller.__wrapped__(TALL, mesh, compute)
+    where = prefill.lower(params, *prompts).compile().output_shardings
+    start = jax.tree.map(shaped, jax.eval_shape(prefill, params, *prompts), where)
+    sampling = sample.sampling(temperature=1.0, top_k=0, top_p=0.9, min_p=0.0, eos_ids=(2,))
+    small = meshes.put((jax.random.key(0), sampling), meshes.replicated(mesh))
+    decode = programs.decoder.__wrapped__(TALL, mesh, compute, candidates=3, max_new_tokens=11)
+    return decode.lower(params, start, by_prompt(jnp.uint32, PROMPTS, 2), *small).compile().as_text()
+
+
+def weights_that_cross(program: str) -> list[tuple[str, tuple[int, ...]]]:
+    """Collectives in loops of what has no prompts: weights."""
+    assert "while(" in program
+    rows = PROMPTS // 2
+    return [(op, shape) for op, shape in collectives(in_loops(program)) if rows not in shape and shape]
+
+
+def test_no_weight_crosses_devices_for_a_token():
+    mesh = meshes.make(2, 2, 2)
+    text = decode_program(mesh, "decode")
+    assert weights_that_cross(text) == []
+    # The reader sees the loop: sums of what each device's heads and hidden units have made.
+    assert ("all-reduce", (PROMPTS // 2, 3, TALL.width)) in collectives(in_loops(text))
+
+
+def test_the_reader_sees_weights_cross(monkeypatch):
+    """On the layout of training they move to that of sampling in the loop; and are gathered, where it splits less."""
+    mesh = meshes.make(2, 2, 2)
+    moved = weights_that_cross(decode_program(mesh, "train"))
+    assert moved and sum(math.prod(shape) for _, shape in moved) > TALL.width * TALL.mlp
+    monkeypatch.setitem(meshes.LAYOUTS, "decode", {**meshes.LAYOUTS["gather"], "rows": ("data",)})
+    gathered = weights_that_cross(decode_program(mesh, "train"))
+    assert any(op == "all-gather" and shape[-2:] == (TALL.width, TALL.mlp // 2) for op, shape in gathered), gathered

@@ -23,7 +23,7 @@ from sera_jax import config, programs
 from sera_jax import mesh as meshes
 from sera_jax import rows as rowlib
 from sera_jax import run as runs
-from sera_jax.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from sera_jax.config import DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
 from sera_jax.records import Tree
 from sera_jax.rows import Plan
 from sera_jax.run import Checks, Cursor, RunError, Stage, Validation
@@ -33,9 +33,13 @@ from sera_jax.step import TrainState
 def config_of(path, **changes) -> TrainConfig:
     change = dataclasses.replace
     record = TrainConfig(RunConfig(str(path)), ModelConfig("m"), DataConfig(("p.jsonl",)))
+
+    def changed(part, key: str, value):
+        section, _, rest = key.partition("__")
+        return change(part, **{section: changed(getattr(part, section), rest, value) if rest else value})
+
     for key, value in changes.items():
-        section, _, field = key.partition("__")
-        record = change(record, **{section: change(getattr(record, section), **{field: value})})
+        record = changed(record, key, value)
     return record
 
 
@@ -129,6 +133,47 @@ def test_keys_that_change_no_number_are_free(tmp_path):
     for key, value in {"run__seed": 1, "run__log_every": 3}.items():
         with pytest.raises(RunError, match=f"it differs in {key.replace('__', '.')} "):
             opened(tmp_path, **{key: value})
+
+
+def test_keys_of_the_layout_are_free(tmp_path):
+    """On other devices, in other portions: the same run. Everything else of model, bootstrap and optimiser is not."""
+    begun(tmp_path)
+    layout = dict(
+        mesh__data=2, mesh__fsdp=4, mesh__tensor=2, mesh__slices=2, mesh__distributed=True, model__remat="none",
+        model__head_chunk=64, bootstrap__slots=8, optimizer__row_tokens=256, optimizer__microbatch_rows=2,
+        sft__optimizer__row_tokens=128, sft__optimizer__microbatch_rows=4,
+    )  # fmt: skip
+    runs.close(opened(tmp_path, **layout))
+    assert {key.replace("__", ".") for key in layout} == set(runs.LAYOUT_KEYS)
+    assert {f"mesh.{f.name}" for f in dataclasses.fields(MeshConfig)} <= set(runs.LAYOUT_KEYS)
+    for key, value in {"optimizer__batch_size": 4, "model__compute": "bfloat16", "bootstrap__candidates": 7}.items():
+        with pytest.raises(RunError, match=f"it differs in {key.replace('__', '.')} "):
+            opened(tmp_path, **layout | {key: value})
+
+
+def test_where_a_run_has_been_computed_is_part_of_its_iterates():
+    """Iterates that were made before it went elsewhere keep their fingerprint, all later ones get another."""
+    start = runs.origins(None, "a")
+    assert start == ((0, 0, "a"),)
+    inside = Cursor("update", 2, 3, 10, 13, 0, origins=start)
+    assert runs.origins(inside, "a") == start
+    moved = runs.origins(inside, "b")
+    assert moved == ((0, 0, "a"), (2, 13, "b"))
+    ends = [dataclasses.replace(inside, update=10), dataclasses.replace(inside, checks=Checks(stopped=True))]
+    assert [runs.origins(at, "b")[-1][0] for at in ends] == [3, 3]
+    back = runs.origins(Cursor("update", 2, 5, 10, 15, 0, origins=moved), "a")
+    assert back == (*moved, (2, 15, "a"))
+    assert runs.origins(dataclasses.replace(inside, origins=()), "b") == ((0, 0, "b"),)  # of an older version
+
+    def prints(origins):
+        return runs.fingerprints(origins)
+
+    assert prints(start) == ((0, "a"),)
+    (first, a), (second, ab) = prints(moved)
+    assert (first, a, second) == (0, "a", 2) and ab not in ("a", "b")
+    assert prints(back)[:2] == prints(moved)
+    elsewhen = runs.origins(dataclasses.replace(inside, count=14), "b")
+    assert len({ab, prints(elsewhen)[1][1], prints(back)[2][1], "a", "b"}) == 5
 
 
 def test_a_moved_folder_is_the_same_run(tmp_path):

@@ -248,6 +248,52 @@ def test_eight_devices_make_the_same_run(tiny_config):
     assert np.mean(same) > 0.95  # up to near-ties: tests/test_sample.py looks at each of them
 
 
+def test_a_run_goes_on_on_other_devices(tiny_config, monkeypatch):
+    """Stopped in iteration 2 on data 2 × fsdp 2 × tensor 2, resumed on fsdp 4, stopped, ended on one device: the same
+    batches and mask; numbers as far as float32 rounds them.
+    """
+    places = {
+        "eight": ("--mesh.data=2", "--mesh.fsdp=2", "--mesh.tensor=2"),
+        "four": ("--mesh.fsdp=4", "--model.head_chunk=16", "--optimizer.row_tokens=256"),
+        "one": ("--optimizer.microbatch_rows=2", "--model.remat=none"),
+    }
+    flags = ("--bootstrap.fresh=0", "--optimizer.learning_rate=1e-3")
+    whole = tiny_config(*flags, *places["eight"], run="whole")
+    trainer.train(whole)
+    kept = pathlib.Path("iterations/2/kept.parquet")
+    selected = {}
+    for place, calls in (("eight", 9), ("four", 3), ("one", 0)):  # 6 updates in iteration 1, 2 and 2 in iteration 2
+        config = tiny_config(*flags, *places[place], run="moved")
+        with monkeypatch.context() as patched:
+            stop_after(patched, "preference_update", calls)
+            if calls:
+                with pytest.raises(Stopped):
+                    trainer.train(config)
+            else:
+                trainer.train(config)
+        run = pathlib.Path(config.run.dir)
+        selected[place] = pyarrow.parquet.read_table(run / kept)
+    # What was selected on is found again, bit for bit: iterate 1 is the one that eight devices have made.
+    assert selected["four"].equals(selected["eight"]) and selected["one"].equals(selected["eight"])
+    assert selected["eight"].equals(pyarrow.parquet.read_table(pathlib.Path(whole.run.dir) / kept))
+    newest = max((run / "checkpoints").iterdir(), key=lambda p: int(p.name))
+    world = worlds.prepare(tiny_config(*flags, *places["one"], run="moved"))
+    runs.close(world.run)
+    assert newest.name == "12" and [origin[:2] for origin in world.run.at.origins] == [(0, 0), (2, 8), (2, 10)]
+    # And no other run mistakes this iterate 2 for its own.
+    ledgers = [{p.name for p in (pathlib.Path(c.run.dir) / "ledger").iterdir()} for c in (whole, config)]
+    assert ledgers[0] - ledgers[1] and ledgers[1] - ledgers[0] and len(ledgers[0] & ledgers[1]) > 1
+    two, one = ([r for r in lines(pathlib.Path(c.run.dir)) if r["stage"] == "update"] for c in (whole, config))
+    assert [(r["iteration"], r["step"]) for r in two] == [(r["iteration"], r["step"]) for r in one]
+    for key in ("loss", "logps/chosen", "grad_norm"):
+        np.testing.assert_allclose([r[key] for r in one], [r[key] for r in two], rtol=1e-5)
+    exported = [
+        safetensors.numpy.load_file(pathlib.Path(c.run.dir) / "export" / "model.safetensors") for c in (whole, config)
+    ]
+    for name, array in exported[0].items():
+        np.testing.assert_allclose(exported[1][name], array, atol=1e-4, err_msg=name)
+
+
 def test_each_program_compiles_once_per_shape(tiny_config, monkeypatch):
     built = {}
     for name in ("preference_update", "selector"):

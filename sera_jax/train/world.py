@@ -139,7 +139,7 @@ def prepare(config: TrainConfig) -> World:
     where = Policies(
         start=start,
         trained_start=config.sft.epochs > 0,
-        fingerprints=runs.fingerprints(run),
+        fingerprints=runs.fingerprints(run.origins),
         first=first,
         iterates=run.path / "iterates",
         ledger=Ledger(config.run.ledger or run.path / "ledger"),

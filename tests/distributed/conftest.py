@@ -10,6 +10,8 @@ import pytest
 
 HERE = pathlib.Path(__file__).parents[2]
 PATIENCE = 300.0  # seconds; an idle machine of two cores takes a tenth
+# The compiler's effort, which is half of the time of these runs.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 class Joined:
@@ -21,7 +23,7 @@ class Joined:
             port = free.getsockname()[1]
         common = os.environ | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
             "JAX_NUM_PROCESSES": str(len(commands)),
@@ -59,13 +61,14 @@ class Joined:
         return [pathlib.Path(log.name).read_text() for log in self._logs]
 
 
-@pytest.fixture
-def joined(tmp_path):
-    """joined(command of process 0, command of process 1, devices=2): started; killed with the test at the latest."""
+@pytest.fixture(scope="module")
+def joined(world):
+    """joined(arguments of process 0, those of process 1, devices=2): started in the folder `world` of the file; killed
+    with its tests at the latest."""
     started: list[Joined] = []
 
-    def start(*commands: list[str], devices: int = 2, folder: pathlib.Path = tmp_path) -> Joined:
-        started.append(Joined(list(commands), devices=devices, folder=folder))
+    def start(*commands: list[str], devices: int) -> Joined:
+        started.append(Joined(list(commands), devices=devices, folder=world))
         return started[-1]
 
     yield start

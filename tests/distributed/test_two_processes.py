@@ -11,54 +11,55 @@ import pyarrow.parquet
 import pytest
 import safetensors.numpy
 
-from sera_jax import train as trainer
-
-# Weights split over the processes (fsdp), heads and vocabulary within each (tensor).
-MESH = ("--mesh.fsdp=2", "--mesh.tensor=2")
-
 
 def flags(tiny: pathlib.Path) -> list[str]:
-    """SFT, two iterations with selection and samples, held-out pairs, evaluation by a function."""
+    """SFT, two iterations with selection and samples, held-out pairs, evaluation by a function. Weights are split over
+    the processes (fsdp), heads and vocabulary within each (tensor)."""
     return [
+        "--run.log_every=1",
+        "--run.save_every=2",
+        f"--model.path={tiny / 'model'}",
+        "--model.weights=random",
+        f"--data.pairs=[{tiny / 'pairs.jsonl'}]",
+        f"--data.prompts=[{tiny / 'prompts.jsonl'}]",
+        "--data.max_length=48",
+        "--data.max_prompt_length=24",
+        "--data.validation=0.1",
         "--sft.epochs=1",
         "--sft.optimizer.batch_size=8",
         "--sft.optimizer.learning_rate=1e-2",
-        "--data.validation=0.1",
+        "--optimizer.batch_size=8",
         "--optimizer.learning_rate=1e-3",
+        "--loop.iterations=2",
+        "--bootstrap.max_new_tokens=10",
+        "--bootstrap.slots=16",
+        "--bootstrap.unfinished=keep",
         f"--evaluate.prompts=[{tiny / 'prompts.jsonl'}]",
         "--evaluate.function=tiny_reward:count",
         "--evaluate.max_new_tokens=10",
-        *MESH,
+        "--mesh.fsdp=2",
+        "--mesh.tensor=2",
     ]
 
 
 @pytest.fixture(scope="module")
 def world(tiny, tmp_path_factory):
-    """A folder for the runs of this file; two processes import the reward function from it."""
+    """A folder for the runs of this file; its reward function leaves a dot for every process that imports it."""
     folder = tmp_path_factory.mktemp("two")
-    source = (tiny / "tiny_reward.py").read_text()
-    # Says which process asked, so that a test sees it was one of them.
-    note = "import os\nopen(f\"asked-{os.environ.get('JAX_PROCESS_ID', 'alone')}\", 'a').write('.')\n"
-    (folder / "tiny_reward.py").write_text(source + note)
+    note = "import os\nopen(f\"asked-{os.environ.get('JAX_PROCESS_ID')}\", 'a').write('.')\n"
+    (folder / "tiny_reward.py").write_text((tiny / "tiny_reward.py").read_text() + note)
     return folder
 
 
-def command(config_flags: list[str], world: pathlib.Path, run: str, *more: str) -> list[str]:
-    """`python -m sera_jax.train` of the flags that a config was made of."""
-    own = [f for f in config_flags if not f.startswith(("--run.dir", "--run.compilation_cache", "--mesh.fsdp=1"))]
-    return [
-        *("-m", "sera_jax.train", f"--run.dir={world / run}", f"--run.compilation_cache={world / 'cache'}"),
-        *("--mesh.distributed=true", *own, *more),
-    ]
+@pytest.fixture(scope="module")
+def command(tiny, world):
+    """command("run folder", *more flags): `python -m sera_jax.train` of one process."""
 
+    def make(run: str, *more: str) -> list[str]:
+        own = [f"--run.dir={world / run}", f"--run.compilation_cache={world / 'cache'}"]
+        return ["-m", "sera_jax.train", *own, *flags(tiny), *more]
 
-@pytest.fixture
-def run_flags(tiny, tiny_config, monkeypatch):
-    """The flags of a tiny run."""
-    seen = {}
-    monkeypatch.setattr("sera_jax.config.parse", lambda record, args: seen.update(args=args))
-    tiny_config(*flags(tiny))
-    return seen["args"]
+    return make
 
 
 def lines(run: pathlib.Path) -> list[dict]:
@@ -85,35 +86,33 @@ def table(run: pathlib.Path, name: str) -> dict:
     return pyarrow.parquet.read_table(run / name).to_pydict()
 
 
-@pytest.fixture
-def together(world, run_flags, joined):
-    """The run of two processes that nothing interrupted."""
-    run = world / "together"
-    if not run.exists():
-        both = command(run_flags, world, "together")
-        group = joined(both, both, folder=world)
-        assert group.ended() == [0, 0], group.said()
-        # Process 0 alone talks; the other has nothing to tell.
-        talk, silence = group.said()
-        assert "iteration 2" in talk and "exported iterate 2" in talk
-        assert not [line for line in silence.splitlines() if line.strip() and "Gloo" not in line], silence
-    return run
+SEVERAL = "--mesh.distributed=true"
 
 
-def test_two_processes_make_the_run_of_one(world, together, tiny, tiny_config, monkeypatch):
-    monkeypatch.chdir(world)
-    config = tiny_config(*flags(tiny), run="alone")
-    trainer.train(config)
-    alone = pathlib.Path(config.run.dir)
+@pytest.fixture(scope="module")
+def runs(world, command, joined):
+    """The run of two processes, and that of one on as many devices, which nothing interrupted."""
+    both = command("together", SEVERAL)
+    two, one = joined(both, both, devices=2), joined(command("alone"), devices=4)
+    assert two.ended() == [0, 0], two.said()
+    assert one.ended() == [0], one.said()
+    # Process 0 alone talks.
+    talk, silence = two.said()
+    assert "iteration 2" in talk and "exported iterate 2" in talk
+    assert not [line for line in silence.splitlines() if line.strip() and "Gloo" not in line], silence
+    return world / "together", world / "alone"
+
+
+def test_two_processes_make_the_run_of_one(world, runs):
+    together, alone = runs
     names = lambda run: sorted(str(p.relative_to(run)) for p in run.rglob("*") if p.is_file())
     kept_names = lambda run: [n for n in names(run) if not n.startswith(("checkpoints/", "iterates/", "ledger/"))]
     assert kept_names(together) == kept_names(alone)  # and nothing half written
     assert [(r["stage"], r["iteration"], r["step"]) for r in lines(together)] == [
         (r["stage"], r["iteration"], r["step"]) for r in lines(alone)
     ]
-    # Each number was asked for once, by process 0.
-    asked = {p.name: p.stat().st_size for p in world.glob("asked-*")}
-    assert asked["asked-0"] == 1 and "asked-1" not in asked
+    # Process 0 alone has the reward function (so has the one that is alone).
+    assert {p.name: p.stat().st_size for p in world.glob("asked-*")} == {"asked-0": 2}
     for t in (1, 2):
         texts = [(run / "evaluation" / f"{t}.jsonl").read_text() for run in (together, alone)]
         assert texts[0] == texts[1]
@@ -137,31 +136,28 @@ def test_two_processes_make_the_run_of_one(world, together, tiny, tiny_config, m
         np.testing.assert_allclose(two[name], one[name], atol=2e-5, err_msg=name)
 
 
-def test_killed_and_resumed_is_the_run_that_nothing_interrupted(world, together, run_flags, joined):
+def test_killed_and_resumed_is_the_run_that_nothing_interrupted(world, runs, command, joined):
     """SIGKILL of both in the updates of iteration 1, behind a checkpoint. Bit for bit."""
-    both = command(run_flags, world, "killed")
-    group = joined(both, both, folder=world)
+    both = command("killed", SEVERAL)
+    group = joined(both, both, devices=2)
     written = world / "killed" / "metrics.jsonl"
     deadline = time.monotonic() + 200
-    while not (written.is_file() and written.read_text().count("\n") >= 9):  # 5 of SFT, 4 of iteration 1
+    while not (written.is_file() and written.read_text().count("\n") >= 8):  # 5 of SFT, 3 of iteration 1
         assert group.alive(), group.said()
         assert time.monotonic() < deadline, "never got there"
         time.sleep(0.005)
     group.kill()
     assert not (world / "killed" / "iterations" / "2").exists()
-    group = joined(both, both, folder=world)
+    group = joined(both, both, devices=2)
     assert group.ended() == [0, 0], group.said()
-    assert left(world / "killed") == left(together)
+    assert left(world / "killed") == left(runs[0])
 
 
-def test_other_data_on_one_process_is_an_error_on_both(world, tiny, run_flags, joined):
+def test_other_data_on_one_process_is_an_error_on_both(world, tiny, command, joined):
     rows = (tiny / "pairs.jsonl").read_text().splitlines()
     (world / "other.jsonl").write_text("\n".join([*rows[:-1], rows[0].replace('"p0"', '"px"')]) + "\n")
-    group = joined(
-        command(run_flags, world, "other"),
-        command(run_flags, world, "other", f"--data.pairs=[{world / 'other.jsonl'}]"),
-        folder=world,
-    )
+    of_one = f"--data.pairs=[{world / 'other.jsonl'}]"
+    group = joined(command("other", SEVERAL), command("other", SEVERAL, of_one), devices=2)
     assert group.ended() == [1, 1], group.said()
     for said in group.said():
         assert "error: config, model and data of process 0 and of 1 differ, expected the same on all 2" in said
