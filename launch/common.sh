@@ -9,6 +9,7 @@
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 DRY=
 DATA=()  # of --data, which may come several times
+joined=() # see several_processes
 TRAIN=() # what stands behind --: flags of sera_jax.train
 POLL=${SERA_JAX_POLL:-30} # seconds between two looks at a machine
 GONE=75                   # status of a run that was preempted and can go on
@@ -207,6 +208,14 @@ copy_from_buckets() { # copy_from_buckets FOLDER
             *) say "$source is here already and is used where it is" ;;
         esac || die "'$source' could not be copied to $1: see above."
     done
+}
+
+# Flags for a run of several processes: each joins the others, and slices hold copies of the weights. What TRAIN says comes
+# later and wins; a config that says slices has said its mesh.
+several_processes() { # several_processes PROCESSES SLICES CONFIG
+    joined=()
+    if [ "$1" -gt 1 ]; then joined+=(--mesh.distributed=true); fi
+    if [ "$2" -gt 1 ] && ! grep -Eq '^([^#]*[ {,])?slices *:' "$3"; then joined+=("--mesh.slices=$2" "--mesh.data=$2"); fi
 }
 
 # --- slices -----------------------------------------------------------------------------------------------------------

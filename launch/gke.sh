@@ -18,7 +18,8 @@
 #   --config FILE     of the run; it is copied to the disk
 #   --data PATH       file or folder here, gs://BUCKET/FILE, or gs://BUCKET/FOLDER/; may come several times
 #   --disk PLACE      gs://BUCKET[/FOLDER]; every pod has it at /mnt/sera: data/ is what was staged, runs/NAME the run folder
-#   --slices N        of --type each, 1 if not given
+#   --slices N        of --type each, 1 if not given; several hold copies (mesh.slices and mesh.data N, unless the config or
+#                     a flag says otherwise)
 #   --spot            preemptible, cheaper;   --reservation R: from it
 #   --service-account S   of Kubernetes, that may read and write the bucket; default if not given
 #   --tries N         restarts of the JobSet, 20 if not given. A run that fails by itself is restarted as often.
@@ -92,6 +93,7 @@ case $command in
     all | run | resume)
         check_config "$config"
         check_run_dir "$MOUNT"
+        several_processes "$((hosts * slices))" "$slices" "$config"
         ;;
 esac
 case $command in
@@ -173,7 +175,8 @@ json() {
     printf '"%s"' "$word"
 }
 
-training=(python -m sera_jax.train "--config=$MOUNT/runs/$name.yaml" "--run.dir=$MOUNT/runs/$name" ${TRAIN[@]+"${TRAIN[@]}"})
+training=(python -m sera_jax.train "--config=$MOUNT/runs/$name.yaml" "--run.dir=$MOUNT/runs/$name"
+    ${joined[@]+"${joined[@]}"} ${TRAIN[@]+"${TRAIN[@]}"})
 
 manifest() {
     local text words="" word options="implicit-dirs,metadata-cache:ttl-secs:0,metadata-cache:negative-ttl-secs:0"

@@ -82,7 +82,7 @@ several() {
     trap 'exit 130' INT
     trap 'exit 143' TERM
     for ((k = 0; k < processes; k++)); do
-        words=(env "SERA_JAX_COORDINATOR=127.0.0.1:$port" "SERA_JAX_PROCESSES=$processes" "SERA_JAX_PROCESS_ID=$k")
+        words=(env "JAX_COORDINATOR_ADDRESS=127.0.0.1:$port" "JAX_NUM_PROCESSES=$processes" "JAX_PROCESS_ID=$k")
         [ "$kind" != cuda ] || words+=("CUDA_VISIBLE_DEVICES=$k")
         words+=("${train[@]}")
         if [ -n "$DRY" ]; then
@@ -137,7 +137,9 @@ case $command in
             [ "$(device)" = cpu ] || die "--devices $devices: only CPU devices can be simulated, this machine has $(device)."
             simulated=(env "XLA_FLAGS=${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=$devices")
         fi
-        train=(${simulated[@]+"${simulated[@]}"} "$PYTHON" -m sera_jax.train --config "$config" ${TRAIN[@]+"${TRAIN[@]}"})
+        several_processes "$processes" 1 "$config"
+        train=(${simulated[@]+"${simulated[@]}"} "$PYTHON" -m sera_jax.train --config "$config"
+            ${joined[@]+"${joined[@]}"} ${TRAIN[@]+"${TRAIN[@]}"})
         if [ "$processes" = 1 ]; then run "${train[@]}"; else several; fi
         ;;
     logs)

@@ -50,12 +50,13 @@ submit() {
     check_tools sbatch squeue
     queued=$(ask "" squeue --me "--name=$name" --noheader --format=%i) || die "squeue could not say what is queued: see above."
     [ -z "$queued" ] || die "job $name is there already ($queued); 'logs' shows it, 'delete' cancels it."
+    several_processes "$((nodes * (gpus > 0 ? gpus : 1)))" 1 "$config"
     words=(sbatch "--job-name=$name" "--nodes=$nodes" --requeue --open-mode=append "--output=$logs/job.log")
     if [ "$gpus" = 0 ]; then words+=(--ntasks-per-node=1); else words+=("--ntasks-per-node=$gpus" "--gpus-per-node=$gpus"); fi
     run mkdir -p "$logs"
     run "${words[@]}" ${partition:+"--partition=$partition"} ${time:+"--time=$time"} \
         "--wrap=$(quoted srun --kill-on-bad-exit=1 --open-mode=append "--output=$logs/process-%t.log" \
-            "$PYTHON" -m sera_jax.train --config "$config" ${TRAIN[@]+"${TRAIN[@]}"})" || die "the job was refused: see above."
+            "$PYTHON" -m sera_jax.train --config "$config" ${joined[@]+"${joined[@]}"} ${TRAIN[@]+"${TRAIN[@]}"})" || die "the job was refused: see above."
 }
 
 case $command in

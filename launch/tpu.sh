@@ -16,7 +16,8 @@
 #   --data PATH       file or folder here, gs://BUCKET/FILE, or gs://BUCKET/FOLDER/; may come several times
 #   --disk PLACE      gs://BUCKET[/FOLDER] (by gcsfuse) or HOST:/PATH of an NFS share (Filestore); every host has it at
 #                     /mnt/sera: data/ is what was staged, runs/NAME is the run folder
-#   --slices N        of --type each, 1 if not given
+#   --slices N        of --type each, 1 if not given; several hold copies (mesh.slices and mesh.data N, unless the config or
+#                     a flag says otherwise)
 #   --spot            preemptible, cheaper;   --reserved: from a reservation
 #   --project P       if it is not gcloud's default
 #   --tries N         of all and resume: how often to ask again after a preemption, 20 if not given
@@ -67,6 +68,7 @@ case $command in
     all | run | resume)
         check_config "$config"
         check_run_dir "$MOUNT"
+        several_processes "$((hosts * slices))" "$slices" "$config"
         ;;
 esac
 case $command in
@@ -154,7 +156,7 @@ stage() {
 
 begin() {
     run "${qr[@]}" scp "$config" "$name:sera/config.yaml" --node=all --worker=all --quiet "${where[@]}" &&
-        on_every_host "$(quoted bash sera/src/launch/host.sh start "$disk" --config ../config.yaml "--run.dir=$MOUNT/runs/$name" ${TRAIN[@]+"${TRAIN[@]}"})"
+        on_every_host "$(quoted bash sera/src/launch/host.sh start "$disk" --config ../config.yaml "--run.dir=$MOUNT/runs/$name" ${joined[@]+"${joined[@]}"} ${TRAIN[@]+"${TRAIN[@]}"})"
 }
 
 # Until every host is done. Status 1: one failed; 75: the slices are gone or a host was rebooted.

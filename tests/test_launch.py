@@ -107,12 +107,14 @@ def shown(calls: list[list[str]]) -> list[str]:
 
 
 def test_shellcheck_finds_nothing():
-    if not shutil.which("shellcheck"):
-        pytest.skip("no shellcheck here (apt-get install shellcheck)")
+    beside = pathlib.Path(sys.executable).parent
+    shellcheck = shutil.which("shellcheck", path=f"{beside}{os.pathsep}{os.environ['PATH']}")
+    if not shellcheck:
+        pytest.skip("no shellcheck here (pip install -e '.[dev]', or apt-get install shellcheck)")
     scripts = sorted(map(str, LAUNCH.glob("*.sh")))
     # SC2153 takes LABELS of worlds.sh for a misspelling of the loop's variable.
     found = subprocess.run(
-        ["shellcheck", "-x", "-e", "SC2153", *scripts], cwd=ROOT, capture_output=True, text=True, check=False
+        [shellcheck, "-x", "-e", "SC2153", *scripts], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert found.returncode == 0, found.stdout
 
@@ -252,8 +254,30 @@ def test_a_flag_arrives_on_a_host_as_it_was_given(cloud):
     there = shlex.split(next(word for word in start if word.startswith("--command=")).removeprefix("--command="))
     assert there == [
         *("bash", "sera/src/launch/host.sh", "start", "gs://bucket/some"),
-        *("--config", "../config.yaml", "--run.dir=/mnt/sera/runs/my-run", *FLAGS[1:]),
+        *("--config", "../config.yaml", "--run.dir=/mnt/sera/runs/my-run", "--mesh.distributed=true", *FLAGS[1:]),
     ]
+
+
+@pytest.mark.parametrize(
+    "config, words, mesh",
+    [
+        ("run: {dir: x}", ("--type=v6e-8",), []),
+        ("run: {dir: x}", ("--type=v6e-16",), ["--mesh.distributed=true"]),
+        (
+            "run: {dir: x}\n# slices: many",
+            ("--slices=3", "--", "--mesh.data=6"),
+            ["--mesh.distributed=true", "--mesh.slices=3", "--mesh.data=3", "--mesh.data=6"],
+        ),
+        ("mesh: {data: 4, slices: 2}", ("--slices=2",), ["--mesh.distributed=true"]),
+        ("mesh:\n  slices: 2", ("--slices=2",), ["--mesh.distributed=true"]),
+    ],
+)
+def test_several_hosts_are_one_run_and_slices_hold_copies(config, words, mesh, cloud):
+    (cloud.folder / "a run.yaml").write_text(config)
+    at = words.index("--") if "--" in words else len(words)
+    ran = cloud.run("tpu.sh", "run", *TPU, *words[:at], "--dry-run", *words[at:])
+    start = next(line for line in ran.stdout.splitlines() if "host.sh start" in line)
+    assert re.findall(r"--mesh\.[\w.=]+", start) == mesh
 
 
 def test_a_preempted_run_says_so_and_resume_goes_on_with_the_same_command(cloud):
@@ -515,7 +539,7 @@ def test_the_jobset_is_what_a_slice_needs(cloud):
     assert resources["limits"] == resources["requests"] == {"google.com/tpu": math.prod(topology) // 4}
     assert container["command"] == [
         *("python", "-m", "sera_jax.train", "--config=/mnt/sera/runs/my-run.yaml", "--run.dir=/mnt/sera/runs/my-run"),
-        *FLAGS[1:],
+        *("--mesh.distributed=true", "--mesh.slices=3", "--mesh.data=3", *FLAGS[1:]),
     ]
     (mount,), (volume,) = container["volumeMounts"], pod["volumes"]
     assert mount["name"] == volume["name"] and mount["mountPath"] == "/mnt/sera"
@@ -573,7 +597,7 @@ def test_xpk_runs_the_same_command(cloud):
     assert (flags["tpu-type"], flags["num-slices"], flags["workload"]) == ("v6e-16", "2", "my-run")
     assert shlex.split(flags["command"])[3:] == [
         *("python", "-m", "sera_jax.train", "--config=/mnt/sera/runs/my-run.yaml", "--run.dir=/mnt/sera/runs/my-run"),
-        *FLAGS[1:],
+        *("--mesh.distributed=true", "--mesh.slices=2", "--mesh.data=2", *FLAGS[1:]),
     ]
 
 
@@ -626,14 +650,8 @@ def test_slurm_submits_one_process_a_gpu_and_not_twice(cloud):
     assert (flags["nodes"], flags["ntasks-per-node"], flags["gpus-per-node"], flags["time"]) == ("2", "8", "8", "1-0")
     assert "requeue" in flags
     job = shlex.split(flags["wrap"])
-    assert (
-        job[0] == "srun"
-        and job[-8:]
-        == [
-            *(sys.executable, "-m", "sera_jax.train", "--config", "a run.yaml"),
-            *FLAGS[1:],
-        ][-8:]
-    )
+    train = ["-m", "sera_jax.train", "--config", "a run.yaml", "--mesh.distributed=true", *FLAGS[1:]]
+    assert job[0] == "srun" and job[job.index(sys.executable) + 1 :] == train
     cloud.plays(queue=["4711"])
     twice = cloud.run("slurm.sh", *words, PYTHON=sys.executable)
     assert twice.returncode == 2 and "job my-run is there already (4711)" in twice.stderr
@@ -745,7 +763,7 @@ def fake_python(folder: pathlib.Path) -> str:
     file = folder / "python"
     file.write_text(
         f'#!/bin/bash\nif [ "$1" = -c ]; then exec {shlex.quote(sys.executable)} "$@"; fi\n'
-        'k=$SERA_JAX_PROCESS_ID\necho "process $k of $SERA_JAX_PROCESSES at $SERA_JAX_COORDINATOR: $*"\n'
+        'k=$JAX_PROCESS_ID\necho "process $k of $JAX_NUM_PROCESSES at $JAX_COORDINATOR_ADDRESS: $*"\n'
         'trap "touch stopped-$k; exit 143" TERM\n'
         'touch "started-$k"\n'
         'until [ -f end ]; do if [ "$k" = 1 ] && [ -f "fail" ]; then echo "own words"; exit 7; fi; sleep 0.05; done\n'
@@ -763,7 +781,7 @@ def test_local_processes_know_each_other(cloud):
     said = [done.stdout, *((cloud.folder / f"my logs/process-{k}.log").read_text() for k in (1, 2))]
     told = [re.fullmatch(r"process (\d) of 3 at 127\.0\.0\.1:(\d+): (.+)\n", text) for text in said]
     assert [match[1] for match in told] == ["0", "1", "2"] and len({match[2] for match in told}) == 1
-    assert {match[3] for match in told} == {"-m sera_jax.train --config a run.yaml --x a b"}
+    assert {match[3] for match in told} == {"-m sera_jax.train --config a run.yaml --mesh.distributed=true --x a b"}
 
 
 def test_a_local_process_that_fails_ends_the_others(cloud):
@@ -799,7 +817,7 @@ def test_simulated_devices_are_a_flag_of_every_process(cloud):
     assert len(printed) == 2
     for k, line in enumerate(printed):
         words = shlex.split(line)
-        assert f"SERA_JAX_PROCESS_ID={k}" in words and words[-1] == "&"
+        assert f"JAX_PROCESS_ID={k}" in words and words[-1] == "&"
         assert "XLA_FLAGS=--xla_x=1 --xla_force_host_platform_device_count=4" in words
 
 
@@ -823,7 +841,11 @@ def test_local_trains_and_the_same_command_has_nothing_left_to_do(tiny, cloud):
     assert (run / "export" / "model.safetensors").exists() and (run / "report.html").exists()
     lines = (run / "metrics.jsonl").read_text()
     assert [json.loads(line)["step"] for line in lines.splitlines()] == [1, 2, 3]
-    again = cloud.run("local.sh", *words, **environment)
-    assert again.returncode == 0 and (run / "metrics.jsonl").read_text() == lines
+    # On two processes, which have to find each other for it.
+    again = cloud.run("local.sh", *words[:3], "--processes=2", *words[3:], **environment)
+    assert again.returncode == 0, again.stderr
+    assert (run / "metrics.jsonl").read_text() == lines
+    assert "mesh data 1×fsdp 2×tensor 1" in again.stdout
+    assert "exported" not in (cloud.folder / "runs/launch/local/process-1.log").read_text()
     wrong = cloud.run("local.sh", *words, "--loss.beta", "-1", **environment)
     assert wrong.returncode == 1 and "beta" in wrong.stderr
