@@ -8,7 +8,7 @@
 #                                  without a word: the host was rebooted); while it runs also the last line of the log
 #   host.sh stop                   ends the run, which then can go on
 #
-# Tested here: start, status, stop. On paper only, as there is no TPU VM here: install and mount.
+# Tested here: start, status, stop, and what mount asks for. On paper only, as there is no TPU VM here: the rest.
 set -euo pipefail
 SERA=${SERA_JAX_HOME:-$HOME/sera}
 MOUNT=${SERA_JAX_MOUNT:-/mnt/sera}
@@ -21,13 +21,18 @@ install_python() {
     python3 -m uv pip install --quiet --python "$SERA/venv/bin/python" "$SERA/src[tpu]"
 }
 
+# A fresh VM may still be upgrading itself.
+packages() {
+    sudo apt-get -qq -o DPkg::Lock::Timeout=600 update
+    sudo apt-get -qq -o DPkg::Lock::Timeout=600 install -y "$@"
+}
+
 install_gcsfuse() {
     local list=/etc/apt/sources.list.d/gcsfuse.list key=/usr/share/keyrings/cloud.google.asc
     command -v gcsfuse > /dev/null && return
     curl -fsSL https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee "$key" > /dev/null
     echo "deb [signed-by=$key] https://packages.cloud.google.com/apt gcsfuse-$(lsb_release -c -s) main" | sudo tee "$list" > /dev/null
-    sudo apt-get update -qq
-    sudo apt-get install -y -qq fuse gcsfuse
+    packages fuse gcsfuse
 }
 
 # No caching of names: what process 0 writes, the others have to see. (On large machines gcsfuse keeps names for ever.)
@@ -44,8 +49,10 @@ mount_disk() {
             gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 ${folder:+"--only-dir=${folder%/}"} "$bucket" "$MOUNT"
             ;;
         *)
-            command -v mount.nfs > /dev/null || { sudo apt-get update -qq && sudo apt-get install -y -qq nfs-common; }
-            sudo mount -t nfs -o rw,hard,actimeo=1 "$disk" "$MOUNT"
+            command -v mount.nfs > /dev/null || packages nfs-common
+            # NFS 4.1 forgets the locks of a host that is gone, NFS 3 keeps them: there, none go to the server.
+            sudo mount -t nfs -o rw,hard,actimeo=1,vers=4.1 "$disk" "$MOUNT" ||
+                sudo mount -t nfs -o rw,hard,actimeo=1,vers=3,nolock "$disk" "$MOUNT"
             ;;
     esac
     mkdir -p "$MOUNT/runs" "$MOUNT/data"

@@ -27,7 +27,9 @@
 # The disk. run.dir has to be a file system that all processes see. On gcsfuse: (1) use a bucket with a hierarchical
 # namespace (gcloud storage buckets create gs://B --uniform-bucket-level-access --enable-hierarchical-namespace): a
 # checkpoint becomes whole by renaming its folder, which other buckets refuse for folders in folders; (2) file locks hold
-# within one host only, so that run.lock refuses no second run from elsewhere: start a --name once. Filestore has both.
+# within one host only, so that run.lock refuses no second run from elsewhere: start a --name once. Filestore renames; its
+# locks hold for all hosts with NFS 4.1 (zonal, regional) and within one with NFS 3 (basic), where the locks of a host that
+# was preempted would stay for ever and are left out.
 #
 # Known on paper only, for there is no cloud where this was written: all of it but host.sh's start, status and stop. Tests
 # run it against a stand-in for gcloud whose verbs and flags are those of Google's reference:
@@ -91,15 +93,14 @@ on_every_host() { run "${qr[@]}" ssh "$name" --node=all --worker=all "--command=
 
 # state ANSWER-OF-A-DRY-RUN → WAITING_FOR_RESOURCES, PROVISIONING, ACTIVE, SUSPENDED, FAILED ..., or NONE.
 state() {
-    local out
+    local out told=""
     if out=$(ask "$1" "${qr[@]}" describe "$name" "--format=value(state.state)" "${where[@]}" 2>&1); then
-        printf '%s\n' "$out" | grep -E '^[A-Z_]+$' | tail -n 1
-    else
-        case $out in
-            *NOT_FOUND*) echo NONE ;;
-            *) die "gcloud could not say how '$name' is: $out" ;;
-        esac
+        told=$(grep -E '^[A-Z_]+$' <<< "$out" | tail -n 1) || true # beside what gcloud may have to remark
+    elif [[ $out = *NOT_FOUND* ]]; then
+        told=NONE
     fi
+    [ -n "$told" ] || die "gcloud could not say how '$name' is: $out"
+    echo "$told"
 }
 
 ordered="" # by this command
@@ -176,7 +177,7 @@ follow() {
         answer=$(ask "$(yes "sera_jax done" | head -n "$all")" "${qr[@]}" ssh "$name" --node=all --worker=all \
             "--command=bash sera/src/launch/host.sh status" --quiet "${where[@]}") || answer=""
         printf '%s\n' "$answer" | grep -v '^sera_jax ' >&2 || true
-        if [ "$(grep -c '^sera_jax done' <<< "$answer" || true)" -ge "$all" ]; then return 0; fi
+        if [ "$(grep -c 'sera_jax done' <<< "$answer" || true)" -ge "$all" ]; then return 0; fi
         case $answer in
             *"sera_jax failed"*) failed=$((failed + 1)) ;;
             *"sera_jax lost"* | *"sera_jax idle"*)

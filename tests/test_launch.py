@@ -384,6 +384,16 @@ def test_a_stage_that_fails_says_so_and_leaves_nothing_that_costs_money(what, cl
         assert last in calls and calls[-3:] == END and not (cloud.state / "there.json").exists()
 
 
+def test_a_cloud_that_cannot_say_how_it_is(cloud):
+    """While slices are asked for that ends it; while a run goes on, it is asked again."""
+    cloud.plays(states=["remark: upgrade me"])
+    lost = cloud.run("tpu.sh", "create", *TPU)
+    assert lost.returncode == 2 and "gcloud could not say how 'my-run' is: remark: upgrade me" in lost.stderr
+    cloud.there()
+    cloud.plays(fails=[["describe", "UNAVAILABLE", 2]], hosts=[["sera_jax running"] * 4, ["sera_jax done"] * 4])
+    assert cloud.run("tpu.sh", "run", *TPU).returncode == 0
+
+
 def test_all_leaves_alone_what_was_there_before(cloud):
     cloud.there()
     taken = cloud.run("tpu.sh", "all", *TPU)
@@ -709,6 +719,45 @@ class Host:
     @property
     def pid(self) -> int:
         return int((self.sera / "run.pid").read_text().split()[0])
+
+
+@pytest.mark.parametrize(
+    "disk, fails, calls",
+    [
+        ("gs://bucket", "", ["gcsfuse --implicit-dirs TTL bucket MOUNT"]),
+        ("gs://bucket/a/b/", "", ["gcsfuse --implicit-dirs TTL --only-dir=a/b bucket MOUNT"]),
+        ("10.0.0.2:/x", "", ["mount -t nfs -o rw,hard,actimeo=1,vers=4.1 10.0.0.2:/x MOUNT"]),
+        (
+            "10.0.0.2:/x",
+            "vers=4.1",
+            [f"mount -t nfs -o rw,hard,actimeo=1,{how} 10.0.0.2:/x MOUNT" for how in ("vers=4.1", "vers=3,nolock")],
+        ),
+    ],
+)
+def test_a_host_mounts_the_disk_once(disk, fails, calls, tmp_path):
+    """Against stand-ins for the tools of mounting: what they are asked."""
+    bin, mount = tmp_path / "bin", tmp_path / "mnt"
+    bin.mkdir()
+    note = (
+        f'echo "$(basename "$0") $*" >> {tmp_path}/calls; '
+        + 'case "$*" in *"$FAILS"*) [ -z "$FAILS" ] || exit 32;; esac; '
+    )
+    scripts = {
+        "sudo": 'exec "$@"',
+        "mountpoint": f"[ -f {tmp_path}/mounted ]",
+        "mount.nfs": "exit 0",
+        "gcsfuse": f"{note} touch {tmp_path}/mounted",
+        "mount": f"{note} touch {tmp_path}/mounted",
+    }
+    for name, text in scripts.items():
+        (bin / name).write_text(f"#!/bin/bash\n{text}\n")
+        (bin / name).chmod(0o755)
+    environment = {**os.environ, "SERA_JAX_MOUNT": str(mount), "PATH": f"{bin}:{os.environ['PATH']}", "FAILS": fails}
+    for _ in range(2):
+        subprocess.run(["bash", str(LAUNCH / "host.sh"), "mount", disk], env=environment, check=True)
+    ttl = "--metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0"
+    told = (tmp_path / "calls").read_text().replace(str(mount), "MOUNT").replace(ttl, "TTL").splitlines()
+    assert told == calls and (mount / "runs").is_dir() and (mount / "data").is_dir()
 
 
 @pytest.fixture
