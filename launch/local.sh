@@ -61,8 +61,9 @@ install() {
 pids=()
 stop() {
     local pid
-    for pid in ${pids[@]+"${pids[@]}"}; do kill -TERM "$pid" 2> /dev/null || true; done
+    for pid in ${pids[@]+"${pids[@]}"}; do [ -z "$pid" ] || kill -TERM "$pid" 2> /dev/null || true; done
     for pid in ${pids[@]+"${pids[@]}"}; do
+        [ -n "$pid" ] || continue
         for _ in 1 2 3 4 5 6 7 8 9 10; do
             kill -0 "$pid" 2> /dev/null || break
             sleep 1
@@ -104,12 +105,14 @@ several() {
         left=0
         for ((k = 0; k < ${#pids[@]}; k++)); do
             pid=${pids[$k]}
+            [ -n "$pid" ] || continue
             if kill -0 "$pid" 2> /dev/null; then
                 left=$((left + 1))
                 continue
             fi
             status=0
             wait "$pid" || status=$?
+            pids[k]="" # its number may go to another process
             if [ "$status" != 0 ]; then
                 [ "$k" = 0 ] || tail -n 20 "$logs/process-$k.log" >&2
                 say "error: process $k of $processes ended with status $status; the others were stopped. Once it can work, the same command goes on."

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -815,7 +816,7 @@ def fake_python(folder: pathlib.Path) -> str:
         'k=$JAX_PROCESS_ID\necho "process $k of $JAX_NUM_PROCESSES at $JAX_COORDINATOR_ADDRESS: $*"\n'
         'trap "touch stopped-$k; exit 143" TERM\n'
         'touch "started-$k"\n'
-        'until [ -f end ]; do if [ "$k" = 1 ] && [ -f "fail" ]; then echo "own words"; exit 7; fi; sleep 0.05; done\n'
+        'until [ -f end ] || [ -f "end-$k" ]; do if [ "$k" = 1 ] && [ -f "fail" ]; then echo "own words"; exit 7; fi; sleep 0.05; done\n'
     )
     file.chmod(0o755)
     return str(file)
@@ -831,6 +832,16 @@ def test_local_processes_know_each_other(cloud):
     told = [re.fullmatch(r"process (\d) of 3 at 127\.0\.0\.1:(\d+): (.+)\n", text) for text in said]
     assert [match[1] for match in told] == ["0", "1", "2"] and len({match[2] for match in told}) == 1
     assert {match[3] for match in told} == {"-m sera_jax.train --config a run.yaml --mesh.distributed=true --x a b"}
+
+
+def test_a_local_process_may_end_well_before_the_others(cloud):
+    python = fake_python(cloud.folder)
+    (cloud.folder / "end-0").touch()
+    later = threading.Timer(3, (cloud.folder / "end-1").touch)
+    later.start()
+    done = cloud.run("local.sh", "run", "--config", "a run.yaml", "--processes", "2", PYTHON=python)
+    later.cancel()
+    assert done.returncode == 0 and (cloud.folder / "end-1").exists(), done.stderr
 
 
 def test_a_local_process_that_fails_ends_the_others(cloud):
