@@ -91,7 +91,7 @@ PLACE = ("--name", "my-run", "--zone", "us-west4-a")
 TPU = (*PLACE, "--type", "v5litepod-16", "--disk", "gs://bucket/some", "--config", "a run.yaml")
 GKE = ("--name", "my-run", "--cluster", "c", "--location", "us-west4", "--zone", "us-west4-a", "--type", "v6e-16")
 GKE += ("--disk", "gs://bucket", "--image", "us-docker.pkg.dev/p/r/sera_jax:1", "--config", "a run.yaml")
-FLAGS = ("--", "--model.path", "/mnt/sera/data/m y", "--data.pairs", """[/mnt/sera/data/it's "x".jsonl]""")
+FLAGS = ("--", "--model.path", "/mnt/sera/data/m y", "--data.pairs", r"""[/mnt/sera/data/it's "x" & \\d $HOME.jsonl]""")
 GIVEN = ("--data", "my pairs.jsonl", "--data", "model", "--data", "gs://other/set/", "--data=gs://other/x.jsonl")
 BEGIN = ["scp a run.yaml", "ssh: host.sh start"]
 NEW = ["create my-run", "describe my-run", "tar sera_jax", "scp sera_jax", "ssh: host.sh install"]
@@ -816,7 +816,9 @@ def fake_python(folder: pathlib.Path) -> str:
         'k=$JAX_PROCESS_ID\necho "process $k of $JAX_NUM_PROCESSES at $JAX_COORDINATOR_ADDRESS: $*"\n'
         'trap "touch stopped-$k; exit 143" TERM\n'
         'touch "started-$k"\n'
-        'until [ -f end ] || [ -f "end-$k" ]; do if [ "$k" = 1 ] && [ -f "fail" ]; then echo "own words"; exit 7; fi; sleep 0.05; done\n'
+        'until [ -f end ] || [ -f "end-$k" ]; do\n'
+        '    if [ "$k" = 1 ] && [ -f fail ]; then echo "own words"; exit 7; fi\n'
+        "    sleep 0.05\ndone\n"
     )
     file.chmod(0o755)
     return str(file)
