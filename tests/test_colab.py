@@ -79,6 +79,7 @@ def test_the_notebook_runs_from_install_to_export(notebook, tmp_path):
     told = {name: outputs(cell) for name, cell in cells.items()}
     assert told["install"][0] == "this runtime has: cpu\n"
     assert "exported iterate 2" in told["train"][0]
+    assert not any(mark in told["train"][0] for mark in "\r\x1b")  # no bars, which would be stored stroke by stroke
     rates = re.findall(r"iteration (\d): win rate ([\d.]+) % \[([\d.]+), ([\d.]+)\]", told["wins"][0])
     assert [rate[0] for rate in rates] == ["1", "2"]
     assert all(0 <= float(low) <= float(rate) <= float(high) <= 100 for _, rate, low, high in rates)
