@@ -27,6 +27,7 @@ class Joined:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
             "JAX_NUM_PROCESSES": str(len(commands)),
+            "USE_TORCH": "0",  # transformers would import it, for nothing
             "PYTHONPATH": os.pathsep.join([str(HERE), str(folder)]),
         }
         self._logs = [open(folder / f"process-{port}-{i}.log", "w+") for i in range(len(commands))]

@@ -36,6 +36,7 @@ def flags(tiny: pathlib.Path) -> list[str]:
         "--bootstrap.unfinished=keep",
         f"--evaluate.prompts=[{tiny / 'prompts.jsonl'}]",
         "--evaluate.function=tiny_reward:count",
+        "--evaluate.limit=8",
         "--evaluate.max_new_tokens=10",
         "--mesh.fsdp=2",
         "--mesh.tensor=2",
