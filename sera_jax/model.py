@@ -482,9 +482,7 @@ def hidden(
         x_BLD, kept = module(x_BLD, turns, lambda q, k, v: attend(q, k, v, cache_slice, window), adapted)
         return placement.activations(x_BLD), kept
 
-    # In training the table is gathered for the look-up: weights and their gradients cross devices, activations do not.
-    table = placement.weights(params["embed"]["table"].astype(dtype), ("vocab", "embed"))
-    x_BLD = placement.activations(jnp.take(table, tokens_BL, axis=0))
+    x_BLD = placement.activations(placement.looked_up(params["embed"]["table"], tokens_BL, dtype))
     if arch.scaled_embedding:
         x_BLD = x_BLD * jnp.asarray(arch.width**0.5, dtype)
     stacked = (params["layers"], adapters, cache, _windows(arch, longest), keys)
@@ -542,7 +540,9 @@ def capped(x: jax.Array, cap: float | None) -> jax.Array:
 
 
 def _cast(tree: Any, dtype: Any) -> Any:
-    return jax.tree.map(lambda w: w.astype(dtype), tree)
+    """Behind a barrier, XLA does not cast the slices of all layers beforehand, which would keep a second copy of all
+    weights in memory."""
+    return jax.tree.map(lambda w: w if w.dtype == dtype else jax.lax.optimization_barrier(w).astype(dtype), tree)
 
 
 def _with_values(state: Any, values: dict) -> Any:
