@@ -129,7 +129,23 @@ def test_the_head_keeps_an_eighth_of_the_logits(fsdp, tensor):
 def test_the_update_keeps_no_more_than_with_whole_logits(monkeypatch, fsdp, tensor):
     """Llama-3-8B's shape with two layers, v5e-16, 16 rows of 2048 tokens."""
     arch = Arch("llama", 128_256, 4096, 2, 32, 8, 128, 14336, 1e-5, 5e5, tied=False)
-    mesh = slice_of("v5e:4x4", fsdp, tensor)
+    ours = update_temporaries(arch, slice_of("v5e:4x4", fsdp, tensor))
+    monkeypatch.setattr(score, "head_logps", whole_logits)
+    assert ours <= update_temporaries(arch, slice_of("v5e:4x4", fsdp, tensor))
+
+
+def test_a_layer_more_keeps_its_gradient_and_its_input():
+    """No second gradient and no bfloat16 copy of its weights. Mistral-7B's shape, v5e-16; 1 is one float32 copy of a
+    layer's weights and the layer's input. Both kept, it would be 2.3."""
+    mesh = slice_of("v5e:4x4", 16)
+    arch = Arch("mistral", 32_000, 4096, 2, 32, 8, 128, 14336, 1e-5, 1e4, tied=False)
+    two, four = (update_temporaries(dataclasses.replace(arch, layers=n), mesh) for n in (2, 4))
+    weights = 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
+    assert four - two < 1.2 * 2 * (4 * weights / 16 + 2 * 2048 * 4096)
+
+
+def update_temporaries(arch: Arch, mesh) -> int:
+    """Of a DPO update with 16 rows of 2048 tokens."""
     transform = step.optimizer(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip=1.0, decays=programs.decaying(arch))
     schedule = {"peak": 1e-6, "schedule": "linear", "warmup": 0.1}
     shape = {"L": 2048, "M": 1536, "S": 4}
@@ -139,14 +155,8 @@ def test_the_update_keeps_no_more_than_with_whole_logits(monkeypatch, fsdp, tens
     number = jax.ShapeDtypeStruct((), jnp.int32)
     batch = Batch(rows, slots, slots, slots, number)
 
-    def keeps() -> int:
-        update = programs.preference_update.__wrapped__(
-            arch, mesh, Compute(BF16), transform, losses.LOSSES["dpo"], {"beta": 0.1}, schedule
-        )
-        state = programs.abstract_state(arch, mesh, transform)
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        return temporaries(update, state, programs.abstract_frozen(arch, mesh, BF16), batch, number, key)
-
-    ours = keeps()
-    monkeypatch.setattr(score, "head_logps", whole_logits)
-    assert ours <= keeps()
+    update = programs.preference_update.__wrapped__(
+        arch, mesh, Compute(BF16), transform, losses.LOSSES["dpo"], {"beta": 0.1}, schedule
+    )
+    state, frozen = programs.abstract_state(arch, mesh, transform), programs.abstract_frozen(arch, mesh, BF16)
+    return temporaries(update, state, frozen, batch, number, jax.eval_shape(lambda: jax.random.key(0)))
