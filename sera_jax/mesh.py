@@ -6,11 +6,13 @@ processes an array left to itself would be taken as replicated although every ho
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -165,14 +167,17 @@ def get(tree: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """What the model needs to know of the mesh while it computes: two functions that pin arrays to it.
+    """What the model needs to know of the mesh while it computes: two functions that pin arrays to it, and the look-up
+    in a table that is split.
 
     activations: [rows, ...] → the same, split by rows. weights: (a layer's weights, their logical dimensions) → the
-    same, gathered as the layout says. Both are the identity without a mesh.
+    same, gathered as the layout says. Both are the identity without a mesh. looked_up: (table_VD, ids_BL, dtype) →
+    table[ids] in that dtype.
     """
 
     activations: Callable[[jax.Array], jax.Array] = lambda x: x
     weights: Callable[[Any, Any], Any] = lambda weights, dims: weights
+    looked_up: Callable[[jax.Array, jax.Array, Any], jax.Array] = lambda table, ids, dtype: table[ids].astype(dtype)
 
 
 def placement(mesh: Mesh, layout: str) -> Placement:
@@ -181,7 +186,81 @@ def placement(mesh: Mesh, layout: str) -> Placement:
     def pin(array: jax.Array, dims: Sequence[str | None]) -> jax.Array:
         return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, spec(mesh, layout, dims, array.shape)))
 
+    def looked_up(table_VD: jax.Array, ids_BL: jax.Array, dtype: Any) -> jax.Array:
+        axes = axes_that_divide(mesh, LAYOUTS["train"]["vocab"], table_VD.shape[0])
+        if layout == "gather" and axes and ids_BL.shape[0] % row_shards(mesh) == 0:
+            return _look_up(table_VD, ids_BL, mesh, axes, dtype)
+        if not any(spec(mesh, "train", ("vocab", "embed"), table_VD.shape)):
+            return Placement.looked_up(table_VD, ids_BL, dtype)
+        return jnp.take(pin(table_VD.astype(dtype), ("vocab", "embed")), ids_BL, axis=0)
+
     return Placement(
         activations=lambda x: pin(x, ("rows", *[None] * (x.ndim - 1))),
         weights=lambda weights, dims: jax.tree.map(pin, weights, dims),
+        looked_up=looked_up,
     )
+
+
+# --- look-up in a table whose rows are split over devices -------------------------------------------------------------
+
+COLUMNS = 128  # of the table at a time, and more of them while they make no more than SLICE numbers
+SLICE = 1 << 24
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _look_up(table_VD, ids_BL, mesh, axes, dtype):
+    """table[ids] in `dtype`, the ids split by rows, the table's rows over `axes`.
+
+    Weights and their gradients cross devices, activations do not; some columns at a time, so that no device ever holds
+    the whole table, nor a gradient of that size. The gradient is summed in float32.
+    """
+
+    def body(table_vD, ids_bL):
+        def columns(_, part_vd):
+            whole_Vd = jax.lax.all_gather(part_vd.astype(dtype), axes, axis=0, tiled=True)
+            return None, jnp.take(whole_Vd, ids_bL, axis=0)
+
+        _, parts = jax.lax.scan(columns, None, _columns(table_vD, table_VD.shape[0]))
+        return jnp.moveaxis(parts, 0, 2).reshape(*ids_bL.shape, table_vD.shape[1])
+
+    specs = {"in_specs": (PartitionSpec(axes), PartitionSpec(ROW_AXES)), "out_specs": PartitionSpec(ROW_AXES)}
+    return jax.shard_map(body, mesh=mesh, **specs, check_vma=False)(table_VD, ids_BL)
+
+
+def _look_up_forward(table_VD, ids_BL, mesh, axes, dtype):
+    # Of the table only its shape and dtype are needed: no residual keeps it.
+    return _look_up(table_VD, ids_BL, mesh, axes, dtype), (ids_BL, jnp.zeros((table_VD.shape[0], 0), table_VD.dtype))
+
+
+def _look_up_backward(mesh, axes, dtype, residuals, d_BLD):
+    ids_BL, like = residuals
+    vocab = like.shape[0]
+
+    def body(ids_bL, d_bLD):
+        def columns(_, d_nd):
+            d_Vd = jnp.zeros((vocab, d_nd.shape[1]), jnp.float32).at[ids_bL.reshape(-1)].add(d_nd.astype(jnp.float32))
+            # The rows of a batch are split over data and fsdp; devices along tensor have all seen the same.
+            d_Vd = jax.lax.psum(d_Vd, tuple(a for a in ROW_AXES if a not in axes))
+            if "fsdp" in axes:
+                d_Vd = jax.lax.psum_scatter(d_Vd, "fsdp", scatter_dimension=0, tiled=True)
+            if "tensor" in axes:
+                size = d_Vd.shape[0] // mesh.shape["tensor"]
+                d_Vd = jax.lax.dynamic_slice_in_dim(d_Vd, jax.lax.axis_index("tensor") * size, size)
+            return None, d_Vd.astype(like.dtype)
+
+        _, parts = jax.lax.scan(columns, None, _columns(d_bLD.reshape(-1, d_bLD.shape[-1]), vocab))
+        return jnp.moveaxis(parts, 0, 1).reshape(parts.shape[1], -1)
+
+    specs = {"in_specs": (PartitionSpec(ROW_AXES),) * 2, "out_specs": PartitionSpec(axes)}
+    return jax.shard_map(body, mesh=mesh, **specs, check_vma=False)(ids_BL, d_BLD), None
+
+
+_look_up.defvjp(_look_up_forward, _look_up_backward)
+
+
+def _columns(array_nD: jax.Array, vocab: int) -> jax.Array:
+    """[n, D] → [parts, n, columns], with COLUMNS or more columns each where they divide D, else one part."""
+    n, width = array_nD.shape
+    fitting = [c for c in range(COLUMNS, width + 1, COLUMNS) if width % c == 0 and c * vocab <= SLICE]
+    count = width // max(fitting, default=COLUMNS if width % COLUMNS == 0 else width)
+    return jnp.moveaxis(array_nD.reshape(n, count, -1), 1, 0)

@@ -470,9 +470,9 @@ def hidden(
     keys = jax.random.split(key, arch.layers) if adapters and key is not None and arch.lora.dropout else None
 
     def body(x_BLD: jax.Array, layer: tuple[Any, ...]) -> tuple[jax.Array, Any]:
-        weights, low, cache_slice, window, layer_key = layer
+        weights, low, cache_slice, window, layer_key, index = layer
         x_BLD = checkpoint_name(x_BLD, "input")
-        weights = placement.weights(_cast(weights, dtype), layer_dims)
+        weights = placement.weights(_cast_here(weights, dtype, index), layer_dims)
         low = placement.weights(_cast(low, dtype), adapter_dims)
 
         def adapted(name: str, y: jax.Array) -> jax.Array | None:
@@ -482,12 +482,10 @@ def hidden(
         x_BLD, kept = module(x_BLD, turns, lambda q, k, v: attend(q, k, v, cache_slice, window), adapted)
         return placement.activations(x_BLD), kept
 
-    # In training the table is gathered for the look-up: weights and their gradients cross devices, activations do not.
-    table = placement.weights(params["embed"]["table"].astype(dtype), ("vocab", "embed"))
-    x_BLD = placement.activations(jnp.take(table, tokens_BL, axis=0))
+    x_BLD = placement.activations(placement.looked_up(params["embed"]["table"], tokens_BL, dtype))
     if arch.scaled_embedding:
         x_BLD = x_BLD * jnp.asarray(arch.width**0.5, dtype)
-    stacked = (params["layers"], adapters, cache, _windows(arch, longest), keys)
+    stacked = (params["layers"], adapters, cache, _windows(arch, longest), keys, np.arange(arch.layers))
     x_BLD, kept = jax.lax.scan(REMAT[remat](body), x_BLD, stacked)
     return NORMS[arch.norm][0](x_BLD, _cast(params["final_norm"], dtype), arch.norm_eps), kept
 
@@ -543,6 +541,17 @@ def capped(x: jax.Array, cap: float | None) -> jax.Array:
 
 def _cast(tree: Any, dtype: Any) -> Any:
     return jax.tree.map(lambda w: w.astype(dtype), tree)
+
+
+def _cast_here(tree: Any, dtype: Any, index: jax.Array) -> Any:
+    """`_cast` within the loop over layers. XLA would cast the weights of all layers before the loop and keep them, half
+    as much memory again as the weights take; a factor of one that it cannot see through holds it off (a barrier does
+    not).
+
+    index: of the layer.
+    """
+    one = (jnp.minimum(index, 0) + 1).astype(jnp.float32)
+    return jax.tree.map(lambda w: w if w.dtype == dtype else (w * one.astype(w.dtype)).astype(dtype), tree)
 
 
 def _with_values(state: Any, values: dict) -> Any:

@@ -86,20 +86,21 @@ def microbatch(batch: Batch, index: jax.Array) -> Microbatch:
 def gradients(loss_fn: Callable, params: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[Any, dict]:
     """Gradient of Σ sum / Σ weight, and the metrics divided likewise (with "loss" among them)."""
 
-    def one(index: jax.Array) -> tuple[Any, Any]:
-        def with_aux(p: Any) -> tuple[jax.Array, Any]:
-            total, weight, metrics = loss_fn(p, frozen, microbatch(batch, index), jax.random.fold_in(key, index))
-            return total, (weight, {"loss": total, **metrics})
+    def one(p: Any, index: jax.Array) -> tuple[jax.Array, Any]:
+        total, weight, metrics = loss_fn(p, frozen, microbatch(batch, index), jax.random.fold_in(key, index))
+        return total, (weight, {"loss": total, **metrics})
 
-        grads, aux = jax.grad(with_aux, has_aux=True)(params)
-        return grads, aux
+    sums = _zeros_like(params)
 
-    zeros = jax.tree.map(jnp.zeros_like, params), _zeros_like_output(lambda: one(jnp.int32(0))[1])
-    summed, (weight, metrics) = jax.lax.fori_loop(
-        0, batch.count, lambda index, total: jax.tree.map(jnp.add, total, one(index)), zeros
-    )
+    def add(index: jax.Array, before: Any) -> Any:
+        total, pull, aux = jax.vjp(lambda p: one(p, index), params, has_aux=True)
+        pull.with_refs(sums)(jnp.ones_like(total))
+        return jax.tree.map(jnp.add, before, aux)
+
+    zeros = _zeros_like_output(lambda: one(params, jnp.int32(0))[1])
+    weight, metrics = jax.lax.fori_loop(0, batch.count, add, zeros)
     scale = 1 / jnp.maximum(weight, 1e-30)
-    return jax.tree.map(lambda g: g * scale, summed), jax.tree.map(lambda m: m * scale, metrics)
+    return jax.tree.map(lambda g: jax.freeze(g) * scale, sums), jax.tree.map(lambda m: m * scale, metrics)
 
 
 def coupled_gradients(
@@ -127,13 +128,14 @@ def coupled_gradients(
     )
     (loss, metrics), d_outputs = jax.value_and_grad(outputs_loss_fn, has_aux=True)(outputs, batch)
 
-    def backward(index: jax.Array, total: Any) -> Any:
-        _, pull = jax.vjp(lambda p: forward(p, index), params)
-        (grads,) = pull(jax.tree.map(lambda d: d[index], d_outputs))
-        return jax.tree.map(jnp.add, total, grads)
+    sums = _zeros_like(params)
 
-    grads = jax.lax.fori_loop(0, batch.count, backward, jax.tree.map(jnp.zeros_like, params))
-    return grads, {"loss": loss, **metrics}
+    def backward(index: jax.Array, _: None) -> None:
+        _, pull = jax.vjp(lambda p: forward(p, index), params)
+        pull.with_refs(sums)(jax.tree.map(lambda d: d[index], d_outputs))
+
+    jax.lax.fori_loop(0, batch.count, backward, None)
+    return jax.tree.map(jax.freeze, sums), {"loss": loss, **metrics}
 
 
 def apply(
@@ -144,6 +146,12 @@ def apply(
     params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
     metrics = {**metrics, "grad_norm": optax.tree.norm(grads), "learning_rate": rate}
     return TrainState(params, moments, state.step + 1), metrics
+
+
+def _zeros_like(params: Any) -> Any:
+    """References to zeros. The backward pass adds to them where they lie, layer by layer: a microbatch's own gradient
+    would take as much memory again."""
+    return jax.tree.map(lambda p: jax.new_ref(jnp.zeros_like(p)), params)
 
 
 def _zeros_like_output(function: Callable) -> Any:

@@ -235,3 +235,28 @@ def test_moments_are_float32_also_under_bfloat16_weights():
     low = transform.init({"w": jnp.ones((2, 2), jnp.bfloat16)})
     first = [a.dtype for a in jax.tree.leaves(low) if jnp.issubdtype(a.dtype, jnp.floating)]
     assert first[0] == jnp.float32
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_gradients_are_summed_where_they_lie(coupled):
+    """Over many layers under rematerialisation, beside the sum itself there is room for a layer's gradient, but not for
+    a whole microbatch's. Measured, in shares of the weights: 0.08 and 0.08; 1.05 where one is added to the other."""
+    layers, width = 32, 128
+    params = {"w": jax.ShapeDtypeStruct((layers, width, width), jnp.float32)}
+    rows, slots = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((4, 2, width), (4, 2)))
+    batch = Batch(rows, slots, slots, slots, jax.ShapeDtypeStruct((), jnp.int32))
+
+    def outputs(p, frozen, micro, key):
+        body = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None), prevent_cse=False)
+        return jnp.sum(jax.lax.scan(body, micro.rows, p["w"])[0], axis=-1)
+
+    def loss(p, frozen, micro, key):
+        return jnp.sum(outputs(p, frozen, micro, key) ** 2), jnp.float32(2), {}
+
+    def run(p, b):
+        if coupled:
+            return step.coupled_gradients(outputs, lambda o, _: (jnp.sum(o**2), {}), p, None, b, jax.random.key(0))
+        return step.gradients(loss, p, None, b, jax.random.key(0))
+
+    memory = jax.jit(run).lower(params, batch).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 0.5 * 4 * layers * width * width
