@@ -272,10 +272,11 @@ def _traffic(computations: dict[str, Computation], here: Computation, one: Instr
     if one.opcode == "fusion":
         return _fusion_traffic(computations[_called(one, "calls")], here, one)
     if one.opcode in ("dynamic-slice", "slice", "gather"):
-        return 2 * size(one.shape)
+        source = here.instructions[one.operands[0]].shape
+        return size(one.shape) + (shape_bytes(one.shape) if size(source) else 0.0)
     if one.opcode in ("dynamic-update-slice", "scatter"):
-        update = here.instructions.get(one.operands[-1 if one.opcode == "scatter" else 1])
-        return 2 * size(update.shape) if update else 0.0
+        update = here.instructions[one.operands[-1 if one.opcode == "scatter" else 1]].shape
+        return size(update) + (shape_bytes(update) if size(one.shape) else 0.0)
     if one.opcode.removesuffix("-start") in _COLLECTIVES:
         return _operand_bytes(here, one, hbm_only=True) + size(one.shape)
     if one.opcode == "custom-call" and re.search(r'custom_call_target="(AllocateBuffer|ConcatBitcast)"', one.rest):
