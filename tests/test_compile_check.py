@@ -520,6 +520,7 @@ def test_changes_are_tried_from_the_cheapest_on(eight_devices, tiny_config):
         [("model.remat", "full")],
         one_copy,
         [("optimizer.moments", "host")],
+        [("model.remat", "host")],
         [("model.head_chunk", 128)],
         [("model.head_chunk", 64)],
         [*one_copy[:2], ("mesh.tensor", 2)],

@@ -34,8 +34,8 @@ def steps(setting: Setting, name: str) -> Iterator[list[Change]]:
     """Changes for a program of cases.CASES, one after the other, each on top of those before.
 
     Fewer rows a device at once cost nothing but launches; recomputing costs a forward pass; weights over all chips cost
-    gathering; moments in the host's memory cost two trips of them an update; a smaller chunk of the head costs
-    launches; heads and hidden units over several chips cost a sum a layer.
+    gathering; moments, or what the backward pass keeps, in the host's memory cost two trips of them; a smaller chunk of
+    the head costs launches; heads and hidden units over several chips cost a sum a layer.
     """
     config, mesh = setting.config, setting.mesh
     if name in ("update", "sft update"):
@@ -43,11 +43,13 @@ def steps(setting: Setting, name: str) -> Iterator[list[Change]]:
         optimizer = config.optimizer if name == "update" else config.sft.optimizer
         rows = cases.plan(config, optimizer, setting.arch, mesh).rows // meshes.row_shards(mesh)
         yield from _halvings(f"{stage}.microbatch_rows", rows, 1)
-        if config.model.remat != "full":
+        if config.model.remat not in ("full", "host"):
             yield [("model.remat", "full")]
         yield from _one_copy(setting)
         if optimizer.moments != "host":
             yield [(f"{stage}.moments", "host")]
+        if config.model.remat != "host":
+            yield [("model.remat", "host")]
         yield from _halvings("model.head_chunk", config.model.head_chunk, 64)
     elif name == "scorer":
         yield from _one_copy(setting)
