@@ -31,8 +31,8 @@ from sera_jax.mesh import Placement
 
 _ONLY_NAMED = jax.checkpoint_policies.save_only_these_names
 _NAMED_TO_HOST = jax.checkpoint_policies.save_and_offload_only_these_names
-REMAT: dict[str, Callable[[Callable], Callable]] = {
-    "none": lambda body: body,
+REMAT: dict[str, Callable[..., Callable]] = {
+    "none": lambda body, prevent_cse=False: body,
     "dots": functools.partial(
         jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable, prevent_cse=False
     ),
@@ -83,6 +83,7 @@ class Arch:
     score_scale: of q·k, None = 1/√H. score_cap, logit_cap: c·tanh(x/c) of scores, of logits; None = not.
     scaled_embedding: the embedding is multiplied by √D.
     lora: the adapters that train in the place of all weights, None = all weights train. Of no config.json.
+    unrolled: layers are written out one by one in place of a loop, for those who read compiled programs. Likewise.
     """
 
     family: str
@@ -112,6 +113,7 @@ class Arch:
     logit_cap: float | None = None
     scaled_embedding: bool = False
     lora: Lora | None = None
+    unrolled: bool = False
 
 
 # --- the parts that architectures differ in ---------------------------------------------------------------------------
@@ -486,7 +488,9 @@ def hidden(
     if arch.scaled_embedding:
         x_BLD = x_BLD * jnp.asarray(arch.width**0.5, dtype)
     stacked = (params["layers"], adapters, cache, _windows(arch, longest), keys, np.arange(arch.layers))
-    x_BLD, kept = jax.lax.scan(REMAT[remat](body), x_BLD, stacked)
+    # In a loop nothing is shared between the passes over a layer; without one, it has to be forbidden.
+    body = REMAT[remat](body, prevent_cse=arch.unrolled)
+    x_BLD, kept = jax.lax.scan(body, x_BLD, stacked, unroll=arch.layers if arch.unrolled else 1)
     return NORMS[arch.norm][0](x_BLD, _cast(params["final_norm"], dtype), arch.norm_eps), kept
 
 

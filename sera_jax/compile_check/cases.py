@@ -5,6 +5,7 @@ lets through. What the data are in truth, `--data.check` tells; they can only ta
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 from sera_jax import hf, losses, model, programs, sample, score
 from sera_jax import mesh as meshes
 from sera_jax import rows as rowlib
-from sera_jax.compile_check import memory
+from sera_jax.compile_check import flops, memory
 from sera_jax.compile_check.memory import TooLarge
 from sera_jax.config import OptimizerConfig, TrainConfig
 from sera_jax.model import Arch
@@ -31,7 +32,8 @@ class Case:
 
     what: a line on its shapes. trace: → the traced program (jax.stages.Traced). holds: bytes a chip of its arguments by
     what they are. beside: bytes a chip that `train` keeps alive while it runs, by what they are. gradients: bytes a
-    chip of one float32 copy of them. trips: at most, of the loop whose length is known at run time only.
+    chip of one float32 copy of them. trips: at most, of the loop whose length is known at run time only. useful: model
+    FLOPs of a call, at most.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Case:
     beside: dict[str, int]
     gradients: int
     trips: int
+    useful: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,20 +75,34 @@ def lengths(config: TrainConfig) -> np.ndarray:
 
 def plan(config: TrainConfig, optimizer: OptimizerConfig, arch: Arch, mesh: Mesh) -> Plan:
     """Rows of the updates: each tree of a batch is as long as trees get."""
-    longest = lengths(config)
-    longest = longest[[int(np.argmax(longest[:, 0]))]]
-    every = np.repeat(longest, optimizer.batch_size, axis=0)
+    every = np.repeat(_longest(lengths(config))[None], optimizer.batch_size, axis=0)
     return worlds.update_plan(every, optimizer, arch, mesh)
 
 
-def score_plan(config: TrainConfig, arch: Arch, mesh: Mesh) -> Plan:
-    """Rows of the scorer: pairs, or the candidates of a prompt where those are longer."""
-    trees = [lengths(config)[0]]
+def scored(config: TrainConfig) -> np.ndarray:
+    """int [3], as rows.measure: the longest tree that is scored, a pair or a prompt with all its candidates."""
+    trees = lengths(config)[:1]
     if worlds.bootstraps(config) and not config.bootstrap.candidates_file:
         new, count = config.bootstrap.max_new_tokens, config.bootstrap.candidates
-        trees.append(np.array([config.data.max_prompt_length + count * new, count * new, count]))
-    longest = max(trees, key=lambda tree: tree[0])
-    return score.plan_of(np.repeat(longest[None], score.CHUNK, axis=0), arch, mesh)
+        trees = np.vstack((trees, [config.data.max_prompt_length + count * new, count * new, count]))
+    return _longest(trees)
+
+
+def score_plan(config: TrainConfig, arch: Arch, mesh: Mesh) -> Plan:
+    """Rows of the scorer: each tree of a chunk is as long as scored trees get."""
+    return score.plan_of(np.repeat(scored(config)[None], score.CHUNK, axis=0), arch, mesh)
+
+
+def _longest(lengths_N3: np.ndarray) -> np.ndarray:
+    return lengths_N3[int(np.argmax(lengths_N3[:, 0]))]
+
+
+def _useful(arch: Arch, tree: np.ndarray) -> float:
+    """Model FLOPs of one forward pass over a tree of rows.measure's numbers."""
+    length, targets, branches = map(int, tree)
+    shares = [targets // branches + (i < targets % branches) for i in range(branches)]
+    seen = flops.seen_by(arch, length - targets, shares)
+    return flops.forward(arch, tokens=length, seen=seen, predicted=targets)
 
 
 def names(config: TrainConfig) -> list[str]:
@@ -105,12 +122,11 @@ def names(config: TrainConfig) -> list[str]:
     return [name for name, runs in asked.items() if runs]
 
 
-def shallow(setting: Setting, layers: int) -> Setting:
-    """The same for a model of fewer layers."""
-    arch = setting.arch
-    return dataclasses.replace(
-        setting, arch=dataclasses.replace(arch, layers=layers, windows=arch.windows[:layers] if arch.windows else ())
-    )
+def shallow(setting: Setting, layers: int, unrolled: bool = False) -> Setting:
+    """The same for a model of so many layers; unrolled: written out one by one in the program."""
+    windows = setting.arch.windows[:layers]
+    arch = dataclasses.replace(setting.arch, layers=layers, windows=windows, unrolled=unrolled)
+    return dataclasses.replace(setting, arch=arch)
 
 
 # --- one by one -------------------------------------------------------------------------------------------------------
@@ -127,6 +143,7 @@ def _case(name: str, what: str, program: Callable, args: tuple, holds: dict[str,
         beside={kind: size for kind, size in rest.get("beside", {}).items() if size},
         gradients=rest.get("gradients", 0),
         trips=rest.get("trips", 1),
+        useful=rest.get("useful", 0.0),
     )
 
 
@@ -174,6 +191,8 @@ def _stage(name: str, program: Callable, optimizer: OptimizerConfig, transform: 
         {"weights": (state.params, frozen), "optimiser": state.moments, "batch": batch},
         gradients=memory.held(state.params),
         trips=microbatches,
+        # Of weights that do not train there is no gradient, only of what they are multiplied with.
+        useful=(2 if arch.lora else 3) * optimizer.batch_size * _useful(arch, _longest(lengths(config))),
     )
 
 
@@ -190,6 +209,7 @@ def _scorer(setting: Setting) -> Case:
         programs.scorer(arch, mesh, setting.compute),
         (params, batch),
         {"weights": params, "batch": batch},
+        useful=rows.rows * (rows.length // scored(config)[0]) * _useful(arch, scored(config)),
         beside={"the policy": memory.held(policy), **_moments(setting, validating=True)},
     )
 
@@ -234,6 +254,8 @@ def _prefill(setting: Setting) -> Case:
         program,
         arguments,
         {"weights": arguments[0]},
+        useful=prompts
+        * flops.forward(setting.arch, tokens=longest, seen=flops.seen_by(setting.arch, longest, ()), predicted=1),
         beside=_training_weights(setting),
     )
 
@@ -245,6 +267,8 @@ def _decode(setting: Setting) -> Case:
     weights = programs.abstract_params(arch, mesh, "decode", setting.compute.dtype)
     start = _prefilled(setting)
     hashes = programs.abstract_prompts(mesh, prompts, longest)[2]
+    one, two = (flops.seen_by(arch, longest, (new,) * n) for n in (0, 1))
+    behind = [more - less for less, more in zip(one, two)]  # what the tokens of one response see
     arguments = (weights, start, hashes, programs.abstract_key(mesh), programs.abstract_sampling(mesh))
     return _case(
         "decode",
@@ -252,6 +276,7 @@ def _decode(setting: Setting) -> Case:
         program,
         arguments,
         {"weights": weights, "cache": start.cache, "logits": start.logits_PV},
+        useful=prompts * candidates * flops.forward(arch, tokens=new, seen=behind, predicted=new),
         beside=_training_weights(setting),
         trips=new - 1,
     )
@@ -261,13 +286,23 @@ def _prefilled(setting: Setting) -> Any:
     """What `prefill` gives, lying where its compiled program leaves it; if that does not fit, where one of a single
     layer does."""
     program, arguments = _prefill_arguments(setting)
-    done = memory.compile_traced(program.trace(*arguments))
-    if isinstance(done, TooLarge):
-        first, few = _prefill_arguments(shallow(setting, 1))
-        done = memory.compile_traced(first.trace(*few))
-    if isinstance(done, TooLarge):
-        raise ValueError(f"prefill does not fit with a single layer, so decode has nothing to start from. {done.told}")
-    return programs.placed(jax.eval_shape(program, *arguments), done.executable.output_shardings)
+    prompts, longest, _, _ = _sampled(setting)
+    where = _left(setting.arch, setting.mesh, setting.compute, prompts, longest)
+    if where is None:
+        few = shallow(setting, 1).arch
+        where = _left(few, setting.mesh, setting.compute, prompts, longest)
+    if where is None:
+        raise ValueError("prefill does not fit with a single layer, so that decode has nothing to start from.")
+    return programs.placed(jax.eval_shape(program, *arguments), where)
+
+
+@functools.cache
+def _left(arch: Arch, mesh: Mesh, compute: Compute, prompts: int, longest: int) -> Any:
+    """Shardings of what `prefill` gives; None where it does not fit."""
+    weights = programs.abstract_params(arch, mesh, "decode", compute.dtype)
+    tokens, length, _ = programs.abstract_prompts(mesh, prompts, longest)
+    done = memory.compile_traced(programs.prefiller(arch, mesh, compute).trace(weights, tokens, length))
+    return None if isinstance(done, TooLarge) else done.executable.output_shardings
 
 
 def _selection(setting: Setting) -> Case:
@@ -295,6 +330,9 @@ CASES: dict[str, Callable[[Setting], Case]] = {
     "prefill": _prefill,
     "decode": _decode,
 }
+
+LAYERED = ("sft update", "update", "scorer", "prefill", "decode")
+"""Those that run through the model's layers."""
 
 
 # --- what else is alive -----------------------------------------------------------------------------------------------

@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sera_jax import mesh as meshes
 from sera_jax.compile_check import memory
 
 
@@ -106,30 +105,6 @@ def find(name: str, slices: int = 1) -> Slice:
         ) from None
     devices = tuple(found.devices)
     return Slice(name, slices, chip, devices, _available(devices[: len(devices) // slices]))
-
-
-def make_mesh(where: Slice, data: int, fsdp: int, tensor: int) -> Mesh:
-    """The mesh that `train` would make on these devices; over several slices, `data` spans them.
-
-    Raises:
-        ValueError: the axes do not multiply to the number of devices, or a slice is cut by another axis than data.
-    """
-    if where.slices == 1:
-        return meshes.make(data, fsdp, tensor, devices=where.devices)
-    per_slice = len(where.devices) // where.slices
-    known = fsdp if fsdp != -1 else max(1, per_slice // tensor)
-    known *= tensor if tensor != -1 else max(1, per_slice // fsdp)
-    data = max(where.slices, len(where.devices) // known) if -1 in (data, fsdp, tensor) else data
-    if data % where.slices:
-        raise ValueError(
-            f"mesh.data is {data} on {where.slices} slices, expected a multiple of {where.slices}: the axis that spans "
-            "slices is data, fsdp and tensor stay inside one."
-        )
-    inner = [
-        meshes.make(data // where.slices, fsdp, tensor, devices=where.devices[i * per_slice : (i + 1) * per_slice])
-        for i in range(where.slices)
-    ]
-    return Mesh(np.concatenate([m.devices for m in inner]), meshes.AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def _available(devices: tuple[jax.Device, ...]) -> int:

@@ -30,7 +30,7 @@ class Memory:
     @property
     def total(self) -> int:
         """What has to be free for the program to run: temporaries are reserved whole."""
-        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
+        return max(self.arguments + self.outputs - self.aliased + self.temporaries + self.code, self.peak)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,635 @@
+"""What a config needs of a TPU that is not there: FLOPs against closed forms and the compiler, bytes and collectives
+against programs whose traffic is known, verdicts and advice. All but the last tests need no libtpu.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sera_jax import hf, model, programs, sample, score
+from sera_jax import mesh as meshes
+from sera_jax import rows as rowlib
+from sera_jax.compile_check import advice, bounds, cases, chips, door, flops, hlo, memory
+from sera_jax.compile_check.memory import Compiled, Memory, TooLarge
+from sera_jax.model import Arch
+from sera_jax.records import Tree
+from sera_jax.rows import Plan
+
+ROOT = pathlib.Path(__file__).parents[1]
+GIB = 2**30
+
+
+def shape(*dims: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(dims, dtype)
+
+
+def counted(f, *args, trips: int = 1) -> flops.Flops:
+    return flops.count(jax.jit(f).trace(*args).jaxpr, trips)
+
+
+# --- FLOPs ------------------------------------------------------------------------------------------------------------
+
+
+def test_products_and_convolutions_are_counted_as_the_compiler_counts_them():
+    """Without loops and element-wise work both count 2 FLOPs a multiply-add."""
+    conv = functools.partial(jax.lax.conv_general_dilated, window_strides=(1,), padding="VALID")
+    for f, args in (
+        (lambda a, b, c: a @ b @ c, (shape(8, 16), shape(16, 32), shape(32, 4))),
+        (lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (shape(3, 8, 16), shape(3, 16, 4))),
+        (conv, (shape(2, 4, 32), shape(6, 4, 5))),
+    ):
+        told = jax.jit(f).lower(*args).compile().cost_analysis()["flops"]
+        assert counted(f, *args).done == told > 0
+
+
+def test_loops_branches_devices_kernels_and_recomputation(eight_devices):
+    a = shape(8, 8)
+    one = 2 * 8**3
+    scan = lambda x: jax.lax.scan(lambda y, _: (y @ y, None), x, None, length=5)[0]
+    assert counted(scan, a).done == 5 * one
+    assert counted(lambda x: jax.lax.fori_loop(0, 7, lambda i, y: y @ y, x), a).done == 7 * one
+    turning = lambda x, n: jax.lax.fori_loop(0, n, lambda i, y: scan(y), x)
+    assert counted(turning, a, shape(dtype=jnp.int32), trips=3).done == 15 * one
+    branching = lambda x, p: jax.lax.cond(p, lambda y: y @ y @ y, lambda y: y @ y, x)
+    assert counted(branching, a, shape(dtype=jnp.bool_)).done == 2 * one
+    split = jax.shard_map(
+        lambda x: x @ x, mesh=eight_devices, in_specs=P(("data", "fsdp")), out_specs=P(("data", "fsdp"))
+    )
+    assert counted(split, shape(32, 8)).done == 8 * one  # [8, 8] on each of 4, tensor does the same twice
+    kernel = pallas.pallas_call(
+        lambda x, y, o: o.__setitem__(..., x[...] @ y[...]),
+        grid=(4, 2),
+        in_specs=[pallas.BlockSpec((8, 16), lambda i, j: (i, 0)), pallas.BlockSpec((16, 8), lambda i, j: (0, j))],
+        out_specs=pallas.BlockSpec((8, 8), lambda i, j: (i, j)),
+        out_shape=shape(32, 16),
+    )
+    assert counted(kernel, shape(32, 16), shape(16, 16)).done == 2 * 32 * 16 * 16
+    body = lambda x, w: jnp.sum(jnp.tanh(jnp.tanh(x @ w) @ w))
+    plain, again = (counted(jax.grad(f, argnums=(0, 1)), a, a).done for f in (body, jax.checkpoint(body)))
+    assert plain == 6 * one and again == 8 * one  # both products are needed once more
+
+
+def test_float32_products_cost_several_passes():
+    f = lambda p: lambda a, b: jnp.dot(a, b, precision=p)
+    a, h = shape(8, 8), shape(8, 8, dtype=jnp.bfloat16)
+    issued = lambda p, x: counted(f(p), x, x).issued / counted(f(p), x, x).done
+    assert [issued(p, a) for p in ("default", "high", "highest", None)] == [1, 3, 6, 1]
+    assert issued("highest", h) == 1
+    with programs.precision("float32"):
+        assert issued(None, a) == 6
+
+
+ARCH = Arch("LlamaForCausalLM", 64, 32, 3, 4, 2, 8, 48, 1e-5, 1e4, tied=False)
+
+
+def tiny_config_of(tiny_config, *flags: str):
+    return tiny_config("--mesh.data=2", "--mesh.fsdp=2", "--mesh.tensor=2", "--optimizer.row_tokens=0", *flags)
+
+
+def setting_of(config, mesh, arch: Arch = ARCH, pairs: int = 44) -> cases.Setting:
+    return cases.Setting(config, arch, mesh, pairs)
+
+
+@pytest.mark.parametrize("remat, passes, spared", [("none", 3, 0), ("full", 4, 1)])
+@pytest.mark.parametrize("unrolled", [False, True])
+def test_an_update_against_the_closed_form(tiny_config, eight_devices, remat, passes, spared, unrolled):
+    """Forward, and twice that backward: 6 a parameter and token. The head multiplies four times: its backward pass
+    makes the logits again. Recomputation is one more forward pass, but for each layer's last product, whose result
+    nobody needs."""
+    config = tiny_config_of(tiny_config, f"--model.remat={remat}", "--model.head_chunk=64")
+    setting = setting_of(config, eight_devices, dataclasses.replace(ARCH, unrolled=unrolled))
+    case = cases.CASES["update"](setting)
+    plan = cases.plan(config, config.optimizer, ARCH, eight_devices)
+    assert plan == Plan(length=128, targets=128, slots=2, rows=4) and case.trips == 2
+    tokens, layers, heads = plan.rows * plan.length, ARCH.layers, ARCH.heads * ARCH.head_dim
+    matrices = flops.matrix_parameters(ARCH)
+    assert matrices == 32 * 8 * (4 + 2 + 2 + 4) + 3 * 32 * 48
+    layer = 2 * matrices * tokens + 4 * heads * plan.length * tokens
+    head = 4 * 2 * ARCH.vocab * ARCH.width * plan.rows * plan.targets
+    less = spared * layers * 2 * ARCH.mlp * ARCH.width * tokens
+    got = flops.count(case.trace().jaxpr, case.trips)
+    assert got.done == case.trips * (passes * layers * layer - less + head)
+
+
+def test_model_flops_are_six_a_parameter_and_token():
+    arch = dataclasses.replace(ARCH, layers=2)
+    embeddings = 2 * arch.vocab * arch.width
+    norms = (2 * arch.layers + 1) * arch.width
+    matrices = cases.parameters(arch) - embeddings - norms
+    assert flops.matrix_parameters(arch) * arch.layers == matrices
+    assert 3 * flops.forward(arch, tokens=100, seen=0, predicted=0) == 6 * matrices * 100
+    assert flops.forward(arch, tokens=0, seen=0, predicted=7) == 2 * 7 * arch.vocab * arch.width
+    assert flops.forward(arch, tokens=0, seen=[5, 6], predicted=0) == 4 * 4 * 8 * 11
+
+
+@pytest.mark.parametrize("windows", [(), (3, None), (1, 100)])
+def test_keys_that_tokens_see_against_the_mask(windows):
+    """Counted off the mask that attention uses."""
+    from sera_jax import attention
+
+    tree = Tree("t", np.arange(5), (np.arange(4), np.arange(7)))
+    rows = rowlib.pack([tree], Plan(128, 128, 2, 1))
+    mask = np.asarray(attention.tree_mask(rows.tree_BL, rows.branch_BL))[0][: tree.length, : tree.length]
+    position = rows.position_BL[0][: tree.length]
+    arch = dataclasses.replace(ARCH, layers=2, windows=windows)
+    expected = [
+        int((mask & (position[:, None] - position[None] < (window or 1000))).sum())
+        for window in windows or (None, None)
+    ]
+    assert flops.seen_by(arch, 5, (4, 7)) == expected
+
+
+# --- bytes and collectives --------------------------------------------------------------------------------------------
+
+
+def moved(f, *args, trips: int = 1) -> hlo.Moved:
+    return hlo.moved(jax.jit(f).lower(*args).compile().as_text(), trips)
+
+
+@pytest.fixture(scope="module")
+def line_of_eight():
+    return jax.make_mesh((8,), ("x",))
+
+
+def test_collectives_of_known_size(line_of_eight):
+    """8 devices, 1024 float32 numbers on each: what a device takes in."""
+    part = 4096
+    spec = {"mesh": line_of_eight, "in_specs": P("x"), "check_vma": False}
+    where = jax.ShapeDtypeStruct((8 * 1024,), jnp.float32, sharding=NamedSharding(line_of_eight, P("x")))
+    for f, out, expected in (
+        (lambda x: jax.lax.all_gather(x, "x", tiled=True), P(), {"all-gather": 7 * part}),
+        (lambda x: jax.lax.psum(x, "x"), P(), {"all-reduce": 2 * part * 7 / 8}),
+        (lambda x: jax.lax.psum_scatter(x, "x", tiled=True), P("x"), {"reduce-scatter": part * 7 / 8}),
+        (lambda x: jax.lax.all_to_all(x, "x", 0, 0, tiled=True), P("x"), {"all-to-all": part * 7 / 8}),
+        (
+            lambda x: jax.lax.ppermute(x, "x", [(i, (i + 1) % 8) for i in range(8)]),
+            P("x"),
+            {"collective-permute": part},
+        ),
+    ):
+        assert moved(jax.shard_map(f, out_specs=out, **spec), where).links == pytest.approx(expected)
+
+    def looped(x, turns):
+        return jax.lax.fori_loop(0, turns, lambda i, y: y + jax.lax.psum(y, "x"), x)
+
+    known = jax.shard_map(lambda x: looped(x, 5), out_specs=P("x"), **spec)
+    assert moved(known, where).links["all-reduce"] == pytest.approx(5 * 2 * part * 7 / 8)
+    spec["in_specs"] = (P("x"), P())
+    unknown = jax.shard_map(looped, out_specs=P("x"), **spec)
+    turns = jax.ShapeDtypeStruct((), jnp.int32)
+    assert moved(unknown, where, turns, trips=3).links["all-reduce"] == pytest.approx(3 * 2 * part * 7 / 8)
+
+
+def test_bytes_as_the_compiler_counts_them():
+    """Programs without loops: arguments read, result written; slices of a large array count as slices."""
+    a = shape(256, 256)
+    for f, args in (
+        (lambda x: x + 1, (a,)),
+        (lambda x, y: x @ y, (a, a)),
+        (lambda x: x[3:5] * 2, (shape(1000, 256),)),
+        (lambda x, i: jax.lax.dynamic_slice_in_dim(x, i, 2) * 2, (shape(1000, 256), shape(dtype=jnp.int32))),
+    ):
+        told = jax.jit(f).lower(*args).compile().cost_analysis()["bytes accessed"]
+        assert moved(f, *args).hbm == pytest.approx(told, rel=0.01)  # indices count with one, not with the other
+
+
+def test_a_loop_moves_what_its_turns_move():
+    body = lambda x, _: (jnp.tanh(x @ x), None)
+    run = lambda n: moved(lambda x: jax.lax.scan(body, x, None, length=n)[0], shape(64, 64)).hbm
+    assert run(9) - run(8) == pytest.approx(run(8) - run(7))
+    assert run(9) - run(8) >= 3 * 64 * 64 * 4
+
+
+TPU = """\
+HloModule jit_update, is_scheduled=true
+
+%condition (p: (s32[], bf16[16,64])) -> pred[] {
+  %p = (s32[]{:T(128)}, bf16[16,64]{1,0:T(8,128)(2,1)}) parameter(0)
+  %limit = s32[]{:T(128)} constant(4), metadata={op_name="x"}
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %limit), direction=LT
+}
+
+%starts (a: bf16[4,64]) -> (bf16[4,64], bf16[16,64]) {
+  %a = bf16[4,64]{1,0:T(8,128)(2,1)} parameter(0)
+  %all-gather.1 = bf16[16,64]{1,0} all-gather(%a), channel_id=6, replica_groups=mesh['d'=2,'f'=4] {'f'}
+  ROOT %c = (bf16[4,64]{1,0}, bf16[16,64]{1,0}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%goes_on (b: bf16[4,64]) -> bf16[16,64] {
+  %b = bf16[4,64]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %all-gather.2 = bf16[16,64]{1,0} all-gather(%b), channel_id=6, replica_groups=mesh['d'=2,'f'=4] {'f'}
+}
+
+%body (q: (s32[], bf16[16,64])) -> (s32[], bf16[16,64]) {
+  %q = (s32[]{:T(128)}, bf16[16,64]{1,0:T(8,128)(2,1)}) parameter(0)
+  %j = s32[]{:T(128)} get-tuple-element(%q), index=0
+  %x = bf16[16,64]{1,0:T(8,128)(2,1)} get-tuple-element(%q), index=1
+  %part = bf16[4,64]{1,0:T(8,128)(2,1)S(1)} slice(%x), slice={[0:4], [0:64]}
+  %f1 = (bf16[4,64]{1,0:S(1)}, bf16[16,64]{1,0:S(1)}, s32[2]{0:S(4)}) fusion(%part), kind=kCustom, calls=%starts
+  %f2 = bf16[16,64]{1,0:S(1)} fusion(%part), kind=kCustom, calls=%goes_on
+  %sum = bf16[16,64]{1,0:S(1)} all-reduce(%f2), channel_id=7, replica_groups=[2,4]<=[8], to_apply=%add
+  %one = (bf16[16,64]{1,0:S(3)}, bf16[16,64]{1,0:S(1)}) collective-permute-start(%sum), channel_id=1
+  %two = (bf16[16,64]{1,0:S(3)}, bf16[16,64]{1,0:S(1)}) collective-permute-start(%f2), channel_id=1
+  %done = bf16[16,64]{1,0:S(1)} collective-permute-done(%one)
+  %out = bf16[16,64]{1,0:T(8,128)(2,1)} add(%done, %x)
+  %token = token[] after-all()
+  %sent = (bf16[16,64]{1,0}, u32[], token[]) send(%out, %token), channel_id=12, is_host_transfer=true
+  ROOT %t = (s32[]{:T(128)}, bf16[16,64]{1,0:T(8,128)(2,1)}) tuple(%j, %out)
+}
+
+ENTRY %main (x0: bf16[16,64]) -> bf16[16,64] {
+  %x0 = bf16[16,64]{1,0:T(8,128)(2,1)} parameter(0)
+  %first = s32[]{:T(128)} constant(1)
+  %state = (s32[]{:T(128)}, bf16[16,64]{1,0:T(8,128)(2,1)}) tuple(%first, %x0)
+  %while.1 = (s32[]{:T(128)}, bf16[16,64]{1,0:T(8,128)(2,1)}) while(%state), condition=%condition, body=%body
+  ROOT %r = bf16[16,64]{1,0:T(8,128)(2,1)} get-tuple-element(%while.1), index=1
+}
+"""
+
+
+def test_the_words_of_libtpu():
+    """A loop from 1 to 4; an all-gather that goes on in a second fusion under the same channel; groups of 4 written by
+    mesh axes and by ranges; two permutes that share a channel; arrays in on-chip memory; a send to the other slice."""
+    got = hlo.moved(TPU)
+    whole, part = 16 * 64 * 2, 4 * 64 * 2
+    assert got.links == {
+        "all-gather": 3 * 3 * part,
+        "all-reduce": 3 * 2 * whole * 3 / 4,
+        "collective-permute": 3 * 2 * whole,
+    }
+    assert got.network == 3 * whole
+    # In HBM are x, which the slice and the sum read, and the sum; the rest, and flags, lie on the chip. The counter
+    # that the condition reads is a scalar.
+    assert got.hbm == pytest.approx(3 * (part + 2 * whole), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "text, count",
+    [
+        ("replica_groups={{0,1,2},{3,4,5}}", 3),
+        ("replica_groups=[2,8]<=[16]", 8),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", 2),
+        ("replica_groups=mesh['a'=2,'b'=4,'c'=2] {'a','c'}", 4),
+        ("source_target_pairs={{0,1}}", 1),
+    ],
+)
+def test_groups_in_every_spelling(text, count):
+    assert hlo.group(f"channel_id=1, {text}, use_global_device_ids=true") == count
+
+
+def test_a_line_through_two_depths():
+    low, high = hlo.Moved(10.0, {"all-gather": 4.0}, 0.0), hlo.Moved(13.0, {"all-gather": 6.0, "all-reduce": 1.0}, 2.0)
+    assert hlo.line({1: low, 2: high}, 5) == hlo.Moved(22.0, {"all-gather": 12.0, "all-reduce": 4.0}, 8.0)
+    third = hlo.Moved(17.6, {"all-gather": 8.0, "all-reduce": 2.0}, 4.0)
+    got, off = bounds.extrapolated({1: low, 2: high, 3: third}.__getitem__, 5)
+    assert got.hbm == 22.0 and off == pytest.approx(0.1)
+    assert bounds.extrapolated({1: low, 2: high}.__getitem__, 2) == (high, 0.0)
+
+
+def test_the_bound_is_the_slowest_of_four():
+    jaxpr = jax.jit(lambda a: a @ a).trace(shape(8, 8, dtype=jnp.bfloat16)).jaxpr
+    chip = chips.Chip(1.0, flops=64.0, hbm_rate=8.0, ici_rate=2.0, dcn_rate=1.0, example="")
+    got = bounds.bound(jaxpr, 1, 512.0, hlo.Moved(16.0, {"all-gather": 1.0, "all-reduce": 5.0}, 2.5), None, 4, chip)
+    assert got.seconds == {"compute": 4.0, "hbm": 2.0, "links": 3.0, "network": 2.5}
+    assert (got.step, got.binds) == (4.0, "compute")
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "message, needed, available",
+    [
+        (
+            "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (19.94G) exceeds available HBM (15.75G). HLO module: jit_update.",
+            19.94,
+            15.75,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for arguments (512.00M) exceeds "
+            "available HBM (0.25G)",
+            0.5,
+            0.25,
+        ),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 23.30G of 15.75G hbm. Exceeded", 23.3, 15.75),
+    ],
+)
+def test_figures_of_a_refusal(message, needed, available):
+    got = memory.read_refusal(message)
+    assert (got.needed / GIB, got.available / GIB) == pytest.approx((needed, available)) and got.told == message
+
+
+def test_other_failures_are_no_refusals():
+    assert memory.read_refusal("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem (scoped)") is None
+    assert memory.read_refusal("INTERNAL: Used 23.30G of 15.75G hbm") is None
+
+
+def test_what_arrays_hold_on_a_chip(eight_devices):
+    put = lambda spec, *dims, dtype=jnp.float32: jax.ShapeDtypeStruct(
+        dims, dtype, sharding=NamedSharding(eight_devices, spec)
+    )
+    tree = {
+        "a": put(P(("data", "fsdp")), 8, 3),
+        "b": put(P(), 5, dtype=jnp.bfloat16),
+        "key": programs.abstract_key(eight_devices),
+    }
+    assert memory.held(tree) == 2 * 3 * 4 + 5 * 2
+
+
+def test_memory_of_a_program_and_its_parts(eight_devices, tiny_config):
+    """On CPU devices: donated state is no output; parts add up to what is needed."""
+    setting = setting_of(tiny_config_of(tiny_config), eight_devices)
+    case = cases.CASES["update"](setting)
+    done = memory.compile_traced(case.trace())
+    used = done.memory
+    assert used.aliased >= case.holds["weights"] + case.holds["optimiser"]
+    assert used.arguments >= sum(case.holds.values())
+    parts = door.parts(case, used)
+    sum_of = used.arguments + used.outputs - used.aliased + used.temporaries + used.code
+    assert sum(parts.values()) == sum_of <= used.total
+    assert parts["gradients"] == parts["weights"] == case.holds["optimiser"] // 2 - case.holds["optimiser"] % 8 // 2
+
+
+# --- programs of a config ---------------------------------------------------------------------------------------------
+
+
+def test_the_programs_that_a_config_runs(tiny_config):
+    names = lambda *flags: cases.names(tiny_config(*flags))
+    every = ["update", "scorer", "selection", "to decode layout", "prefill", "decode"]
+    assert names() == every
+    assert names("--sft.epochs=1") == ["sft update", *every]
+    assert names("--bootstrap.fresh=0") == every[:3]
+    assert names("--loop.iterations=1") == every[:2]
+    assert set(names("--loop.iterations=1", "--sft.epochs=1")) <= set(cases.CASES) and set(cases.LAYERED) < set(
+        cases.CASES
+    )
+
+
+def test_the_longest_trees(tiny_config):
+    """prompt + response ≤ max_length on both sides; fresh pairs may be longer."""
+    config = tiny_config("--data.max_length=64", "--data.max_prompt_length=32", "--bootstrap.max_new_tokens=60")
+    assert cases.lengths(config).tolist() == [[127, 126, 2], [152, 120, 2]]
+    assert cases.scored(config).tolist() == [32 + 4 * 60, 240, 4]
+    without = tiny_config("--bootstrap.fresh=0", "--data.max_length=64", "--data.max_prompt_length=32")
+    assert cases.lengths(without).tolist() == [[127, 126, 2]] and cases.scored(without).tolist() == [127, 126, 2]
+
+
+def same(abstract, concrete) -> None:
+    """Shape, dtype and sharding, leaf by leaf."""
+    told, got = jax.tree.flatten(abstract), jax.tree.flatten(concrete)
+    assert told[1] == got[1]
+    for a, c in zip(told[0], got[0]):
+        assert (a.shape, a.dtype) == (c.shape, c.dtype)
+        assert a.sharding.is_equivalent_to(c.sharding, len(a.shape)), (a, c.sharding)
+
+
+def test_abstract_arguments_are_what_a_run_passes(eight_devices):
+    """Made from a batch, prompts and numbers as the walk makes them."""
+    mesh, plan = eight_devices, Plan(128, 128, 2, 4)
+    trees = [Tree(str(i), np.arange(3), (np.arange(2), np.arange(4))) for i in range(4)]
+    rows, _ = rowlib.microbatches(rowlib.pack(trees, plan), plan, 2)
+    first = jax.tree.map(lambda a: a[0], rows)
+    same(programs.abstract_rows(mesh, plan), meshes.put(first, meshes.rows_sharding(mesh)))
+    batch = programs.abstract_batch(mesh, plan, 2)
+    same(batch.rows, meshes.put(rows, programs.batch_shardings(mesh).rows))
+    tokens, length, hashes = np.zeros((2, 32), np.int32), np.ones(2, np.int32), np.zeros((2, 2), np.uint32)
+    placed = tuple(meshes.put(a, programs.by_prompt(mesh, a.shape)) for a in (tokens, length, hashes))
+    same(programs.abstract_prompts(mesh, 2, 32), placed)
+    values = sample.sampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, eos_ids=(2,))
+    same(programs.abstract_sampling(mesh), meshes.put(values, meshes.replicated(mesh)))
+    same(programs.abstract_key(mesh), jax.device_put(sample.seeded(0), meshes.replicated(mesh)))
+    params = programs.random_params(ARCH, mesh)(jax.random.key(0))
+    same(programs.abstract_params(ARCH, mesh), params)
+    same(
+        programs.abstract_params(ARCH, mesh, "decode", jnp.bfloat16),
+        programs.to_decode(ARCH, mesh, jnp.dtype("bfloat16"))(params),
+    )
+
+
+def test_a_written_out_model_says_the_same():
+    """And recomputes as the loop does; without the guard the compiler would merge both passes over a layer."""
+    key, rows = (
+        jax.random.key(0),
+        rowlib.pack([Tree("t", np.arange(5), (np.arange(4), np.arange(7)))], Plan(128, 128, 2, 1)),
+    )
+    params, mesh = model.init(ARCH, key), meshes.make(1, 1, 1, jax.devices()[:1])
+    products = {}
+    for unrolled in (False, True):
+        arch = dataclasses.replace(ARCH, unrolled=unrolled)
+
+        def loss(p, arch=arch):
+            logps, _ = score.row_logps(arch, p, rows, mesh=mesh, dtype=jnp.float32, remat="full")
+            return jnp.sum(logps)
+
+        run = jax.jit(jax.value_and_grad(loss)).lower(params).compile()
+        products[unrolled] = run(params), len(re.findall(r" dot\(|\bdot_general|custom-call", run.as_text()))
+    (value, grads), (other, others) = products[False][0], products[True][0]
+    np.testing.assert_allclose(value, other, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), grads, others)
+    assert products[True][1] > 2 * products[False][1]
+
+
+MODELS = {
+    "tinyllama-1.1b": 1_100_048_384,
+    "pythia-410m": 405_334_016,
+    "pythia-1b": 1_011_781_632,
+    "pythia-2.8b": 2_775_208_960,
+    "pythia-6.9b": 6_857_302_016,
+    "phi-2": 2_779_683_840,
+    "mistral-7b": 7_241_732_096,
+    "llama-3-8b": 8_030_261_248,
+}
+
+
+def test_published_models_have_the_published_number_of_parameters():
+    """As their model cards and checkpoints have it."""
+    folder = ROOT / "configs" / "models"
+    assert {path.name for path in folder.iterdir()} == set(MODELS)
+    for name, size in MODELS.items():
+        assert cases.parameters(hf.read_arch(folder / name)) == size, name
+
+
+# --- the verdict ------------------------------------------------------------------------------------------------------
+
+
+def fit(name: str, needed: float, *, compiled: bool = True, beside: float = 0.0) -> door.Fit:
+    """Of a chip with 10 GiB."""
+    case = cases.Case(name, "", lambda: None, {}, {"the policy": round(beside * GIB)} if beside else {}, 0, 1, 0.0)
+    used = Memory(round(needed * GIB), 0, 0, 0, 0, 0)
+    done = Compiled(None, used, 1.0) if compiled else TooLarge(round(needed * GIB), 10 * GIB, "RESOURCE_EXHAUSTED")
+    parts = {"weights": round(needed * GIB), **case.beside}
+    return door.Fit(case, done, round((needed + beside) * GIB), 10 * GIB, parts)
+
+
+def found(setting, fits: dict, nearest: dict | None = None) -> door.Found:
+    where = chips.Slice("v5e:2x2", 1, chips.CHIPS["v5e"], tuple(setting.mesh.devices.flat), 10 * GIB)
+    return door.Found(setting, where, fits, {}, nearest or {})
+
+
+@pytest.fixture
+def setting(eight_devices, tiny_config):
+    return setting_of(tiny_config_of(tiny_config), eight_devices)
+
+
+def test_verdict(setting, capsys):
+    fits = {"update": fit("update", 8.0), "scorer": fit("scorer", 5.0, beside=3.5)}
+    got = found(setting, fits)
+    assert got.fit and door.verdict(got) == ["FITS: scorer needs 8.50 of 10.00 GiB a chip, 15 % to spare"]
+    fits |= {"decode": fit("decode", 7.0, beside=4.0), "update": fit("update", 12.0, compiled=False)}
+    got = found(
+        setting, fits, {"update": [("optimizer.microbatch_rows", 2), ("optimizer.microbatch_rows", 1)], "decode": None}
+    )
+    assert not got.fit and not got.fits["decode"].fits
+    assert door.verdict(got) == [
+        "DOES NOT FIT: update needs 12.00 of 10.00 GiB a chip, 20 % too much (too large: update, decode)",
+        "nearest change with which update fits: --optimizer.microbatch_rows 1",
+        "no change of rows, recomputation, mesh, moments or slots was found with which decode fits: "
+        "take more chips, or larger ones",
+    ]
+    door.show(got)
+    told = json.loads(json.dumps(door.report(got)))
+    assert told["fits"] is False and told["programs"]["update"]["refused"] == "RESOURCE_EXHAUSTED"
+    assert told["programs"]["update"]["nearest"] == {"optimizer.microbatch_rows": 1}
+    assert told["programs"]["scorer"]["memory"]["arguments"] == 5 * GIB
+    lines = capsys.readouterr().out.splitlines()
+    assert any(re.search(r"decode .*4\.00 .*11\.00 .*-10 %.*DOES NOT FIT", line) for line in lines)
+
+
+def test_changes_are_tried_from_the_cheapest_on(eight_devices, tiny_config):
+    config = tiny_config_of(
+        tiny_config, "--optimizer.microbatch_rows=4", "--model.remat=dots", "--model.head_chunk=256"
+    )
+    setting = setting_of(config, eight_devices)
+    told = [step for step in advice.steps(setting, "update")]
+    one_copy = [("mesh.data", 1), ("mesh.fsdp", -1), ("mesh.tensor", 1)]
+    assert told == [
+        [("optimizer.microbatch_rows", 2)],
+        [("optimizer.microbatch_rows", 1)],
+        [("model.remat", "full")],
+        one_copy,
+        [("optimizer.moments", "host")],
+        [("model.remat", "host")],
+        [("model.head_chunk", 128)],
+        [("model.head_chunk", 64)],
+        [*one_copy[:2], ("mesh.tensor", 2)],
+    ]
+    tried = []
+
+    def third(changes):
+        tried.append(advice.flags(changes))
+        return len(tried) == 3
+
+    assert advice.nearest(setting, "update", third) == sum(told[:3], [])
+    assert tried == [
+        "--optimizer.microbatch_rows 2",
+        "--optimizer.microbatch_rows 1",
+        "--optimizer.microbatch_rows 1 --model.remat full",
+    ]
+    assert advice.nearest(setting, "selection", third) is None
+    slots = [value for step in advice.steps(setting, "decode") for key, value in step if key == "bootstrap.slots"]
+    assert slots == [8, 4]  # of 16, and C = 4
+    changed = advice.changed(config, told[2] + told[3])
+    assert (changed.model.remat, changed.mesh.data, changed.loss) == ("full", 1, config.loss)
+
+
+def test_a_program_is_tried_again_with_the_changes(eight_devices, tiny_config):
+    """On CPU devices, where 4 rows a device need a byte more than there is."""
+    config = tiny_config_of(tiny_config, "--optimizer.microbatch_rows=4", "--model.head_chunk=16")
+    setting = setting_of(config, eight_devices)
+    where = chips.Slice("v5e:2x4", 1, chips.CHIPS["v5e"], tuple(eight_devices.devices.flat), 10 * GIB)
+    fit = door.fitted(setting, "update", where)
+    assert fit.fits
+    where = dataclasses.replace(where, available=fit.used - 1)
+    assert door.remedy(setting, "update", where) == [("optimizer.microbatch_rows", 2)]
+
+
+# --- the door ---------------------------------------------------------------------------------------------------------
+
+
+def error_of(capsys, *args: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        door.main(list(args))
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_errors(tiny, capsys, monkeypatch):
+    model_path = f"--model.path={tiny}/model"
+    told = error_of(capsys, model_path, "--topology=v9:2x2")
+    assert "topology is 'v9:2x2', expected a generation out of v4, v5e, v5p, v6e and the chips along each axis" in told
+    assert "v4:2x2x2, v5e:4x4, v5p:2x2x2, v6e:4x4" in told
+    assert "topology is 'v5e:4', expected" in error_of(capsys, model_path, "--topology=v5e:4")
+    assert "topology" in error_of(capsys, model_path)
+    assert "pairs is 0, expected at least 1" in error_of(capsys, model_path, "--topology=v5e:2x2", "--pairs=0")
+    assert "config.json is missing" in error_of(capsys, "--model.path=nowhere", "--topology=v5e:2x2")
+    assert "loss.beta is 0.0, expected" in error_of(capsys, model_path, "--topology=v5e:2x2", "--loss.beta=0")
+    monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
+    told = error_of(capsys, model_path, "--topology=v5e:2x2")
+    assert "topology v5e:2x2 needs the package libtpu" in told and "pip install 'sera_jax[tpu]'" in told
+
+
+def test_a_program_that_is_not_run_cannot_be_asked_for(setting):
+    own = door.CompileCheckConfig("v5e:2x2", only=("updates",))
+    with pytest.raises(
+        ValueError, match=r"only names 'updates', expected programs that this config runs: update, scorer,"
+    ):
+        door.chosen(setting, own)
+    assert door.chosen(setting, dataclasses.replace(own, only=("decode", "update"))) == ["update", "decode"]
+
+
+needs_libtpu = pytest.mark.skipif(
+    chips.importlib.util.find_spec("libtpu") is None,
+    reason="compiles for TPUs: needs libtpu (pip install 'sera_jax[tpu]')",
+)
+
+
+@needs_libtpu
+def test_shapes_that_libtpu_does_not_take():
+    chips.quiet()
+    with pytest.raises(ValueError, match=r"topology 'v5e:3x3' is none that libtpu knows: .*Expected chips along each"):
+        chips.find("v5e:3x3")
+
+
+@needs_libtpu
+def test_what_a_chip_lets_a_program_have():
+    """Of what is sold as 32, 16, 95 and 32 GB; a device is a chip."""
+    chips.quiet()
+    found = {name: chips.find(name) for name in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2")}
+    assert {len(one.devices) for one in found.values()} == {4}
+    for one in found.values():
+        assert 0.93 * one.chip.hbm < one.available < 1.1 * one.chip.hbm
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_config_for_a_tpu(tiny, tmp_path, capsys):
+    """From the command line to JSON: fits; and with rows that no chip holds it does not."""
+    flags = [f"--model.path={tiny}/model", "--topology=v5e:2x2", f"--json={tmp_path}/told.json"]
+    small = ["--data.max_length=64", "--data.max_prompt_length=32", "--optimizer.batch_size=8", "--traffic=loops"]
+    small += ["--bootstrap.max_new_tokens=16", "--bootstrap.slots=8", "--pairs=100", "--model.attention=xla"]
+    with pytest.raises(SystemExit) as stopped:
+        door.main([*flags, *small])
+    assert stopped.value.code == 0 and "FITS: " in capsys.readouterr().out
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert told["fits"] and told["chips"] == 4 and told["available"] / GIB == pytest.approx(15.75, abs=0.1)
+    assert list(told["programs"]) == ["update", "scorer", "selection", "to decode layout", "prefill", "decode"]
+    update = told["programs"]["update"]
+    assert update["memory"]["aliased"] > 0 and update["bound"]["moved"]["hbm"] > 0 and update["bound"]["step"] > 0
+    wide = ["--data.max_length=16384", "--optimizer.batch_size=4", "--optimizer.microbatch_rows=2", "--only=[update]"]
+    with pytest.raises(SystemExit) as stopped:
+        door.main([*flags, *wide, "--traffic=none", "--search=false", "--model.attention=xla", "--bootstrap.fresh=0"])
+    assert stopped.value.code == 1 and "DOES NOT FIT: update needs" in capsys.readouterr().out
+    refused = json.loads((tmp_path / "told.json").read_text())["programs"]["update"]
+    assert refused["needed"] > told["available"] and "RESOURCE_EXHAUSTED" in refused["refused"]
