@@ -9,13 +9,14 @@ import sys
 import pytest
 
 HERE = pathlib.Path(__file__).parents[2]
-PATIENCE = 300.0  # seconds; an idle machine of two cores takes a tenth
 # The compiler's effort, which is half of the time of these runs.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 class Joined:
     """Processes of one run: alike but for their number, and for the arguments that are theirs alone."""
+
+    PATIENCE = 900.0  # seconds; an idle machine of two cores takes half a minute
 
     def __init__(self, commands: list[list[str]], *, devices: int, folder: pathlib.Path):
         with socket.socket() as free:
@@ -27,7 +28,6 @@ class Joined:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
             "JAX_NUM_PROCESSES": str(len(commands)),
-            "USE_TORCH": "0",  # transformers would import it, for nothing
             "PYTHONPATH": os.pathsep.join([str(HERE), str(folder)]),
         }
         self._logs = [open(folder / f"process-{port}-{i}.log", "w+") for i in range(len(commands))]
@@ -53,7 +53,7 @@ class Joined:
 
     def ended(self) -> list[int]:
         """Exit codes, once all have ended."""
-        return [process.wait(timeout=PATIENCE) for process in self.processes]
+        return [process.wait(timeout=self.PATIENCE) for process in self.processes]
 
     def said(self) -> list[str]:
         """What each printed."""
