@@ -96,6 +96,8 @@ def find(name: str, slices: int = 1) -> Slice:
         )
     chip = CHIPS[generation]
     options = dict(chip.options) | ({"num_slices": slices} if slices > 1 else {})
+    if set(shape) <= set("1x"):  # a host of its own for one chip
+        options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except jax.errors.JaxRuntimeError as error:
