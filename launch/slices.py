@@ -1,8 +1,8 @@
 """The smallest TPU slice on which each model of configs/paper trains: slices.py OUT.jsonl [--part I/N] [--write]
 
 Every model, all weights and LoRA, every generation: slices of growing size are tried until the update fits (rows one at a
-time, configs/paper/ultrafeedback.yaml), and on a v5e and a v5p also the scorer, the move to the decode layout, prefill and
-decode. A slice whose chips could not even hold weights, moments and gradients is passed over without a compile. One
+time, configs/paper/ultrafeedback.yaml); on the v5e and v5p slices so found the scorer, the move to the decode layout,
+prefill and decode are compiled, too, with the nearest change (fewer slots, say) where they do not fit. A slice whose chips could not even hold weights, moments and gradients is passed over without a compile. One
 JSON line a cell; what OUT has already is not compiled again. --part: one of N processes that share the work. --write:
 prints the table, and writes the lines "slices" of configs/paper.
 
@@ -15,7 +15,7 @@ import re
 import sys
 
 from sera_jax import config as configs
-from sera_jax.compile_check import cases, chips, door
+from sera_jax.compile_check import advice, cases, chips, door
 from sera_jax.compile_check.cases import Setting
 from sera_jax.config import TrainConfig
 
@@ -56,27 +56,34 @@ def cell(model: str, kind: str, generation: str) -> dict:
         if hopeless(config, topology):
             continue
         told["tried"].append(size)
-        names = ("update", *(BESIDE if generation in WHOLE else ()))
-        found = {}
-        for name in names:
-            one = door.CompileCheckConfig(topology=topology, only=(name,), traffic="loops", search=False)
-            found[name] = door.check(config, one)
-            if not found[name].fit:
-                break
-        if all(f.fit for f in found.values()) and len(found) == len(names):
-            update = found["update"].bounds["update"]
-            told |= {
-                "topology": size,
-                "chips": len(found["update"].where.devices),
-                "available": found["update"].where.available,
-                "used": {name: f.fits[name].used for name, f in found.items()},
-                "parts": found["update"].fits["update"].breakdown,
-                "seconds": update.seconds,
-                "step": update.step,
-                "binds": update.binds,
-            }
-            return told
+        found = compiled(config, topology, "update", search=False)
+        if not found.fit:
+            continue
+        update = found.bounds["update"]
+        told |= {
+            "topology": size,
+            "chips": len(found.where.devices),
+            "available": found.where.available,
+            "used": {"update": found.fits["update"].used},
+            "parts": found.fits["update"].breakdown,
+            "seconds": update.seconds,
+            "step": update.step,
+            "binds": update.binds,
+            "changes": {},
+        }
+        for name in BESIDE if generation in WHOLE else ():
+            other = compiled(config, topology, name, search=True)
+            told["used"][name] = other.fits[name].used
+            if not other.fit:
+                told["changes"][name] = other.nearest[name] and advice.flags(other.nearest[name])
+        break
     return told
+
+
+def compiled(config: TrainConfig, topology: str, name: str, *, search: bool) -> door.Found:
+    """One program of a config; search: where it does not fit, the nearest change with which it does, too."""
+    traffic = "loops" if name == "update" else "none"
+    return door.check(config, door.CompileCheckConfig(topology, only=(name,), traffic=traffic, search=search))
 
 
 def table(cells: list[dict]) -> list[str]:
@@ -91,9 +98,9 @@ def table(cells: list[dict]) -> list[str]:
                 if c is None or c["topology"] == "none":
                     shown.append("?" if c is None else "none tried")
                     continue
-                gib = max(c["used"].values()) / 2**30
-                which = "" if max(c["used"], key=c["used"].get) == "update" else f" ({max(c['used'], key=c['used'].get)})"
-                shown.append(f"{c['topology']}: {gib:.1f}{which} of {c['available'] / 2**30:.1f} GiB, ≥ {c['step']:.2g} s")
+                gib, bound = c["used"]["update"] / 2**30, f"≥ {c['step']:.2g} s ({c['binds']})"
+                more = f", {'; '.join(map(str, c['changes'].values()))}" if c["changes"] else ""
+                shown.append(f"{c['topology']}: {gib:.1f} of {c['available'] / 2**30:.1f} GiB, {bound}{more}")
             lines.append(f"| {model} | {kind} | {' | '.join(shown)} |")
     return lines
 
