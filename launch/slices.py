@@ -3,9 +3,9 @@
 Every model, all weights and LoRA, every generation: slices of growing size are tried until the update fits (rows one at
 a time, configs/paper/ultrafeedback.yaml). On the v5e and v5p slices so found the scorer, the move to the decode layout,
 prefill and decode are compiled, too, with the nearest change (fewer slots, say) where they do not fit. A slice whose
-chips could not even hold weights, moments and gradients is passed over without a compile. One JSON line a cell; what OUT
-has already is not compiled again. --part: one of N processes that share the work. --write: prints the table, and writes
-the lines "slices" of configs/paper.
+chips could not even hold weights, moments and gradients is passed over without a compile. One JSON line a cell; what
+OUT has already is not compiled again. --part: one of N processes that share the work. --write: prints the table, and
+writes the lines "slices" of configs/paper.
 
 Needs libtpu: pip install 'sera_jax[tpu]'. A compile takes about a minute on two cores.
 """
