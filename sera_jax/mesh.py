@@ -177,7 +177,9 @@ class Placement:
 
     activations: Callable[[jax.Array], jax.Array] = lambda x: x
     weights: Callable[[Any, Any], Any] = lambda weights, dims: weights
-    looked_up: Callable[[jax.Array, jax.Array, Any], jax.Array] = lambda table, ids, dtype: table[ids].astype(dtype)
+    looked_up: Callable[[jax.Array, jax.Array, Any], jax.Array] = lambda table, ids, dtype: jnp.take(
+        table, ids, axis=0
+    ).astype(dtype)
 
 
 def placement(mesh: Mesh, layout: str) -> Placement:

@@ -34,7 +34,7 @@ def folders(tiny, tmp_path_factory):
 def run(tiny, folders, tmp_path, monkeypatch):
     """flags → table of review.parquet, on one device."""
     of_devices = meshes.make
-    monkeypatch.setattr(meshes, "make", lambda d, f, t, slices: of_devices(d, f, t, jax.devices()[: d * f * t]))
+    monkeypatch.setattr(meshes, "make", lambda d, f, t, slices=1: of_devices(d, f, t, jax.devices()[: d * f * t]))
 
     def ask(*flags: str, out: str = "out"):
         args = [f"--policy={folders[0]}", f"--reference={folders[1]}", f"--data.pairs=[{tiny / 'pairs.jsonl'}]"]
