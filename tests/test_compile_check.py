@@ -203,6 +203,13 @@ def test_bytes_as_the_compiler_counts_them():
         assert moved(f, *args).hbm == pytest.approx(told, rel=0.01)  # indices count with one, not with the other
 
 
+def test_what_the_compiler_writes_is_the_program():
+    run = lambda x: jax.lax.scan(lambda y, _: (jnp.tanh(y @ y), None), x, None, length=3)[0]
+    traced = jax.jit(run).trace(shape(64, 64))
+    assert memory.compile_traced(traced).text == ""
+    assert hlo.moved(memory.compile_traced(traced, text=True).text) == moved(run, shape(64, 64))
+
+
 def test_a_loop_moves_what_its_turns_move():
     body = lambda x, _: (jnp.tanh(x @ x), None)
     run = lambda n: moved(lambda x: jax.lax.scan(body, x, None, length=n)[0], shape(64, 64)).hbm
@@ -212,6 +219,10 @@ def test_a_loop_moves_what_its_turns_move():
 
 TPU = """\
 HloModule jit_update, is_scheduled=true
+
+%elsewhere (e: bf16[16,64]) -> bf16[16,64] {
+  ROOT %e = bf16[16,64]{1,0:S(1)} parameter(0)
+}, execution_thread="sparsecore"
 
 %condition (p: (s32[], bf16[16,64])) -> pred[] {
   %p = (s32[]{:T(128)}, bf16[16,64]{1,0:T(8,128)(2,1)}) parameter(0)
@@ -242,6 +253,9 @@ HloModule jit_update, is_scheduled=true
   %one = (bf16[16,64]{1,0:S(3)}, bf16[16,64]{1,0:S(1)}) collective-permute-start(%sum), channel_id=1
   %two = (bf16[16,64]{1,0:S(3)}, bf16[16,64]{1,0:S(1)}) collective-permute-start(%f2), channel_id=1
   %done = bf16[16,64]{1,0:S(1)} collective-permute-done(%one)
+  %kernel = f32[]{:T(128)S(1)} custom-call(%done), custom_call_target="tpu_custom_call", frontend_attributes={kernel={
+"block_q = ": 512
+}}, metadata={op_name="splash"}, backend_config={"a": 1}
   %out = bf16[16,64]{1,0:T(8,128)(2,1)} add(%done, %x)
   %token = token[] after-all()
   %sent = (bf16[16,64]{1,0}, u32[], token[]) send(%out, %token), channel_id=12, is_host_transfer=true
@@ -260,7 +274,8 @@ ENTRY %main (x0: bf16[16,64]) -> bf16[16,64] {
 
 def test_the_words_of_libtpu():
     """A loop from 1 to 4; an all-gather that goes on in a second fusion under the same channel; groups of 4 written by
-    mesh axes and by ranges; two permutes that share a channel; arrays in on-chip memory; a send to the other slice."""
+    mesh axes and by ranges; two permutes that share a channel; arrays in on-chip memory; a kernel over several lines;
+    another thread's computation; a send to the other slice."""
     got = hlo.moved(TPU)
     whole, part = 16 * 64 * 2, 4 * 64 * 2
     assert got.links == {
@@ -468,7 +483,7 @@ def fit(name: str, needed: float, *, compiled: bool = True, beside: float = 0.0)
     """Of a chip with 10 GiB."""
     case = cases.Case(name, "", lambda: None, {}, {"the policy": round(beside * GIB)} if beside else {}, 0, 1, 0.0)
     used = Memory(round(needed * GIB), 0, 0, 0, 0, 0)
-    done = Compiled(None, used, 1.0) if compiled else TooLarge(round(needed * GIB), 10 * GIB, "RESOURCE_EXHAUSTED")
+    done = Compiled(None, used, "", 1.0) if compiled else TooLarge(round(needed * GIB), 10 * GIB, "RESOURCE_EXHAUSTED")
     parts = {"weights": round(needed * GIB), **case.beside}
     return door.Fit(case, done, round((needed + beside) * GIB), 10 * GIB, parts)
 

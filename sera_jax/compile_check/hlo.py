@@ -103,10 +103,10 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
         if opened and " = " not in row.split("(")[0]:
             name, body, root = opened[2], {}, None
             entry = name if opened[1] else entry
-        elif row.startswith("}") and name:
+        elif name and re.fullmatch(r"\}(, execution_thread=.*)?", row):
             computations[name] = Computation(body, root or list(body.values())[-1])
             name = ""
-        elif name and " = " in row:
+        elif name and re.match(r"\s+(ROOT )?%?[\w.\-]+ = ", row):  # kernels go on over further lines
             found = _instruction(row)
             body[found.name] = found
             root = found if row.lstrip().startswith("ROOT ") else root
