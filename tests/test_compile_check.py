@@ -231,6 +231,19 @@ HloModule jit_update, is_scheduled=true
   ROOT %lt = pred[]{:T(512)} compare(%i, %limit), direction=LT
 }
 
+%slices (s: bf16[9,16,64], n: s32[]) -> bf16[16,64] {
+  %s = bf16[9,16,64]{2,1,0} parameter(0)
+  %n = s32[]{:T(128)} parameter(1)
+  ROOT %ds = bf16[1,16,64]{2,1,0:S(1)} dynamic-slice(%s, %n, %n, %n), dynamic_slice_sizes={1,16,64}
+}
+
+%multiplies (m: bf16[9,16,64], k: s32[]) -> bf16[16,64] {
+  %m = bf16[9,16,64]{2,1,0} parameter(0)
+  %k = s32[]{:T(128)} parameter(1)
+  %layer = bf16[1,16,64]{2,1,0} fusion(%m, %k), kind=kLoop, calls=%slices
+  ROOT %product = bf16[16,64]{1,0} convolution(%layer, %layer), dim_labels=bf_io->bf
+}
+
 %starts (a: bf16[4,64]) -> (bf16[4,64], bf16[16,64]) {
   %a = bf16[4,64]{1,0:T(8,128)(2,1)} parameter(0)
   %all-gather.1 = bf16[16,64]{1,0} all-gather(%a), channel_id=6, replica_groups=mesh['d'=2,'f'=4] {'f'}
@@ -257,6 +270,8 @@ HloModule jit_update, is_scheduled=true
 "block_q = ": 512
 }}, metadata={op_name="splash"}, backend_config={"a": 1}
   %out = bf16[16,64]{1,0:T(8,128)(2,1)} add(%done, %x)
+  %stacked = bf16[9,16,64]{2,1,0:T(8,128)(2,1)} get-tuple-element(%q), index=2
+  %weights = bf16[16,64]{1,0:S(1)} fusion(%stacked, %j), kind=kOutput, calls=%multiplies
   %token = token[] after-all()
   %sent = (bf16[16,64]{1,0}, u32[], token[]) send(%out, %token), channel_id=12, is_host_transfer=true
   ROOT %t = (s32[]{:T(128)}, bf16[16,64]{1,0:T(8,128)(2,1)}) tuple(%j, %out)
@@ -275,7 +290,7 @@ ENTRY %main (x0: bf16[16,64]) -> bf16[16,64] {
 def test_the_words_of_libtpu():
     """A loop from 1 to 4; an all-gather that goes on in a second fusion under the same channel; groups of 4 written by
     mesh axes and by ranges; two permutes that share a channel; arrays in on-chip memory; a kernel over several lines;
-    another thread's computation; a send to the other slice."""
+    another thread's computation; layers' weights in one array; a send to the other slice."""
     got = hlo.moved(TPU)
     whole, part = 16 * 64 * 2, 4 * 64 * 2
     assert got.links == {
@@ -284,9 +299,9 @@ def test_the_words_of_libtpu():
         "collective-permute": 3 * 2 * whole,
     }
     assert got.network == 3 * whole
-    # In HBM are x, which the slice and the sum read, and the sum; the rest, and flags, lie on the chip. The counter
-    # that the condition reads is a scalar.
-    assert got.hbm == pytest.approx(3 * (part + 2 * whole), rel=0.02)
+    # In HBM are x, which the slice and the sum read, the sum, and stacked weights, of which a fusion in a fusion takes
+    # a slice; the rest, and flags, lie on the chip. Counters are scalars.
+    assert got.hbm == pytest.approx(3 * (part + 3 * whole), rel=0.02)
 
 
 @pytest.mark.parametrize(
