@@ -203,6 +203,13 @@ def test_bytes_as_the_compiler_counts_them():
         assert moved(f, *args).hbm == pytest.approx(told, rel=0.01)  # indices count with one, not with the other
 
 
+def test_what_the_compiler_writes_is_the_program():
+    run = lambda x: jax.lax.scan(lambda y, _: (jnp.tanh(y @ y), None), x, None, length=3)[0]
+    traced = jax.jit(run).trace(shape(64, 64))
+    assert memory.compile_traced(traced).text == ""
+    assert hlo.moved(memory.compile_traced(traced, text=True).text) == moved(run, shape(64, 64))
+
+
 def test_a_loop_moves_what_its_turns_move():
     body = lambda x, _: (jnp.tanh(x @ x), None)
     run = lambda n: moved(lambda x: jax.lax.scan(body, x, None, length=n)[0], shape(64, 64)).hbm
@@ -213,11 +220,28 @@ def test_a_loop_moves_what_its_turns_move():
 TPU = """\
 HloModule jit_update, is_scheduled=true
 
+%elsewhere (e: bf16[16,64]) -> bf16[16,64] {
+  ROOT %e = bf16[16,64]{1,0:S(1)} parameter(0)
+}, execution_thread="sparsecore"
+
 %condition (p: (s32[], bf16[16,64])) -> pred[] {
   %p = (s32[]{:T(128)}, bf16[16,64]{1,0:T(8,128)(2,1)}) parameter(0)
   %limit = s32[]{:T(128)} constant(4), metadata={op_name="x"}
   %i = s32[]{:T(128)} get-tuple-element(%p), index=0
   ROOT %lt = pred[]{:T(512)} compare(%i, %limit), direction=LT
+}
+
+%slices (s: bf16[9,16,64], n: s32[]) -> bf16[16,64] {
+  %s = bf16[9,16,64]{2,1,0} parameter(0)
+  %n = s32[]{:T(128)} parameter(1)
+  ROOT %ds = bf16[1,16,64]{2,1,0:S(1)} dynamic-slice(%s, %n, %n, %n), dynamic_slice_sizes={1,16,64}
+}
+
+%multiplies (m: bf16[9,16,64], k: s32[]) -> bf16[16,64] {
+  %m = bf16[9,16,64]{2,1,0} parameter(0)
+  %k = s32[]{:T(128)} parameter(1)
+  %layer = bf16[1,16,64]{2,1,0} fusion(%m, %k), kind=kLoop, calls=%slices
+  ROOT %product = bf16[16,64]{1,0} convolution(%layer, %layer), dim_labels=bf_io->bf
 }
 
 %starts (a: bf16[4,64]) -> (bf16[4,64], bf16[16,64]) {
@@ -242,7 +266,12 @@ HloModule jit_update, is_scheduled=true
   %one = (bf16[16,64]{1,0:S(3)}, bf16[16,64]{1,0:S(1)}) collective-permute-start(%sum), channel_id=1
   %two = (bf16[16,64]{1,0:S(3)}, bf16[16,64]{1,0:S(1)}) collective-permute-start(%f2), channel_id=1
   %done = bf16[16,64]{1,0:S(1)} collective-permute-done(%one)
+  %kernel = f32[]{:T(128)S(1)} custom-call(%done), custom_call_target="tpu_custom_call", frontend_attributes={kernel={
+"block_q = ": 512
+}}, metadata={op_name="splash"}, backend_config={"a": 1}
   %out = bf16[16,64]{1,0:T(8,128)(2,1)} add(%done, %x)
+  %stacked = bf16[9,16,64]{2,1,0:T(8,128)(2,1)} get-tuple-element(%q), index=2
+  %weights = bf16[16,64]{1,0:S(1)} fusion(%stacked, %j), kind=kOutput, calls=%multiplies
   %token = token[] after-all()
   %sent = (bf16[16,64]{1,0}, u32[], token[]) send(%out, %token), channel_id=12, is_host_transfer=true
   ROOT %t = (s32[]{:T(128)}, bf16[16,64]{1,0:T(8,128)(2,1)}) tuple(%j, %out)
@@ -260,7 +289,8 @@ ENTRY %main (x0: bf16[16,64]) -> bf16[16,64] {
 
 def test_the_words_of_libtpu():
     """A loop from 1 to 4; an all-gather that goes on in a second fusion under the same channel; groups of 4 written by
-    mesh axes and by ranges; two permutes that share a channel; arrays in on-chip memory; a send to the other slice."""
+    mesh axes and by ranges; two permutes that share a channel; arrays in on-chip memory; a kernel over several lines;
+    another thread's computation; layers' weights in one array; a send to the other slice."""
     got = hlo.moved(TPU)
     whole, part = 16 * 64 * 2, 4 * 64 * 2
     assert got.links == {
@@ -269,9 +299,9 @@ def test_the_words_of_libtpu():
         "collective-permute": 3 * 2 * whole,
     }
     assert got.network == 3 * whole
-    # In HBM are x, which the slice and the sum read, and the sum; the rest, and flags, lie on the chip. The counter
-    # that the condition reads is a scalar.
-    assert got.hbm == pytest.approx(3 * (part + 2 * whole), rel=0.02)
+    # In HBM are x, which the slice and the sum read, the sum, and stacked weights, of which a fusion in a fusion takes
+    # a slice; the rest, and flags, lie on the chip. Counters are scalars.
+    assert got.hbm == pytest.approx(3 * (part + 3 * whole), rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -468,7 +498,7 @@ def fit(name: str, needed: float, *, compiled: bool = True, beside: float = 0.0)
     """Of a chip with 10 GiB."""
     case = cases.Case(name, "", lambda: None, {}, {"the policy": round(beside * GIB)} if beside else {}, 0, 1, 0.0)
     used = Memory(round(needed * GIB), 0, 0, 0, 0, 0)
-    done = Compiled(None, used, 1.0) if compiled else TooLarge(round(needed * GIB), 10 * GIB, "RESOURCE_EXHAUSTED")
+    done = Compiled(None, used, "", 1.0) if compiled else TooLarge(round(needed * GIB), 10 * GIB, "RESOURCE_EXHAUSTED")
     parts = {"weights": round(needed * GIB), **case.beside}
     return door.Fit(case, done, round((needed + beside) * GIB), 10 * GIB, parts)
 

@@ -120,7 +120,7 @@ def check(config: TrainConfig, own: CompileCheckConfig) -> Found:
     with programs.precision(config.model.compute):
         fits, rates, nearest = {}, {}, {}
         for name in asked:
-            fits[name] = fitted(setting, name, where)
+            fits[name] = fitted(setting, name, where, text=_from_itself(name, own.traffic))
             if own.traffic != "none" and isinstance(fits[name].done, Compiled):
                 rates[name] = bounded(setting, name, fits[name], where, own.traffic)
             if own.search and not fits[name].fits:
@@ -174,15 +174,20 @@ def describe(setting: Setting, where: Slice) -> None:
 # --- one program ------------------------------------------------------------------------------------------------------
 
 
-def fitted(setting: Setting, name: str, where: Slice, *, told: bool = True) -> Fit:
+def _from_itself(name: str, traffic: str) -> bool:
+    """Are a program's bytes read off itself?"""
+    return traffic == "loops" or (traffic == "unrolled" and name not in cases.LAYERED)
+
+
+def fitted(setting: Setting, name: str, where: Slice, *, told: bool = True, text: bool = False) -> Fit:
     """Compiles one program and says how it fits.
 
     Args:
-        told: print it, and break down what does not fit.
+        told: print it, and break down what does not fit. text: as memory.compile_traced.
     """
     began = time.monotonic()
     case = cases.CASES[name](setting)
-    done = memory.compile_traced(case.trace())
+    done = memory.compile_traced(case.trace(), text=text)
     if told:
         metrics.say(f"  {name}: {case.what}; {time.monotonic() - began:.0f} s")
     beside = sum(case.beside.values())
@@ -223,20 +228,20 @@ def bounded(setting: Setting, name: str, fit: Fit, where: Slice, traffic: str) -
 
     def read(layers: int) -> hlo.Moved:
         few = cases.CASES[name](cases.shallow(setting, layers, unrolled=True))
-        done = memory.compile_traced(few.trace())
+        done = memory.compile_traced(few.trace(), text=True)
         if isinstance(done, TooLarge):
             raise ValueError(
                 f"{name} with {layers} layers written out needs {done.needed / GIB:.2f} GiB a chip, although all fit "
                 "in a loop; use --traffic loops."
             )
-        return hlo.moved(done.executable.as_text(), few.trips)
+        return hlo.moved(done.text, few.trips)
 
-    if traffic == "unrolled" and name in cases.LAYERED:
+    if not _from_itself(name, traffic):
         moved, deviation = bounds.extrapolated(read, setting.arch.layers)
         seconds = time.monotonic() - began
         metrics.say(f"  {name}: bytes of 1 and 2 layers, {100 * deviation:.1f} % off at 3; {seconds:.0f} s")
     else:
-        moved, deviation = hlo.moved(fit.done.executable.as_text(), case.trips), None
+        moved, deviation = hlo.moved(fit.done.text, case.trips), None
     return bounds.bound(case.trace().jaxpr, case.trips, case.useful, moved, deviation, len(where.devices), where.chip)
 
 

@@ -103,10 +103,10 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
         if opened and " = " not in row.split("(")[0]:
             name, body, root = opened[2], {}, None
             entry = name if opened[1] else entry
-        elif row.startswith("}") and name:
+        elif name and re.fullmatch(r"\}(, execution_thread=.*)?", row):
             computations[name] = Computation(body, root or list(body.values())[-1])
             name = ""
-        elif name and " = " in row:
+        elif name and re.match(r"\s+(ROOT )?%?[\w.\-]+ = ", row):  # kernels go on over further lines
             found = _instruction(row)
             body[found.name] = found
             root = found if row.lstrip().startswith("ROOT ") else root
@@ -270,7 +270,7 @@ def _traffic(computations: dict[str, Computation], here: Computation, one: Instr
     if one.opcode == "copy-start":  # (destination, source, flag)
         return size(one.shape)
     if one.opcode == "fusion":
-        return _fusion_traffic(computations[_called(one, "calls")], here, one)
+        return _fusion_traffic(computations, here, one)
     if one.opcode in ("dynamic-slice", "slice", "gather"):
         source = here.instructions[one.operands[0]].shape
         return size(one.shape) + (shape_bytes(one.shape) if size(source) else 0.0)
@@ -284,42 +284,40 @@ def _traffic(computations: dict[str, Computation], here: Computation, one: Instr
     return _operand_bytes(here, one, hbm_only=True) + size(one.shape)
 
 
-def _fusion_traffic(inside: Computation, here: Computation, one: Instruction) -> float:
+def _fusion_traffic(computations: dict[str, Computation], here: Computation, one: Instruction) -> float:
     """A fusion reads of an operand that it only slices the slices, and of one that it updates in place it writes the
     update."""
-    users: dict[str, list[Instruction]] = {}
-    for part in inside.instructions.values():
-        for operand in part.operands:
-            users.setdefault(operand, []).append(part)
-    parameters = [part for part in inside.instructions.values() if part.opcode == "parameter"]
+    inside = computations[_called(one, "calls")]
     total = 0.0
-    for part in parameters:
-        outer = here.instructions[one.operands[int(part.operands[0])]].shape
-        total += _read(inside, users, part, outer)
+    for number, operand in enumerate(one.operands):
+        whole = shape_bytes(here.instructions[operand].shape, hbm_only=True)
+        total += min(whole, _read(computations, inside, number)) if whole else 0.0
     roots = [inside.root]
     if inside.root.opcode == "tuple":
         roots = [inside.instructions[name] for name in inside.root.operands]
-    written = _split(one.shape)
-    for root, shape in zip(roots, written):
+    for root, shape in zip(roots, _split(one.shape)):
         root = _through(inside, root)
-        if root.opcode == "dynamic-update-slice" and root.operands[1] in inside.instructions:
-            shape = inside.instructions[root.operands[1]].shape if shape_bytes(shape, hbm_only=True) else ""
+        if root.opcode == "dynamic-update-slice" and shape_bytes(shape, hbm_only=True):
+            shape = inside.instructions[root.operands[1]].shape
         total += shape_bytes(shape, hbm_only=True)
     return total
 
 
-def _read(inside: Computation, users: dict[str, list[Instruction]], part: Instruction, outer: str) -> float:
-    whole = shape_bytes(outer, hbm_only=True)
-    if not whole:
-        return 0.0
-    total, waiting = 0.0, [part]
+def _read(computations: dict[str, Computation], inside: Computation, number: int) -> float:
+    """Bytes that a fusion, with those in it, reads of its operand of this number."""
+    part = next(p for p in inside.instructions.values() if p.opcode == "parameter" and p.operands[0] == str(number))
+    whole, total, waiting = shape_bytes(part.shape), 0.0, [part]
     while waiting:
         now = waiting.pop()
-        for user in users.get(now.name, []):
-            if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == now.name:
+        for user in (user for user in inside.instructions.values() if now.name in user.operands):
+            first = user.operands[0] == now.name
+            if user.opcode in ("dynamic-slice", "slice", "gather") and first:
                 total += shape_bytes(user.shape)
-            elif user.opcode == "dynamic-update-slice" and user.operands[0] == now.name:
+            elif user.opcode == "dynamic-update-slice" and first:
                 continue  # in place
+            elif user.opcode == "fusion":
+                within = computations[_called(user, "calls")]
+                total += sum(_read(computations, within, i) for i, o in enumerate(user.operands) if o == now.name)
             elif user.opcode in ("bitcast", "convert", "copy") and user is not inside.root:
                 waiting.append(user)
             else:

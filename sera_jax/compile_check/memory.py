@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
+import pathlib
 import re
+import tempfile
 import time
 from typing import Any
 
@@ -44,28 +46,41 @@ class TooLarge:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A program that compiled. seconds: that it took."""
+    """A program that compiled. text: its HLO, "" unless asked for. seconds: that it took."""
 
     executable: Any
     memory: Memory
+    text: str
     seconds: float
 
 
-def compile_traced(traced: Any) -> Compiled | TooLarge:
+def compile_traced(traced: Any, *, text: bool = False) -> Compiled | TooLarge:
     """Compiles a traced program (`jax.jit(f).trace(...)`) for the devices of its arguments' shardings.
+
+    Args:
+        text: also give its HLO. It is what the compiler writes to a folder: JAX's own `as_text` cannot read everything
+            that stands in programs for v5p and v6e.
 
     Raises:
         JaxRuntimeError: the compiler failed for another reason than the size of the program.
     """
     began = time.monotonic()
-    try:
-        executable = traced.lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-        refused = read_refusal(str(error))
-        if refused is None:
-            raise
-        return refused
-    return Compiled(executable, of(executable), time.monotonic() - began)
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if text else {}
+        try:
+            executable = traced.lower().compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            refused = read_refusal(str(error))
+            if refused is None:
+                raise
+            return refused
+        seconds = time.monotonic() - began
+        return Compiled(executable, of(executable), _written(folder, executable) if text else "", seconds)
+
+
+def _written(folder: str, executable: Any) -> str:
+    found = sorted(pathlib.Path(folder).glob("*after_optimizations.txt"))
+    return found[0].read_text(encoding="utf-8") if found else executable.as_text()
 
 
 def of(executable: Any) -> Memory:
