@@ -543,7 +543,7 @@ def test_ld_dpo_weighs_the_reference_as_the_policy(tiny_config, monkeypatch):
     built = {}
     monkeypatch.setattr(programs, "preference_update", lambda *plain, **options: built.update(options))
     world = worlds.prepare(tiny_config("--loss.ld_alpha=0.25", "--loss.weighting=wpo", "--loop.iterations=1"))
-    assert built == {"ld_alpha": 0.25, "weighting": losses.wpo}
+    assert built == {"ld_alpha": 0.25, "weighting": losses.wpo, "moments": "device"}
     rng = np.random.default_rng(0)
     ids = lambda n: rng.integers(3, 20, n).astype(np.int32)
     prompt, a, b, c = ids(4), ids(9), ids(5), ids(2)
