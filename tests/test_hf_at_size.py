@@ -132,7 +132,9 @@ class Child:
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
         peak = self.anonymous()
-        while not select.select([self.process.stdout], [], [], 0.002)[0]:
+        heard = select.poll()  # select() takes no descriptor beyond 1023, and a long session has many
+        heard.register(self.process.stdout, select.POLLIN | select.POLLHUP)
+        while not heard.poll(2):
             peak = max(peak, self.anonymous())
         answer = self.process.stdout.readline()
         assert answer, f"the child ended: {line}"
