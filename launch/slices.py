@@ -29,7 +29,7 @@ SIZES = {
     "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4"),
     "v6e": ("1x1", "2x2", "2x4", "4x4", "4x8"),
 }
-BESIDE = ("scorer", "to decode layout", "prefill", "decode")
+OTHERS = ("scorer", "to decode layout", "prefill", "decode")
 WHOLE = ("v5e", "v5p")  # generations on which all programs are compiled
 ROWS = ["--optimizer.microbatch_rows=1", "--sft.optimizer.microbatch_rows=1"]
 
@@ -48,8 +48,8 @@ def hopeless(config: TrainConfig, topology: str) -> bool:
     return sum(case.holds.values()) + case.gradients > where.available
 
 
-def cell(model: str, kind: str, generation: str) -> dict:
-    """The smallest slice, what the update holds and takes there at least, and what the other programs hold."""
+def smallest(model: str, kind: str, generation: str) -> dict:
+    """The smallest slice for the update, what it holds and takes there at least."""
     config = config_of(model, kind)
     told: dict = {"model": model, "kind": kind, "generation": generation, "topology": "none", "tried": []}
     for size in SIZES[generation]:
@@ -65,19 +65,25 @@ def cell(model: str, kind: str, generation: str) -> dict:
             "topology": size,
             "chips": len(found.where.devices),
             "available": found.where.available,
-            "used": {"update": found.fits["update"].used},
+            "used": found.fits["update"].used,
             "parts": found.fits["update"].breakdown,
             "seconds": update.seconds,
             "step": update.step,
             "binds": update.binds,
-            "changes": {},
         }
-        for name in BESIDE if generation in WHOLE else ():
-            other = compiled(config, topology, name, search=True)
-            told["used"][name] = other.fits[name].used
-            if not other.fit:
-                told["changes"][name] = other.nearest[name] and advice.flags(other.nearest[name])
         break
+    return told
+
+
+def beside(model: str, kind: str, generation: str, size: str) -> dict:
+    """What the other programs hold on that slice; the change with which one fits, where it does not."""
+    config, topology = config_of(model, kind), f"{generation}:{size}"
+    told: dict = {"model": model, "kind": kind, "generation": generation, "others": {}, "changes": {}}
+    for name in OTHERS:
+        found = compiled(config, topology, name, search=True)
+        told["others"][name] = found.fits[name].used
+        if not found.fit:
+            told["changes"][name] = found.nearest[name] and advice.flags(found.nearest[name])
     return told
 
 
@@ -87,51 +93,70 @@ def compiled(config: TrainConfig, topology: str, name: str, *, search: bool) -> 
     return door.check(config, door.CompileCheckConfig(topology, only=(name,), traffic=traffic, search=search))
 
 
-def table(cells: list[dict]) -> list[str]:
+def joined(lines: list[dict]) -> dict[tuple[str, str, str], dict]:
+    """What is known of every cell."""
+    known: dict = {}
+    for line in lines:
+        known.setdefault((line["model"], line["kind"], line["generation"]), {}).update(line)
+    return known
+
+
+def table(known: dict) -> list[str]:
     """Markdown: a row a model and kind, a column a generation."""
-    by = {(c["model"], c["kind"], c["generation"]): c for c in cells}
     lines = [f"| model | | {' | '.join(SIZES)} |", "|---|---|" + "---|" * len(SIZES)]
     for model in MODELS:
         for kind in LORA:
-            shown = []
-            for generation in SIZES:
-                c = by.get((model, kind, generation))
-                if c is None or c["topology"] == "none":
-                    shown.append("?" if c is None else "none tried")
-                    continue
-                gib, bound = c["used"]["update"] / 2**30, f"≥ {c['step']:.2g} s ({c['binds']})"
-                more = f", {'; '.join(map(str, c['changes'].values()))}" if c["changes"] else ""
-                shown.append(f"{c['topology']}: {gib:.1f} of {c['available'] / 2**30:.1f} GiB, {bound}{more}")
+            shown = [_shown(known.get((model, kind, generation))) for generation in SIZES]
             lines.append(f"| {model} | {kind} | {' | '.join(shown)} |")
     return lines
 
 
-def write(cells: list[dict]) -> None:
+def _shown(c: dict | None) -> str:
+    if c is None:
+        return "?"
+    if c["topology"] == "none":
+        return f"none up to {c['tried'][-1]}" if c["tried"] else "none tried"
+    told = f"{c['topology']}: {c['used'] / 2**30:.1f} GiB, ≥ {c['step']:.2g} s ({c['binds']})"
+    for name, change in c.get("changes", {}).items():
+        told += f"; {name} with {change}" if change else f"; {name} does not fit"
+    return told
+
+
+def write(known: dict) -> None:
     """The lines "slices" of configs/paper."""
-    by = {(c["model"], c["kind"], c["generation"]): c["topology"] for c in cells}
     for model in MODELS:
         path = HERE / "paper" / f"{model}.yaml"
         text = path.read_text(encoding="utf-8")
         for kind in LORA:
-            line = "  ".join(f"{g} {by.get((model, kind, g), '?')}" for g in SIZES)
+            line = "  ".join(f"{g} {known.get((model, kind, g), {}).get('topology', '?')}" for g in SIZES)
             text = re.sub(rf"^#   slices    {kind}  .*$", f"#   slices    {kind}  {line}", text, flags=re.MULTILINE)
         path.write_text(text, encoding="utf-8")
 
 
+def read(path: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
 def main(out: str, *flags: str) -> None:
     path = pathlib.Path(out)
-    known = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     if "--write" in flags:
-        print("\n".join(table(known)))
-        write(known)
+        print("\n".join(table(joined(read(path)))))
+        write(joined(read(path)))
         return
     part, parts = (int(n) for n in flags[flags.index("--part") + 1].split("/")) if "--part" in flags else (0, 1)
-    done = {(c["model"], c["kind"], c["generation"]) for c in known}
-    asked = [(m, k, g) for g in ("v5e", "v5p", "v6e", "v4") for m in MODELS for k in LORA]
-    for one in asked[part::parts]:
-        if one not in done:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(cell(*one)) + "\n")
+    asked = [(m, k, g) for g in ("v5e", "v5p", "v6e", "v4") for m in MODELS for k in LORA][part::parts]
+
+    def tell(line: dict) -> None:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    for one in asked:
+        if "topology" not in joined(read(path)).get(one, {}):
+            tell(smallest(*one))
+    for one in asked:
+        known = joined(read(path))[one]
+        if one[2] in WHOLE and "others" not in known and known["topology"] != "none":
+            tell(beside(*one, known["topology"]))
 
 
 if __name__ == "__main__":
