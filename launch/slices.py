@@ -138,6 +138,7 @@ def read(path: pathlib.Path) -> list[dict]:
 
 
 def main(out: str, *flags: str) -> None:
+    chips.quiet()
     path = pathlib.Path(out)
     if "--write" in flags:
         print("\n".join(table(joined(read(path)))))

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sera_jax import hf, model, programs, sample, score
@@ -630,6 +630,20 @@ def test_shapes_that_libtpu_does_not_take():
     chips.quiet()
     with pytest.raises(ValueError, match=r"topology 'v5e:3x3' is none that libtpu knows: .*Expected chips along each"):
         chips.find("v5e:3x3")
+
+
+@needs_libtpu
+def test_what_lies_in_the_hosts_memory_is_none_of_the_chips():
+    """16 MiB there are brought over and added to 16 MiB here: 32 MiB are held, not the 48 of the compiler's peak."""
+    chips.quiet()
+    here = NamedSharding(Mesh(np.array(chips.find("v5e:2x2").devices), ("x",)), P())
+    one, other = (
+        jax.ShapeDtypeStruct((1 << 22,), jnp.float32, sharding=here.with_memory_kind(kind))
+        for kind in ("pinned_host", "device")
+    )
+    done = memory.compile_traced(jax.jit(lambda m, g: jnp.sum(jax.device_put(m, here) * g)).trace(one, other))
+    assert done.executable.memory_analysis().peak_memory_in_bytes >= 48 * 2**20
+    assert memory.held(one) == 0 and 32 * 2**20 <= done.memory.total < 34 * 2**20
 
 
 @needs_libtpu

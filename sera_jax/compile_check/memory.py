@@ -93,7 +93,9 @@ def of(executable: Any) -> Memory:
         "temporaries": told.temp_size_in_bytes,
         "code": told.generated_code_size_in_bytes,
     }
-    return Memory(**made, peak=getattr(told, "peak_memory_in_bytes", 0))
+    # The compiler's peak counts what lies in the host's memory, too.
+    elsewhere = told.host_argument_size_in_bytes + told.host_temp_size_in_bytes
+    return Memory(**made, peak=max(0, getattr(told, "peak_memory_in_bytes", 0) - elsewhere))
 
 
 def read_refusal(message: str) -> TooLarge | None:
