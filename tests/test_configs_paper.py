@@ -14,6 +14,7 @@ import yaml
 from sera_jax import config as configs
 from sera_jax import data, hf
 from sera_jax import model as decoder
+from sera_jax.compile_check import chips, door
 from sera_jax.records import Pair
 from sera_jax.train import loop
 
@@ -97,6 +98,20 @@ def test_a_model_says_where_it_fits_and_how_large_it_is(model):
         pytest.skip(f"no {folder.relative_to(ROOT)}: the weights are not counted")
     arch = hf.read_arch(folder)
     assert sum(leaf.size for leaf in jax.tree.leaves(decoder.abstract(arch))) == weights
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    chips.importlib.util.find_spec("libtpu") is None,
+    reason="compiles for a TPU: needs libtpu (pip install 'sera_jax[tpu]')",
+)
+def test_the_cheapest_model_fits_where_its_file_says():
+    """And, since nothing is smaller than one chip, on no smaller one."""
+    text = (PAPER / "pythia-410m.yaml").read_text(encoding="utf-8")
+    place = SLICES.findall(text)[0][2]
+    flags = [f"--model.path={ROOT / 'configs' / 'models' / 'pythia-410m'}", "--optimizer.microbatch_rows=1"]
+    own = door.CompileCheckConfig(f"v5e:{place}", only=("update",), traffic="none", search=False)
+    assert place == "1x1" and door.check(paper("ultrafeedback", "pythia-410m", *flags), own).fit
 
 
 def turns(*texts: str) -> list[dict[str, str]]:
