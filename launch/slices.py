@@ -16,6 +16,7 @@ import re
 import sys
 
 from sera_jax import config as configs
+from sera_jax import metrics, programs
 from sera_jax.compile_check import advice, cases, chips, door
 from sera_jax.compile_check.cases import Setting
 from sera_jax.config import TrainConfig
@@ -40,38 +41,33 @@ def config_of(model: str, kind: str) -> TrainConfig:
     return configs.parse(TrainConfig, [*files, *own, *ROWS, *LORA[kind]])
 
 
-def hopeless(config: TrainConfig, topology: str) -> bool:
-    """Would weights, moments and gradients alone be too much?"""
-    where = chips.find(topology)
-    setting = Setting(config, cases.arch_of(config), door.mesh_of(config, where), 1)
-    case = cases.CASES["update"](setting)
-    return sum(case.holds.values()) + case.gradients > where.available
-
-
 def smallest(model: str, kind: str, generation: str) -> dict:
     """The smallest slice for the update, what it holds and takes there at least."""
     config = config_of(model, kind)
     told: dict = {"model": model, "kind": kind, "generation": generation, "topology": "none", "tried": []}
     for size in SIZES[generation]:
-        topology = f"{generation}:{size}"
-        if hopeless(config, topology):
+        where = chips.find(f"{generation}:{size}")
+        setting = Setting(config, cases.arch_of(config), door.mesh_of(config, where), 1)
+        case = cases.CASES["update"](setting)
+        if sum(case.holds.values()) + case.gradients > where.available:
             continue
         told["tried"].append(size)
-        found = compiled(config, topology, "update", search=False)
-        if not found.fit:
-            continue
-        update = found.bounds["update"]
-        told |= {
+        metrics.say(f"{model}, {kind}, {where.name}")
+        with programs.precision(config.model.compute):
+            fit = door.fitted(setting, "update", where, told=False)
+            if not fit.fits:
+                continue
+            bound = door.bounded(setting, "update", fit, where, "loops")
+        return told | {
             "topology": size,
-            "chips": len(found.where.devices),
-            "available": found.where.available,
-            "used": found.fits["update"].used,
-            "parts": found.fits["update"].breakdown,
-            "seconds": update.seconds,
-            "step": update.step,
-            "binds": update.binds,
+            "chips": len(where.devices),
+            "available": where.available,
+            "used": fit.used,
+            "parts": fit.breakdown,
+            "seconds": bound.seconds,
+            "step": bound.step,
+            "binds": bound.binds,
         }
-        break
     return told
 
 
@@ -80,17 +76,11 @@ def beside(model: str, kind: str, generation: str, size: str) -> dict:
     config, topology = config_of(model, kind), f"{generation}:{size}"
     told: dict = {"model": model, "kind": kind, "generation": generation, "others": {}, "changes": {}}
     for name in OTHERS:
-        found = compiled(config, topology, name, search=True)
+        found = door.check(config, door.CompileCheckConfig(topology, only=(name,), traffic="none"))
         told["others"][name] = found.fits[name].used
         if not found.fit:
             told["changes"][name] = found.nearest[name] and advice.flags(found.nearest[name])
     return told
-
-
-def compiled(config: TrainConfig, topology: str, name: str, *, search: bool) -> door.Found:
-    """One program of a config; search: where it does not fit, the nearest change with which it does, too."""
-    traffic = "loops" if name == "update" else "none"
-    return door.check(config, door.CompileCheckConfig(topology, only=(name,), traffic=traffic, search=search))
 
 
 def joined(lines: list[dict]) -> dict[tuple[str, str, str], dict]:
