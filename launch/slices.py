@@ -54,7 +54,7 @@ def smallest(model: str, kind: str, generation: str) -> dict:
         told["tried"].append(size)
         metrics.say(f"{model}, {kind}, {where.name}")
         with programs.precision(config.model.compute):
-            fit = door.fitted(setting, "update", where, told=False)
+            fit = door.fitted(setting, "update", where, told=False, text=True)
             if not fit.fits:
                 continue
             bound = door.bounded(setting, "update", fit, where, "loops")
