@@ -286,20 +286,7 @@ def preference_update(
         moments: a key of MEMORY.
     """
 
-    def outputs(trained: dict, frozen: dict, micro: Microbatch, key: jax.Array) -> SlotSums:
-        return score.slot_sums(
-            arch,
-            model.join(arch, trained, frozen),
-            micro.rows,
-            mesh=mesh,
-            dtype=compute.dtype,
-            remat=compute.remat,
-            chunk=compute.chunk,
-            backend=compute.attention,
-            tail=ld_alpha,
-            alignment=weighting is not None,
-            key=key,
-        )
+    outputs = _outputs(arch, mesh, compute, tail=ld_alpha, alignment=weighting is not None)
 
     def weighted_loss(sums: SlotSums, reference: jax.Array, weight: jax.Array, label: jax.Array | None) -> tuple:
         """Weighted sum of the loss over examples, Σ weight and metric sums; inputs [..., S]."""
@@ -345,9 +332,21 @@ def sft_update(
     moments: str = "device",
 ) -> Callable[[TrainState, dict, Batch, jax.Array, jax.Array], tuple[TrainState, dict]]:
     """The same for single branches: mean negative log-prob of the batch's response tokens, each of weight 1."""
+    outputs = _outputs(arch, mesh, compute)
 
     def loss_fn(trained: dict, frozen: dict, micro: Microbatch, key: jax.Array) -> tuple:
-        sums = score.slot_sums(
+        sums = outputs(trained, frozen, micro, key)
+        nll_BS, tokens_BS, _ = losses.sft(sums.logp_BS, sums.length_BS)
+        return jnp.sum(nll_BS), jnp.sum(tokens_BS), {}
+
+    return _update(arch, mesh, transform, functools.partial(step.gradients, loss_fn), schedule, moments)
+
+
+def _outputs(arch: Arch, mesh: Mesh, compute: Compute, **of: Any) -> Callable[..., SlotSums]:
+    """(what trains, frozen weights, microbatch, key) → SlotSums. of: further keywords of score.slot_sums."""
+
+    def run(trained: dict, frozen: dict, micro: Microbatch, key: jax.Array) -> SlotSums:
+        return score.slot_sums(
             arch,
             model.join(arch, trained, frozen),
             micro.rows,
@@ -357,11 +356,10 @@ def sft_update(
             chunk=compute.chunk,
             backend=compute.attention,
             key=key,
+            **of,
         )
-        nll_BS, tokens_BS, _ = losses.sft(sums.logp_BS, sums.length_BS)
-        return jnp.sum(nll_BS), jnp.sum(tokens_BS), {}
 
-    return _update(arch, mesh, transform, functools.partial(step.gradients, loss_fn), schedule, moments)
+    return run
 
 
 def _update(
