@@ -58,7 +58,7 @@ def test_peft_reads_what_we_write(name, targets, tmp_path, one_device):
     merged = hf.save(tmp_path / "merged", plain, params, source=tmp_path / "base", dtype=np.float32)
     with torch.no_grad():
         got = transformers.AutoModelForCausalLM.from_pretrained(merged)(ids).logits.numpy()
-    # Measured floor: 1e-6 of the largest logit.
+    # Measured floor: 8e-7 of the largest logit.
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
 
 
