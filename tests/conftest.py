@@ -1,6 +1,7 @@
 """The floor under every test: eight simulated CPU devices, no silent rank promotion, one shared compilation cache."""
 
 import contextlib
+import gc
 import os
 import pathlib
 import resource
@@ -29,6 +30,21 @@ jax.config.update("jax_compilation_cache_dir", os.path.join(os.environ["XDG_CACH
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 SHARED = pathlib.Path(os.environ.get("SERA_JAX_SHARED", pathlib.Path(__file__).parents[2] / "shared"))
+
+
+MAPS = pathlib.Path("/proc/self/maps")
+MOST_MAPS = 40_000  # Linux gives a process 65,530 (vm.max_map_count); XLA dies of the next one by a segmentation fault
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_programs():
+    """A file's compiled programs go when it is done: each holds memory maps, and together they would be too many."""
+    yield
+    jax.clear_caches()
+    gc.collect()
+    if MAPS.is_file():
+        count = len(MAPS.read_bytes().splitlines())
+        assert count < MOST_MAPS, f"{count} memory maps are left, expected fewer than {MOST_MAPS}: who keeps programs?"
 
 
 @pytest.fixture(scope="session")
