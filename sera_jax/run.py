@@ -406,7 +406,7 @@ def run_stage(
             run.metrics.write({**last["where"], **numbers, "perf/useful_tokens": share})
 
     done, checks = at.update, at.checks
-    stream = zip(range(done, total), _loaded(stage, mesh, done), strict=True)
+    stream = zip(range(done, total), loaded(stage, mesh, done), strict=True)
     label = "SFT" if stage.name == "sft" else f"iteration {stage.iteration}: updates"
     for index, (batch, fill) in metriclib.track(stream, total=total - done, label=label, unit="updates"):
         state, metrics = update(state, frozen, batch, total_array, fold(key, index))
@@ -438,7 +438,7 @@ def run_stage(
     return state, at
 
 
-def _loaded(stage: Stage, mesh: Mesh, done: int) -> Iterator[tuple[Batch, Fill]]:
+def loaded(stage: Stage, mesh: Mesh, done: int) -> Iterator[tuple[Batch, Fill]]:
     """Batches of a stage from number `done` on, packed by grain's threads ahead of the devices."""
     where = programs.batch_shardings(mesh)
 

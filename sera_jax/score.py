@@ -160,9 +160,10 @@ def _of_tokens(
     hidden_BMD, table_VD = model.head(arch, params, hidden_BMD, dtype, key)
     bias_V = model.head_bias(arch, params)
     head = Head(mesh, chunk, arch.logit_cap)
+    used_B = jnp.sum(rows.slot_BM < rows.example_BS.shape[1], axis=1, dtype=jnp.int32)
     if collision:
-        return head_logps_and_collision(hidden_BMD, table_VD, bias_V, rows.target_BM, head)
-    return head_logps(hidden_BMD, table_VD, bias_V, rows.target_BM, head), None
+        return head_logps_and_collision(hidden_BMD, table_VD, bias_V, rows.target_BM, head, used_B)
+    return head_logps(hidden_BMD, table_VD, bias_V, rows.target_BM, head, used_B), None
 
 
 # --- the head ---------------------------------------------------------------------------------------------------------
@@ -179,50 +180,67 @@ class Head:
 
 
 def head_logps(
-    hidden_BMD: jax.Array, table_VD: jax.Array, bias_V: jax.Array | None, target_BM: jax.Array, head: Head
+    hidden_BMD: jax.Array,
+    table_VD: jax.Array,
+    bias_V: jax.Array | None,
+    target_BM: jax.Array,
+    head: Head,
+    used_B: jax.Array | None = None,
 ) -> jax.Array:
     """log softmax(hidden · tableᵀ + bias)[target], float32 [B, M]; products in the dtype of `hidden`.
+
+    used_B: int32, how many targets of each row count, from its first on; None = all. Chunks in which no row has any are
+    not computed: there the result is 0, and so are gradients.
 
     The vocabulary is split over the mesh axes that `mesh.LAYOUTS` gives it; hidden states are gathered over fsdp one
     chunk at a time where fsdp splits the vocabulary, and (max, sum-exp, target) are what crosses devices. The backward
     pass recomputes each chunk's logits and accumulates the gradients of table and bias in float32.
     """
-    return _head(hidden_BMD, table_VD, bias_V, target_BM, head, False)[0]
+    return _head(hidden_BMD, table_VD, bias_V, target_BM, _used(used_B, target_BM), head, False)[0]
 
 
 def head_logps_and_collision(
-    hidden_BMD: jax.Array, table_VD: jax.Array, bias_V: jax.Array | None, target_BM: jax.Array, head: Head
+    hidden_BMD: jax.Array,
+    table_VD: jax.Array,
+    bias_V: jax.Array | None,
+    target_BM: jax.Array,
+    head: Head,
+    used_B: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """`head_logps`, and log Σ_v π(v)², float32 [B, M], of the distribution that predicts each target.
 
     The second, the log-probability that two draws agree, has no gradient; it costs one more sum over the vocabulary in
     the forward pass, and a second number for each token that crosses devices.
     """
-    return _head(hidden_BMD, table_VD, bias_V, target_BM, head, True)
+    return _head(hidden_BMD, table_VD, bias_V, target_BM, _used(used_B, target_BM), head, True)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _head(hidden_BMD, table_VD, bias_V, target_BM, head, collision):
+def _used(used_B: jax.Array | None, target_BM: jax.Array) -> jax.Array:
+    return jnp.full(target_BM.shape[:1], target_BM.shape[1], jnp.int32) if used_B is None else used_B
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _head(hidden_BMD, table_VD, bias_V, target_BM, used_B, head, collision):
     """(logp_BM,), or (logp_BM, log_collision_BM) if asked for."""
-    return _head_forward(hidden_BMD, table_VD, bias_V, target_BM, head, collision)[0]
+    return _head_forward(hidden_BMD, table_VD, bias_V, target_BM, used_B, head, collision)[0]
 
 
-def _head_forward(hidden_BMD, table_VD, bias_V, target_BM, head, collision):
+def _head_forward(hidden_BMD, table_VD, bias_V, target_BM, used_B, head, collision):
     rows, table = _specs(head.mesh, table_VD.shape)
     body = functools.partial(_forward_chunks, collision=collision)
-    forward = _sharded(body, head, table_VD.shape, (rows, table, table, rows), (rows,) * (2 + collision))
-    logp_BM, lse_BM, *rest = forward(hidden_BMD, table_VD, bias_V, target_BM)
-    return (logp_BM, *rest), (hidden_BMD, table_VD, bias_V, target_BM, lse_BM)
+    forward = _sharded(body, head, table_VD.shape, (rows, table, table, rows, rows), (rows,) * (2 + collision))
+    logp_BM, lse_BM, *rest = forward(hidden_BMD, table_VD, bias_V, target_BM, used_B)
+    return (logp_BM, *rest), (hidden_BMD, table_VD, bias_V, target_BM, used_B, lse_BM)
 
 
 def _head_backward(head, collision, residuals, cotangents):
-    hidden_BMD, table_VD, bias_V, target_BM, lse_BM = residuals
+    hidden_BMD, table_VD, bias_V, target_BM, used_B, lse_BM = residuals
     rows, table = _specs(head.mesh, table_VD.shape)
-    inputs, results = (rows, table, table, rows, rows, rows), (rows, table, table)
+    inputs, results = (rows, table, table, rows, rows, rows, rows), (rows, table, table)
     backward = _sharded(_backward_chunks, head, table_VD.shape, inputs, results)
-    d_hidden, d_table, d_bias = backward(hidden_BMD, table_VD, bias_V, target_BM, lse_BM, cotangents[0])
+    d_hidden, d_table, d_bias = backward(hidden_BMD, table_VD, bias_V, target_BM, used_B, lse_BM, cotangents[0])
     d_bias = None if bias_V is None else d_bias.astype(bias_V.dtype)
-    return d_hidden.astype(hidden_BMD.dtype), d_table.astype(table_VD.dtype), d_bias, None
+    return d_hidden.astype(hidden_BMD.dtype), d_table.astype(table_VD.dtype), d_bias, None, None
 
 
 _head.defvjp(_head_forward, _head_backward)
@@ -253,6 +271,23 @@ def _chunk_of(chunk: int, rows: int, vocab_axes: tuple[str, ...]) -> int:
     make TOKENS with the rows that are gathered; 64 at least."""
     gathered = rows * (jax.lax.axis_size("fsdp") if "fsdp" in vocab_axes else 1)
     return min(chunk, max(64, TOKENS // gathered))
+
+
+def _over_chunks(body: Callable, carry: Any, out: Any, used_b: jax.Array, chunk: int) -> tuple[Any, Any]:
+    """`body(carry, i) → (carry, what comes out of chunk i)` over the chunks in which any row has a target.
+
+    out: zeros of everything's outputs, chunks first. All devices turn as often, for they work on chunks together.
+    """
+    count, turns = len(jax.tree.leaves(out)[0]), -(-jax.lax.pmax(jnp.max(used_b), meshes.AXES) // chunk)
+
+    def turn(state: tuple) -> tuple:
+        i, carry, out = state
+        carry, one = body(carry, i)
+        return i + 1, carry, jax.tree.map(lambda all_, part: all_.at[i].set(part.astype(all_.dtype)), out, one)
+
+    # The second condition never holds alone; it tells readers of the program how often it turns at most.
+    state = jax.lax.while_loop(lambda s: (s[0] < turns) & (s[0] < count), turn, (jnp.int32(0), carry, out))
+    return state[1:]
 
 
 def _chunks(array: jax.Array, chunk: int) -> jax.Array:
@@ -296,13 +331,14 @@ def _logits(hidden: jax.Array, table: jax.Array, bias: jax.Array | None, cap: fl
     return model.capped(logits, cap)
 
 
-def _forward_chunks(hidden_bMD, table_vD, bias_v, target_bM, *, vocab_axes, chunk, cap, collision):
+def _forward_chunks(hidden_bMD, table_vD, bias_v, target_bM, used_b, *, vocab_axes, chunk, cap, collision):
     rows, length = target_bM.shape
-    chunk, table_vD = _chunk_of(chunk, rows, vocab_axes), table_vD.astype(hidden_bMD.dtype)
+    chunk, table_vD = min(_chunk_of(chunk, rows, vocab_axes), length), table_vD.astype(hidden_bMD.dtype)
     across = (lambda x: jax.lax.psum(x, vocab_axes)) if vocab_axes else (lambda x: x)
+    inputs = _chunks(hidden_bMD, chunk), _chunks(target_bM, chunk)
 
-    def body(_, inputs):
-        hidden, target = (_gathered(x, vocab_axes) for x in inputs)
+    def body(_, i):
+        hidden, target = (_gathered(x[i], vocab_axes) for x in inputs)
         logits = _logits(hidden, table_vD, bias_v, cap)
         top = jnp.max(logits, axis=-1)
         top = jax.lax.pmax(top, vocab_axes) if vocab_axes else top
@@ -317,17 +353,19 @@ def _forward_chunks(hidden_bMD, table_vD, bias_v, target_bM, *, vocab_axes, chun
             out += (jnp.log(across(jnp.sum(above**2, axis=-1))) - 2 * log_sum,)
         return None, tuple(_own(x, vocab_axes, rows) for x in out)
 
-    _, out = jax.lax.scan(body, None, (_chunks(hidden_bMD, chunk), _chunks(target_bM, chunk)))
+    zeros = (jnp.zeros(inputs[1].shape, jnp.float32),) * (2 + collision)
+    _, out = _over_chunks(body, None, zeros, used_b, chunk)
     return tuple(_joined(x, length) for x in out)
 
 
-def _backward_chunks(hidden_bMD, table_vD, bias_v, target_bM, lse_bM, cotangent_bM, *, vocab_axes, chunk, cap):
+def _backward_chunks(hidden_bMD, table_vD, bias_v, target_bM, used_b, lse_bM, cotangent_bM, *, vocab_axes, chunk, cap):
     rows, length = target_bM.shape
-    chunk, table_vD = _chunk_of(chunk, rows, vocab_axes), table_vD.astype(hidden_bMD.dtype)
+    chunk, table_vD = min(_chunk_of(chunk, rows, vocab_axes), length), table_vD.astype(hidden_bMD.dtype)
+    inputs = tuple(_chunks(x, chunk) for x in (hidden_bMD, target_bM, lse_bM, cotangent_bM))
 
-    def body(sums, inputs):
+    def body(sums, i):
         d_table, d_bias = sums
-        hidden, target, lse, cotangent = (_gathered(x, vocab_axes) for x in inputs)
+        hidden, target, lse, cotangent = (_gathered(x[i], vocab_axes) for x in inputs)
         local, here = _local_target(target, vocab_axes, table_vD.shape[0])
         # d logp / d logits = onehot(target) - softmax
         logits = _logits(hidden, table_vD, bias_v, cap)
@@ -347,9 +385,9 @@ def _backward_chunks(hidden_bMD, table_vD, bias_v, target_bM, lse_bM, cotangent_
         d_table += jnp.einsum("bmv,bmd->vd", d_logits, hidden, preferred_element_type=jnp.float32)
         return (d_table, d_bias), d_hidden
 
-    inputs = tuple(_chunks(x, chunk) for x in (hidden_bMD, target_bM, lse_bM, cotangent_bM))
     zeros = jnp.zeros(table_vD.shape, jnp.float32), None if bias_v is None else jnp.zeros(bias_v.shape, jnp.float32)
-    sums, d_hidden = jax.lax.scan(body, zeros, inputs)
+    out = jnp.zeros(inputs[0].shape, hidden_bMD.dtype)
+    sums, d_hidden = _over_chunks(body, zeros, out, used_b, chunk)
     # Row groups that this slice of the vocabulary has not seen yet.
     other_rows = tuple(a for a in meshes.ROW_AXES if a not in vocab_axes)
     return _joined(d_hidden, length), *jax.lax.psum(sums, other_rows)
@@ -369,7 +407,8 @@ def plan_for(trees: Sequence[Tree], arch: Arch, mesh: Mesh) -> Plan:
 def plan_of(lengths_N3: np.ndarray, arch: Arch, mesh: Mesh) -> Plan:
     """The same for lengths as rows.measure gives them."""
     batch = min(CHUNK, len(lengths_N3))
-    return rowlib.plan(lengths_N3, batch=batch, width=arch.width, shards=meshes.row_shards(mesh))
+    shards, logits = meshes.row_shards(mesh), model.head_share(arch)
+    return rowlib.plan(lengths_N3, batch=batch, width=arch.width, shards=shards, logits=logits)
 
 
 def set_logps(

@@ -60,6 +60,10 @@ def test_loops_branches_devices_kernels_and_recomputation(eight_devices):
     assert counted(lambda x: jax.lax.fori_loop(0, 7, lambda i, y: y @ y, x), a).done == 7 * one
     turning = lambda x, n: jax.lax.fori_loop(0, n, lambda i, y: scan(y), x)
     assert counted(turning, a, shape(dtype=jnp.int32), trips=3).done == 15 * one
+    at_most = lambda x, n: jax.lax.while_loop(
+        lambda s: (s[0] < n) & (s[0] < 4), lambda s: (s[0] + 1, scan(s[1])), (0, x)
+    )
+    assert counted(at_most, a, shape(dtype=jnp.int32), trips=3).done == 20 * one
     branching = lambda x, p: jax.lax.cond(p, lambda y: y @ y @ y, lambda y: y @ y, x)
     assert counted(branching, a, shape(dtype=jnp.bool_)).done == 2 * one
     split = jax.shard_map(
@@ -215,6 +219,16 @@ def test_a_loop_moves_what_its_turns_move():
     run = lambda n: moved(lambda x: jax.lax.scan(body, x, None, length=n)[0], shape(64, 64)).hbm
     assert run(9) - run(8) == pytest.approx(run(8) - run(7))
     assert run(9) - run(8) >= 3 * 64 * 64 * 4
+
+
+def test_a_loop_that_says_how_often_it_turns_at_most():
+    def loop(n):
+        turn = lambda s: (s[0] + 1, jnp.tanh(s[1] @ s[1]))
+        return lambda x, turns: jax.lax.while_loop(lambda s: (s[0] < turns) & (s[0] < n), turn, (0, x))[1]
+
+    run = lambda n: moved(loop(n), shape(64, 64), shape(dtype=jnp.int32), trips=1000).hbm
+    assert run(9) - run(8) == pytest.approx(run(8) - run(7))
+    assert 3 * 64 * 64 * 4 <= run(9) - run(8) < run(7)
 
 
 TPU = """\

@@ -86,6 +86,19 @@ def test_narrow_models_get_short_rows():
     assert plans[64].length == 512 and plans[8192].length == 2048
 
 
+def test_dear_logits_make_full_targets():
+    """One tree in eight is nearly all response: where targets cost much, rows have room for the average, not for it."""
+    lengths = np.array([[250, 40, 2]] * 7 + [[250, 240, 2]])
+    lengths = np.tile(lengths, (64, 1))
+    plans = {logits: rowlib.plan(lengths, batch=32, width=8192, shards=1, logits=logits) for logits in (0.0, 4.0)}
+    share = {logits: plan.targets / plan.length for logits, plan in plans.items()}
+    assert share[4.0] < 0.7 * share[0.0]
+    rows = rowlib.pack(
+        [Tree("t", np.zeros(n - m, np.int32), (np.ones(m // 2, np.int32),) * 2) for n, m, _ in lengths[:32]], plans[4.0]
+    )
+    assert rowlib.fill(rows).share > 0.8
+
+
 def test_microbatches_pad_only_the_last():
     trees = trees_of(2, 9, prompt=(30, 60), branch=(20, 30))
     plan = Plan(128, 128, 2, 2)

@@ -195,6 +195,32 @@ def test_the_gradient_of_the_table_is_the_unchunked_one_at_every_chunk_size(one_
         np.testing.assert_allclose(g, got[160], atol=1e-5 * size)
 
 
+@pytest.mark.parametrize("used", [(0, 0, 0, 0), (20, 3, 0, 9), (40, 40, 40, 40)])
+@pytest.mark.parametrize("where", ["one device", "eight devices"])
+def test_the_head_leaves_out_chunks_without_targets(one_device, eight_devices, where, used):
+    """Where any row has a target, value and gradients are those of a head that computes all; elsewhere they are 0."""
+    mesh = {"one device": one_device, "eight devices": eight_devices}[where]
+    rng = np.random.default_rng(4)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    hidden, table, bias, weight = draw(4, 40, 32), draw(96, 32), draw(96), draw(4, 40)
+    target, counts = jnp.asarray(rng.integers(0, 96, (4, 40))), jnp.asarray(used, jnp.int32)
+    here = jnp.arange(40)[None] < counts[:, None]
+
+    def run(used_B):
+        def weighed(h, w, b):
+            logp = score.head_logps(h, w, b, target, Head(mesh, 8), used_B)
+            return (jnp.where(here, logp, 0) * weight).sum(), logp
+
+        return jax.jit(jax.value_and_grad(weighed, argnums=(0, 1, 2), has_aux=True))(hidden, table, bias)
+
+    ((_, got), gradients), ((_, all_), all_gradients) = run(counts), run(None)
+    end = -(-max(used) // 8) * 8
+    np.testing.assert_array_equal(got[:, :end], all_[:, :end])
+    assert not np.asarray(got[:, end:]).any() and np.isfinite(got).all()
+    for a, b in zip(gradients, all_gradients):
+        np.testing.assert_allclose(a, b, atol=1e-6 * max(float(np.abs(b).max()), 1e-30))
+
+
 @pytest.mark.parametrize("cap", [None, 2.0])
 @pytest.mark.parametrize("where", ["one device", "eight devices"])
 def test_a_head_with_bias_and_cap(one_device, eight_devices, where, cap):

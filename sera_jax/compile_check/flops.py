@@ -31,7 +31,8 @@ def count(jaxpr: Any, trips: int = 1) -> Flops:
     """FLOPs of a (closed) jaxpr, of all devices together.
 
     Args:
-        trips: of while loops; those of `fori_loop` with a known length are scans, which say it themselves.
+        trips: of while loops that do not say how often they turn at most; those of `fori_loop` with a known length are
+            scans, which say it themselves.
     """
     done = issued = 0.0
     for flops, passes in _walk(jaxpr, trips):
@@ -70,13 +71,20 @@ def _times(eqn: Any, trips: int) -> int:
     if name == "scan":
         return params["length"]
     if name == "while":
-        return trips
+        return _most_turns(params) or trips
     if name == "shard_map":  # its shapes are those of one device
         axes = params.get("manual_axes") or params["mesh"].axis_names
         return math.prod(params["mesh"].shape[axis] for axis in axes)
     if name == "pallas_call":  # every block of the grid: what a kernel skips by its mask counts
         return math.prod(size for size in params["grid_mapping"].grid if isinstance(size, int))
     return 1
+
+
+def _most_turns(params: Mapping[str, Any]) -> int:
+    """The constant that a loop's counter has to stay below, 0 where its condition has none."""
+    compared = [eqn for eqn in params["cond_jaxpr"].jaxpr.eqns if eqn.primitive.name == "lt"]
+    limits = [getattr(eqn.invars[1], "val", None) for eqn in compared]
+    return min((int(limit) for limit in limits if limit is not None), default=0)
 
 
 def _dot(eqn: Any) -> float:

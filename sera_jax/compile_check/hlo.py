@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0}
 _COLLECTIVES: dict[str, Callable[[float, int], float]] = {
@@ -195,6 +195,8 @@ def _turns(computations: dict[str, Computation], here: Computation, loop: Instru
         return int(told[1])
     condition = computations[_called(loop, "condition")].instructions
     root = computations[_called(loop, "condition")].root
+    if root.opcode in ("and", "fusion"):
+        return min(_limits(computations, condition, root), default=0)
     if root.opcode != "compare" or "direction=LT" not in root.rest:
         return 0
     counter, limit = (condition.get(name) for name in root.operands[:2])
@@ -205,6 +207,26 @@ def _turns(computations: dict[str, Computation], here: Computation, loop: Instru
     if end is None and limit.opcode == "get-tuple-element":
         end = _constant(_element(here, loop.operands[0], int(re.search(r"index=(\d+)", limit.rest)[1])))
     return 0 if end is None else max(end - (start or 0), 0)
+
+
+def _limits(computations: dict[str, Computation], here: Mapping[str, Instruction], one: Instruction) -> Iterator[int]:
+    """The constants that something has to stay below if an `and` of comparisons, possibly fused, is to hold."""
+    if one.opcode == "fusion":
+        inside, given = computations[_called(one, "calls")], [here.get(name) for name in one.operands]
+        known = {
+            part.name: given[int(part.operands[0])] if part.opcode == "parameter" else part
+            for part in inside.instructions.values()
+        }
+        if inside.root.opcode in ("and", "compare"):
+            yield from _limits(computations, known, inside.root)
+    elif one.opcode == "and":
+        for name in one.operands[:2]:
+            if here.get(name) is not None:
+                yield from _limits(computations, here, here[name])
+    elif one.opcode == "compare" and "direction=LT" in one.rest:
+        limit = _constant(here.get(one.operands[1]))
+        if limit is not None:
+            yield limit
 
 
 def _element(here: Computation, name: str, index: int) -> Instruction | None:

@@ -526,6 +526,7 @@ def update_plan(lengths_N3: np.ndarray, optimizer: OptimizerConfig, arch: Arch, 
         shards=meshes.row_shards(mesh),
         row_tokens=optimizer.row_tokens,
         microbatch_rows=optimizer.microbatch_rows,
+        logits=4 / 3 * model.head_share(arch),  # the head's backward pass computes its logits again
     )
 
 

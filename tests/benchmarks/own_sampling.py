@@ -1,0 +1,67 @@
+"""sera_jax's own side of sampling.py, in its own process: seconds of each batch, new tokens of each, peak memory.
+
+python tests/benchmarks/own_sampling.py --model DIR --prompts FILE --batch 8 --candidates 4 --new-tokens 128
+"""
+
+import argparse
+import json
+import resource
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sera_jax import hf, programs, sample
+from sera_jax import mesh as meshes
+from sera_jax.programs import Compute
+
+
+def main() -> None:
+    p = argparse.ArgumentParser()
+    p.add_argument("--model", required=True)
+    p.add_argument("--prompts", required=True)
+    p.add_argument("--batch", type=int, default=8)
+    p.add_argument("--batches", type=int, default=6)
+    p.add_argument("--candidates", type=int, default=4)
+    p.add_argument("--new-tokens", type=int, default=128)
+    p.add_argument("--dtype", default="float32")
+    p.add_argument("--greedy", action="store_true")
+    a = p.parse_args()
+    mesh = meshes.make(1, 1, 1, jax.devices()[:1])
+    arch, compute = hf.read_arch(a.model), Compute(jnp.dtype(a.dtype))
+    weights = programs.to_decode(arch, mesh, compute.dtype)(hf.load(a.model, arch, mesh))
+    given = [json.loads(line)["prompt_ids"] for line in open(a.prompts, encoding="utf-8")][: a.batch * a.batches]
+    given = [np.array(ids, np.int32) for ids in given]
+    values = sample.sampling(
+        temperature=0.0 if a.greedy else 1.0, top_k=0, top_p=1.0, min_p=0.0, eos_ids=(arch.vocab,)
+    )  # an EOS outside of the vocabulary: nothing ends before its time
+    run = programs.sample_prompts(
+        programs.prefiller(arch, mesh, compute),
+        programs.decoder(arch, mesh, compute, candidates=a.candidates, max_new_tokens=a.new_tokens),
+        weights,
+        sample.seeded(0),
+        values,
+        mesh,
+    )
+
+    def batch(number: int) -> list:
+        part = given[number * a.batch : (number + 1) * a.batch]
+        size = max(sample.bucket(len(ids)) for ids in part)  # one bucket, as generate() pads a batch to its longest
+        return [out for _, out, _ in sample.run_batches(run, part, [(size, np.arange(len(part)))], a.batch)][0]
+
+    seconds, tokens, first = [], [], None
+    for number in range(a.batches):  # each bucket compiles once
+        batch(number)
+    for number in range(a.batches):
+        began = time.perf_counter()
+        out = batch(number)
+        seconds.append(time.perf_counter() - began)
+        tokens.append(sum(len(ids) for candidates in out for ids in candidates))
+        first = first or [ids.tolist() for candidates in out for ids in candidates]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"seconds": seconds, "tokens": tokens, "first": first if a.greedy else None, "peak_mib": peak}))
+
+
+if __name__ == "__main__":
+    main()

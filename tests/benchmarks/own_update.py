@@ -1,0 +1,150 @@
+"""sera_jax's own side of update.py, in its own process: one JSON object with losses, seconds of each step, peak memory.
+
+    python tests/benchmarks/own_update.py --model DIR --pairs FILE --batch B --steps S --lr LR [switches]
+
+The switches turn off, one at a time, what makes the step fast: --unshared (each response gets a copy of its prompt),
+--unpacked (one pair a row), --all-logits (logits at every token), --reference-inside (reference log-probs in the step).
+"""
+
+import argparse
+import dataclasses
+import json
+import resource
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from harness import read_trees
+
+from sera_jax import hf, losses, model, programs, score, step
+from sera_jax import mesh as meshes
+from sera_jax import rows as rowlib
+from sera_jax import run as runs
+from sera_jax.programs import Compute
+
+SWITCHES = ("unshared", "unpacked", "all-logits", "reference-inside")
+
+
+def unshared(trees: list) -> list:
+    """Trees without a prompt, whose branches are prompt + response."""
+    whole = lambda tree: tuple(np.concatenate((tree.prompt, branch)) for branch in tree.branches)
+    return [dataclasses.replace(tree, prompt=tree.prompt[:0], branches=whole(tree)) for tree in trees]
+
+
+def responses_alone(batch, trees: list, targets: int):
+    """A batch of `unshared` trees with the targets that lie in prompts taken out; of the rest, `targets` a row."""
+    rows = jax.tree.map(np.array, batch.rows)
+    prompt_F = np.repeat([len(tree.prompt) for tree in trees], 2)
+    names, slots = ("parent_BM", "target_BM", "slot_BM"), rows.example_BS.shape[2]
+    example = np.take_along_axis(rows.example_BS, np.minimum(rows.slot_BM, slots - 1), axis=2)
+    at = np.take_along_axis(rows.position_BL, rows.parent_BM, axis=2) + 1
+    kept = (rows.slot_BM < slots) & (at >= prompt_F[example])
+    first = np.argsort(~kept, axis=2, kind="stable")[:, :, :targets]
+    out = {name: np.take_along_axis(getattr(rows, name), first, axis=2) for name in names}
+    out["slot_BM"] = np.where(np.take_along_axis(kept, first, axis=2), out["slot_BM"], slots)
+    assert kept.sum(axis=2).max() <= targets, f"a row has {kept.sum(axis=2).max()} response tokens, room for {targets}"
+    return dataclasses.replace(batch, rows=dataclasses.replace(rows, **out))
+
+
+def main() -> None:
+    p = argparse.ArgumentParser()
+    p.add_argument("--model", required=True)
+    p.add_argument("--pairs", required=True)
+    p.add_argument("--batch", type=int, required=True)
+    p.add_argument("--steps", type=int, required=True)
+    p.add_argument("--lr", type=float, required=True)
+    p.add_argument("--attention", default="auto")
+    p.add_argument("--remat", default="none")
+    p.add_argument("--dtype", default="float32")
+    p.add_argument("--chunk", type=int, default=256)
+    p.add_argument("--row-tokens", type=int, default=0)
+    p.add_argument("--microbatch-rows", type=int, default=0)
+    for name in SWITCHES:
+        p.add_argument(f"--{name}", action="store_true")
+    a = p.parse_args()
+    mesh = meshes.make(1, 1, 1, jax.devices()[:1])
+    arch = hf.read_arch(a.model)
+    compute = Compute(jnp.dtype(a.dtype), a.remat, a.chunk, a.attention)
+    trees = read_trees(a.pairs)[: a.batch * a.steps]
+    params = hf.load(a.model, arch, mesh)
+    order = [np.arange(i * a.batch, (i + 1) * a.batch) for i in range(a.steps)]
+
+    laid = unshared(trees) if a.unshared else trees
+    lengths = rowlib.measure(laid)
+    shape = {"batch": a.batch, "width": arch.width, "shards": 1, "logits": 4 / 3 * model.head_share(arch)}
+    if a.unpacked:
+        longest = -(-int(lengths[:, 0].max()) // 128) * 128
+        plan = rowlib.Plan(longest, min(-(-int(lengths[:, 1].max()) // 128) * 128, longest), 2, a.microbatch_rows or 1)
+    else:
+        plan = rowlib.plan(lengths, row_tokens=a.row_tokens, microbatch_rows=a.microbatch_rows, **shape)
+    if a.all_logits:
+        plan = dataclasses.replace(plan, targets=plan.length)
+
+    targets = plan.targets
+    if a.unshared:  # responses take as much of a row as they take of all tokens
+        share = max(rowlib.measure(trees)[members, 1].sum() / lengths[members, 0].sum() for members in order)
+        targets = min(plan.length, -(-int(1.25 * share * plan.length) // 128) * 128)
+
+    scorer, by_row = programs.scorer(arch, mesh, compute), meshes.rows_sharding(mesh)
+    reference_F = np.zeros(2 * len(trees), np.float32)
+    reference = hf.load(a.model, arch, mesh) if a.reference_inside else None
+    if not a.reference_inside:
+        score_plan = score.plan_for(trees, arch, mesh)
+        run = programs.score_rows(scorer, params, mesh)
+        for start in range(0, len(trees), 32):
+            some = trees[start : start + 32]
+            reference_F[2 * start : 2 * (start + len(some))] = score.logps(some, run, score_plan)
+
+    transform = step.optimizer(b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip=1.0, decays=programs.decaying(arch))
+    schedule = {"peak": a.lr, "schedule": "constant", "warmup": 0.0}
+    update = programs.preference_update(arch, mesh, compute, transform, losses.LOSSES["dpo"], {"beta": 0.1}, schedule)
+    state = programs.fresh_state(arch, mesh, transform)(params)
+    whole = meshes.replicated(mesh)
+    total, key = meshes.put(np.int32(a.steps), whole), meshes.put(jax.random.key(0), whole)
+    stage = runs.Stage(
+        name="update", iteration=1, batches=order, trees=laid, reference_F=reference_F,
+        weight_N=np.ones(len(trees), np.float32), plan=plan,
+    )  # fmt: skip
+    batches = runs.loaded(stage, mesh, 0)
+    seconds, waited, told, useful, padded = [], [], [], 0, 0
+    for number in range(a.steps):
+        began = time.perf_counter()
+        batch, fill = next(batches)
+        waited.append(time.perf_counter() - began)
+        if a.unshared:
+            own = responses_alone(batch, [trees[i] for i in order[number]], targets)
+            batch = meshes.put(own, programs.batch_shardings(mesh))
+            began = time.perf_counter()
+        if a.reference_inside:
+            rows = jax.tree.map(np.asarray, batch.rows)
+            fresh = [
+                scorer(reference, meshes.put(jax.tree.map(lambda x, i=i: x[i], rows), by_row))
+                for i in range(int(batch.count))
+            ]
+            filler = [np.zeros_like(fresh[0])] * (len(rows.tokens_BL) - len(fresh))
+            logp = meshes.put(np.stack([*map(np.asarray, fresh), *filler]), meshes.rows_sharding(mesh, axis=1))
+            batch = dataclasses.replace(batch, reference_ABS=logp)
+        state, metrics = update(state, {}, batch, total, key)
+        told.append(float(metrics["loss"]))
+        jax.block_until_ready(state)
+        seconds.append(time.perf_counter() - began)
+        useful, padded = useful + fill.useful, padded + fill.padded
+    memory = update.lower(state, {}, batch, total, key).compile().memory_analysis()
+    print(
+        json.dumps(
+            {
+                "seconds": seconds[1:],
+                "losses": told,
+                "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+                "temporaries_mib": memory.temp_size_in_bytes / 2**20,
+                "useful": useful / padded,
+                "waited": sum(waited[1:]) / sum(seconds[1:]),
+                "plan": dataclasses.asdict(plan),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

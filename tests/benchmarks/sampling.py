@@ -1,0 +1,69 @@
+"""Sampling beside transformers' generate(): the same weights and prompt ids, equal output lengths, new tokens a second.
+
+    bash tests/benchmarks/peers.sh ENVS
+    python tests/benchmarks/sampling.py --data DATA --peers ENVS [--stories] [--out FILE.jsonl]
+
+DATA holds hh_rlhf/, tokenizers/llama2 and models/stories260K (for --stories, a model so small that overhead is all).
+Before anything is timed both sides decode one batch greedily: the tokens have to be the same, up to the first place
+where two logits are as good as equal.
+"""
+
+import argparse
+import pathlib
+import sys
+
+from harness import child, finish, hh_pairs, model_folder, shared_data, spread
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--data", required=True)
+    p.add_argument("--peers", help="folder of peers.sh")
+    p.add_argument("--work", default="/tmp/sera_jax_benchmarks")
+    p.add_argument("--batch", type=int, default=8)
+    p.add_argument("--batches", type=int, default=6)
+    p.add_argument("--candidates", type=int, default=4)
+    p.add_argument("--new-tokens", type=int, default=128)
+    p.add_argument("--max-length", type=int, default=256)
+    p.add_argument("--stories", action="store_true")
+    p.add_argument("--out")
+    a = p.parse_args()
+    data, work = shared_data(a.data), pathlib.Path(a.work)
+    tokenizer = data / "tokenizers" / "llama2"
+    model = model_folder(work / "llama-19m", tokenizer)
+    if a.stories:
+        model = data / "models" / "stories260K"
+        tokenizer = model
+    prompts = work / f"prompts-{model.name}-{a.batch * a.batches}-{a.max_length}.jsonl"
+    hh_pairs(prompts, data, tokenizer, a.batch * a.batches, a.max_length)
+    same = ["--model", model, "--prompts", prompts, "--candidates", a.candidates, "--batch", a.batch]
+    sides = {"sera_jax": (sys.executable, "own_sampling.py")}
+    if a.peers:
+        sides["generate()"] = (str(pathlib.Path(a.peers) / "trl" / "bin" / "python"), "peers/generate.py")
+    rows, tokens = [], None
+    for name, (interpreter, script) in sides.items():
+        greedy = child(interpreter, script, *same, "--batches", 1, "--new-tokens", 16, "--greedy")["first"]
+        tokens = tokens or greedy
+        equal = sum(x == y for x, y in zip(tokens, greedy, strict=True)) / len(greedy)
+        if equal < 0.9:
+            raise SystemExit(f"{name}: only {equal:.0%} of the greedy responses are those of the first side.")
+        told = child(interpreter, script, *same, "--batches", a.batches, "--new-tokens", a.new_tokens)
+        seconds, rate = spread(told["seconds"]), spread([n / s for n, s in zip(told["tokens"], told["seconds"])])
+        rows.append(
+            {
+                "side": name,
+                "new tokens/s": rate["median"],
+                "least": rate["least"],
+                "most": rate["most"],
+                "s a batch": seconds["median"],
+                "first ×": rows[0]["new tokens/s"] / rate["median"] if rows else 1.0,
+                "peak MiB": told["peak_mib"],
+                "greedy equal": equal,
+                "versions": told.get("versions"),
+            }
+        )
+    finish("sampling", a.out, rows, model=model.name)
+
+
+if __name__ == "__main__":
+    main()
