@@ -243,7 +243,7 @@ def _run(
         def index(row, head, step, *rest):
             *part, pairs, _, _ = rest
             i, j = (pairs[(2 * row + side) * call.most + step] for side in (0, 1))
-            part, head = (head * call.parts + part[0], head) if by_key else (head, head // call.parts)
+            part, head = (head * call.parts + part[0], head) if by_key else (head, jax.lax.div(head, call.parts))
             return row, *place(part, head, i, j)
 
         return pl.BlockSpec(shape, index)
