@@ -28,7 +28,7 @@ STRIDE = 2**15  # more than the branches of any tree: tree · STRIDE + branch is
 LEAST = -1e30  # where the running maximum starts: above HIDDEN, so that what is hidden weighs 0 exactly, even if alone
 HIDDEN = -2e38
 LOG2E = math.log2(math.e)
-LANES_OF_HEADS = 512  # of all heads that a step serves: bounds what lies in a core's vector memory
+BYTES = 1024  # of a token's queries, all heads of a step together: bounds what lies in a core's vector memory
 
 
 @jax.tree_util.register_dataclass
@@ -96,7 +96,7 @@ def blocks(tree_BL: jax.Array, branch_BL: jax.Array, position_BL: jax.Array, win
     def pairs(seen: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Both block numbers of what is seen, [B, S] each, in the order of the first one."""
         order = jnp.argsort(~seen.reshape(rows, -1), axis=1, stable=True)
-        step = jnp.minimum(jnp.arange(most), number_B[:, None] - 1)
+        step = jnp.minimum(jnp.arange(most)[None], number_B[:, None] - 1)
         at = jnp.take_along_axis(order, step, axis=1).astype(jnp.int32)
         return at // count, at % count
 
@@ -211,7 +211,7 @@ class _Call:
 def _plan(q_BNLH, k_BKLH, blocks: Blocks, scale: float, cap: float | None, interpret: bool) -> _Call:
     rows, queries, length, width = q_BNLH.shape
     keys = k_BKLH.shape[1]
-    most = max(1, LANES_OF_HEADS // max(width, LANES))
+    most = max(1, BYTES // (max(width, LANES) * q_BNLH.dtype.itemsize))
     heads = max(n for n in range(1, most + 1) if queries // keys % n == 0)
     size = block_size(length)
     return _Call(
@@ -241,9 +241,12 @@ def _run(
 
     def at(shape: tuple, place: Callable) -> pl.BlockSpec:
         def index(row, head, step, *rest):
-            *part, pairs, _, _ = rest
+            *part, pairs, count, _ = rest
             i, j = (pairs[(2 * row + side) * call.most + step] for side in (0, 1))
-            part, head = (head * call.parts + part[0], head) if by_key else (head, jax.lax.div(head, call.parts))
+            if by_key:  # behind the list's end the last part stays, so that nothing is loaded
+                part = head * call.parts + jnp.where(step < count[row], part[0], call.parts - 1)
+            else:
+                part, head = head, jax.lax.div(head, call.parts)
             return row, *place(part, head, i, j)
 
         return pl.BlockSpec(shape, index)
@@ -258,6 +261,7 @@ def _run(
     inputs = [*inputs, ("query ids", blocks.query_B3L), ("key ids", blocks.key_BL2)]
     steps = jnp.max(blocks.count_B)  # the grid ends where the longest list does
     grid = (call.rows, call.keys, steps, call.parts) if by_key else (call.rows, call.keys * call.parts, steps)
+    pairs_B2S = blocks.by_key_B2S if by_key else blocks.by_query_B2S
     work = call.rows * call.queries * call.most * call.size**2
     window_B = blocks.count_B if blocks.window_B is None else blocks.window_B
     return pl.pallas_call(
@@ -274,14 +278,14 @@ def _run(
             dimension_semantics=("parallel", "parallel", *["arbitrary"] * (len(grid) - 2)),
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * products * work * call.width,
+            flops=2 * products * work * call.width,  # of all pairs that are not later: what the data leaves is unknown
             transcendentals=work * (1 if call.cap is None else 2),
             bytes_accessed=sum(x.size * x.dtype.itemsize for _, x in inputs)
             + sum(math.prod(shape) * jnp.dtype(dtype).itemsize for _, shape, dtype in outputs),
         ),
         interpret=call.interpret,
         name=kernel.__name__.strip("_"),
-    )((blocks.by_key_B2S if by_key else blocks.by_query_B2S).reshape(-1), blocks.count_B, window_B, *(x for _, x in inputs))
+    )(pairs_B2S.reshape(-1), blocks.count_B, window_B, *(x for _, x in inputs))
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
