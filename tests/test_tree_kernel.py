@@ -30,7 +30,7 @@ def packed_rows(rng, count: int, length: int):
 def any_rows(rng, count: int, length: int):
     """Ids in runs that come back later, positions in no order: no packing makes them."""
     runs = lambda most: rng.integers(0, most, (count, length // 32)).repeat(32, axis=1).astype(np.int32)
-    return runs(40), runs(4), rng.integers(0, 200, (count, length)).astype(np.int32)
+    return runs(rng.integers(1, 40)), runs(4), rng.integers(0, 200, (count, length)).astype(np.int32)
 
 
 def mask_of(tree, branch, position, window: int | None) -> np.ndarray:
@@ -66,7 +66,7 @@ def test_the_pairs_are_those_in_which_some_query_sees_some_key(monkeypatch, rows
                     assert listed[:number] == sorted(want, key=lambda pair: [pair[n] for n in order])
                     assert set(listed[number - 1 :]) == {listed[number - 1]}  # nothing new to load
                 numbers.append(number / most)
-    assert min(numbers) < 0.5 < max(numbers)  # rows with much to skip and rows with little
+    assert min(numbers) < 0.7 < max(numbers)  # rows with much to skip and rows with little
 
 
 def test_two_branches_of_a_tree_do_not_meet(monkeypatch):
@@ -93,11 +93,9 @@ def test_ids_are_told_apart_up_to_the_limits():
 
 def test_the_size_of_blocks():
     sizes = {
-        length: tree_kernel.block_size(length) for length in (128, 256, 384, 512, 640, 896, 1152, 1280, 1408, 2048)
-    }
-    assert sizes == {
         128: 128, 256: 256, 384: 384, 512: 512, 640: 384, 896: 512, 1152: 384, 1280: 256, 1408: 512, 2048: 512
     }  # fmt: skip
+    assert {length: tree_kernel.block_size(length) for length in sizes} == sizes
     for length in range(128, 8192, 128):
         size = tree_kernel.block_size(length)
         assert size % 128 == 0 and size >= min(256, length) and -length % size <= 128
