@@ -89,8 +89,8 @@ CHIPS = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2")
 @pytest.mark.parametrize("topology", CHIPS)
 @pytest.mark.parametrize("name", ["splash", "auto"])
 def test_kernels_compile_with_windows_and_caps_and_keep_no_scores(topology, name):
-    """Of the scores of 32 heads (512 MiB in float32) not even a quarter. Measured, MiB: splash 10 to 120, tree 0.2 to 41,
-    dense 776 to 1044."""
+    """Of the scores of 32 heads (512 MiB in float32) not even a quarter. Measured, MiB: splash 10 to 120, tree 0.2 to
+    41, dense 776 to 1044."""
     assert attention.backend("auto", slice_of(topology, 4), 2048) == "tree"
     assert attention_temporaries(topology, name, window=True, cap=50.0) < 128 * 2**20
 
