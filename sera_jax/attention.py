@@ -1,4 +1,4 @@
-"""The attention rule of prompt trees (README, "Rows"): dense on XLA, or block by block in a TPU kernel.
+"""The attention rule of prompt trees (README, "Rows"): dense on XLA, or block by block in TPU kernels.
 
 A query sees a key that is not later in the row, is in the same tree, and is in the prompt or in its own branch. A
 sliding window counts positions, not indices: the second branch of a tree stands far from its prompt in the row, but not
@@ -10,6 +10,7 @@ Letters: N query heads, K key/value heads (N = K·G), H head size, Q queries, T 
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from sera_jax import mesh as meshes
+from sera_jax import tree_kernel
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
 """(q_BLNH, k_BLKH, v_BLKH, a layer's window or None) → [B, L, N, H] in q's dtype."""
@@ -88,20 +90,20 @@ def over_rows(
 
 
 def backend(name: str, mesh: Mesh, length: int) -> str:
-    """A key of ATTENTION: `name` itself; for "auto" splash on TPUs in rows of a multiple of 128 tokens, xla otherwise.
+    """A key of ATTENTION: `name` itself; for "auto" tree on TPUs in rows of a multiple of 128 tokens, xla otherwise.
 
     What counts is the platform of the mesh's devices: a program that is compiled for a TPU on another machine is the
-    one that the TPU runs. Elsewhere than on TPUs the splash kernel is interpreted: right, and slow.
+    one that the TPU runs. Elsewhere than on TPUs the kernels are interpreted: right, and slow.
 
     Raises:
-        ValueError: splash, and rows of another length.
+        ValueError: a kernel, and rows of another length.
     """
     fits = length % LANES == 0
     if name == "auto":
-        return "splash" if fits and platform(mesh) == "tpu" else "xla"
-    if name == "splash" and not fits:
+        return "tree" if fits and platform(mesh) == "tpu" else "xla"
+    if name != "xla" and not fits:
         raise ValueError(
-            f"model.attention is splash, which takes rows of a multiple of {LANES} tokens, but these have {length}. "
+            f"model.attention is {name}, which takes rows of a multiple of {LANES} tokens, but these have {length}. "
             f"Set optimizer.row_tokens to a multiple of {LANES} (0 plans one), or model.attention to auto or xla."
         )
     return name
@@ -158,24 +160,9 @@ def _splash(
         seen = blocks
         if window is not None:
             seen = _mask_blocks(within(mask_BLL, position_BL, position_BL, window), block)
-        row_axes, head_axes = (
-            meshes.axes_that_divide(mesh, meshes.LAYOUTS[layout][dim], q.shape[axis])
-            for dim, axis in (("rows", 0), ("heads", 2))
-        )
-        # K/V heads lie as their queries do; where they are too few, each device picks those that its queries read.
-        split = k.shape[2] % math.prod(mesh.shape[a] for a in head_axes) == 0
-        body = functools.partial(
-            _splash_rows,
-            head_axes=() if split else head_axes,
-            group=q.shape[2] // k.shape[2],
-            block=block,
-            scale=q.shape[-1] ** -0.5 if scale is None else scale,
-            cap=cap,
-            interpret=platform(mesh) != "tpu",
-        )
-        queries, keys = P(row_axes, None, head_axes), P(row_axes, None, head_axes if split else ())
-        inputs = (queries, keys, keys, P(row_axes))
-        return jax.shard_map(body, mesh=mesh, in_specs=inputs, out_specs=queries, check_vma=False)(q, k, v, seen)
+        scaled = (q.astype(jnp.float32) * _scale(scale, q)).astype(q.dtype)
+        rows = functools.partial(_splash_rows, block=block, cap=cap, interpret=platform(mesh) != "tpu")
+        return _apart(rows, scaled, k, v, seen, mesh=mesh, layout=layout)
 
     return run
 
@@ -191,24 +178,16 @@ def _mask_blocks(mask_BLL: jax.Array, block: int) -> tuple[tuple[jax.Array, ...]
 
 
 def _splash_rows(
-    q_bLnH: jax.Array,
-    k_bLkH: jax.Array,
-    v_bLkH: jax.Array,
+    q_bnLH: jax.Array,
+    k_bkLH: jax.Array,
+    v_bkLH: jax.Array,
     seen: tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]],
     *,
-    head_axes: tuple[str, ...],
-    group: int,
     block: int,
-    scale: float,
     cap: float | None,
     interpret: bool,
 ) -> jax.Array:
-    """A device's own rows and heads."""
-    if head_axes:
-        heads = q_bLnH.shape[2]
-        reads = (jax.lax.axis_index(head_axes) * heads + jnp.arange(heads)) // group
-        k_bLkH, v_bLkH = (jnp.take(x, reads, axis=2) for x in (k_bLkH, v_bLkH))
-    q_bLnH = (q_bLnH.astype(jnp.float32) * scale).astype(q_bLnH.dtype)
+    """A device's own rows and heads, queries scaled."""
     names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
     sizes = splash_kernel.BlockSizes(**dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), block))
 
@@ -228,12 +207,79 @@ def _splash_rows(
             mask_function=None,
             interpret=interpret,
         )
-        return kernel(*(x.swapaxes(0, 1) for x in (q, k, v))).swapaxes(0, 1)
+        return kernel(q, k, v)
 
-    return jax.vmap(one)(q_bLnH, k_bLkH, v_bLkH, seen)
+    return jax.vmap(one)(q_bnLH, k_bkLH, v_bkLH, seen)
 
 
-ATTENTION: dict[str, Callable[..., Attend]] = {"xla": _xla, "splash": _splash}
+def _tree(
+    tree_BL: jax.Array,
+    branch_BL: jax.Array,
+    position_BL: jax.Array,
+    *,
+    mesh: Mesh,
+    layout: str,
+    scale: float | None,
+    cap: float | None,
+) -> Attend:
+    """Our own kernel: no array of L² elements at all, and no step for blocks in which no query sees a key."""
+    ids = tree_BL, branch_BL, position_BL
+    blocks = tree_kernel.blocks(*ids, None)
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array | None) -> jax.Array:
+        seen = blocks if window is None else tree_kernel.blocks(*ids, window)
+        kernel = functools.partial(
+            tree_kernel.attend, scale=_scale(scale, q), cap=cap, interpret=platform(mesh) != "tpu"
+        )
+        return _apart(kernel, q, k, v, seen, mesh=mesh, layout=layout)
+
+    return run
+
+
+def _scale(scale: float | None, q_BLNH: jax.Array) -> float:
+    return q_BLNH.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _apart(
+    kernel: Callable[[jax.Array, jax.Array, jax.Array, Any], jax.Array],
+    q_BLNH: jax.Array,
+    k_BLKH: jax.Array,
+    v_BLKH: jax.Array,
+    seen: Any,
+    *,
+    mesh: Mesh,
+    layout: str,
+) -> jax.Array:
+    """A kernel on each device's own rows and heads, [B, L, N, H].
+
+    Args:
+        kernel: (q_bnLH, k_bkLH, v_bkLH, seen) → [b, n, L, H].
+        seen: arrays that tell it which keys are seen; rows lead.
+    """
+    row_axes, head_axes = (
+        meshes.axes_that_divide(mesh, meshes.LAYOUTS[layout][dim], q_BLNH.shape[axis])
+        for dim, axis in (("rows", 0), ("heads", 2))
+    )
+    # K/V heads lie as their queries do; where they are too few, each device picks those that its queries read.
+    split = k_BLKH.shape[2] % math.prod(mesh.shape[a] for a in head_axes) == 0
+    group = q_BLNH.shape[2] // k_BLKH.shape[2]
+
+    def own(q: jax.Array, k: jax.Array, v: jax.Array, seen: Any) -> jax.Array:
+        if not split:
+            heads = q.shape[2]
+            same = math.gcd(heads, group)  # so many queries in a row read one key/value head
+            reads = (jax.lax.axis_index(head_axes) * heads + jnp.arange(0, heads, same)) // group
+            k, v = (jnp.take(x, reads, axis=2) for x in (k, v))
+        return kernel(*(x.swapaxes(1, 2) for x in (q, k, v)), seen).swapaxes(1, 2)
+
+    queries, keys = P(row_axes, None, head_axes), P(row_axes, None, head_axes if split else ())
+    inputs = (queries, keys, keys, P(row_axes))
+    return jax.shard_map(own, mesh=mesh, in_specs=inputs, out_specs=queries, check_vma=False)(
+        q_BLNH, k_BLKH, v_BLKH, seen
+    )
+
+
+ATTENTION: dict[str, Callable[..., Attend]] = {"xla": _xla, "splash": _splash, "tree": _tree}
 """Name → (tree_BL, branch_BL, position_BL, where it runs, scale, cap) → the attention of a layer."""
 
 

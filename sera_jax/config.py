@@ -118,8 +118,8 @@ class ModelConfig:
         remat: what the backward pass keeps of each layer: none = everything, dots = matrix products, attention = its
             input and what its attention gave, full = its input only, host = the same in the memory of the machine.
         head_chunk: response tokens of a row projected onto the vocabulary at a time.
-        attention: xla = all scores of a layer at once; splash = block by block, in a kernel for TPUs; auto = splash on
-        TPUs, xla elsewhere.
+        attention: xla = all scores of a layer at once; tree = block by block, in our kernel for TPUs; splash = the same
+            in JAX's; auto = tree on TPUs, xla elsewhere.
     """
 
     path: str
@@ -127,7 +127,7 @@ class ModelConfig:
     compute: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "dots", "attention", "full", "host"] = "full"
     head_chunk: int = 256
-    attention: Literal["auto", "xla", "splash"] = "auto"
+    attention: Literal["auto", "xla", "splash", "tree"] = "auto"
 
 
 @dataclasses.dataclass(frozen=True)

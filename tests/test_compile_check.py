@@ -16,7 +16,7 @@ from jax.experimental import pallas
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sera_jax import hf, model, programs, sample, score
+from sera_jax import hf, model, programs, sample, score, tree_kernel
 from sera_jax import mesh as meshes
 from sera_jax import rows as rowlib
 from sera_jax.compile_check import advice, bounds, cases, chips, door, flops, hlo, memory
@@ -81,6 +81,25 @@ def test_loops_branches_devices_kernels_and_recomputation(eight_devices):
     body = lambda x, w: jnp.sum(jnp.tanh(jnp.tanh(x @ w) @ w))
     plain, again = (counted(jax.grad(f, argnums=(0, 1)), a, a).done for f in (body, jax.checkpoint(body)))
     assert plain == 6 * one and again == 8 * one  # both products are needed once more
+
+
+@pytest.mark.parametrize("dtype, passes", [(jnp.bfloat16, 1), (jnp.float32, 6)])
+def test_the_tree_kernels_grid_ends_with_the_data_and_is_counted_to_its_end(dtype, passes):
+    """Rows of two blocks have three pairs that are not later. Two products forward; backward, scores and weights'
+    gradients again in each of two kernels, then one for queries, two for keys and values."""
+    q, k = (shape(2, heads, 1024, 64, dtype=dtype) for heads in (8, 2))
+    ids = shape(2, 1024, dtype=jnp.int32)
+
+    def forward(q, k, v, ids):
+        return tree_kernel.attend(q, k, v, tree_kernel.blocks(ids, ids, ids, None), scale=1.0)
+
+    def gradients(*args):
+        return jax.grad(lambda *x: forward(*x).astype(jnp.float32).sum(), argnums=(0, 1, 2))(*args)
+
+    product = 2 * 2 * 8 * 3 * 512**2 * 64  # FLOPs, rows, heads, pairs, scores of a pair, head size
+    for f, products in ((forward, 2), (gradients, 2 + 3 + 4)):
+        got = counted(f, q, k, k, ids)
+        assert got.done == products * product and got.issued == passes * got.done
 
 
 def test_float32_products_cost_several_passes():

@@ -8,7 +8,7 @@ import pytest
 import sera_jax
 
 FLOORS = """
-0 records mesh processes metrics config disk
+0 records mesh processes metrics config disk tree_kernel
 1 attention rope rows step toyworld
 2 model data losses sera ledger checkpoint report
 3 hf score sample

@@ -48,6 +48,10 @@ def _walk(jaxpr: Any, trips: int) -> Iterator[tuple[float, int]]:
             yield _dot(eqn), _passes(eqn)
         elif name == "conv_general_dilated":
             yield _convolution(eqn), _passes(eqn)
+        elif name == "pallas_call" and eqn.params["grid_mapping"].num_dynamic_grid_bounds:
+            # A grid that ends where the data says: the kernel itself tells what it does at most.
+            passes = [passes for part in inside for _, passes in _walk(part, trips)]
+            yield float(eqn.params["cost_estimate"].flops), max(passes, default=1)
         elif name == "cond":
             every = [list(_walk(branch, trips)) for branch in eqn.params["branches"]]
             yield from max(every, key=lambda products: sum(flops for flops, _ in products))

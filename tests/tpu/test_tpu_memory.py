@@ -55,12 +55,24 @@ def array(shape, dtype, where) -> jax.ShapeDtypeStruct:
 # --- attention --------------------------------------------------------------------------------------------------------
 
 
-def attention_temporaries(topology: str, name: str, *, heads=32, kv_heads=8, size=128, window=False, cap=None) -> int:
-    """Forward and backward of one layer, one row of 2048 tokens a chip."""
+def attention_temporaries(
+    topology: str,
+    name: str,
+    *,
+    rows=1,
+    length=2048,
+    heads=32,
+    kv_heads=8,
+    size=128,
+    window=False,
+    cap=None,
+    dtype=BF16,
+) -> int:
+    """Forward and backward of one layer, `rows` rows a chip."""
     mesh = slice_of(topology, 4)
     by_row = meshes.rows_sharding(mesh)
-    table = array((4, 2048), jnp.int32, by_row)
-    q, k = (array((4, 2048, n, size), BF16, by_row) for n in (heads, kv_heads))
+    table = array((4 * rows, length), jnp.int32, by_row)
+    q, k = (array((4 * rows, length, n, size), dtype, by_row) for n in (heads, kv_heads))
 
     @functools.partial(jax.jit, out_shardings=by_row)
     def run(tree, branch, position, q, k, v, d_out, width):
@@ -71,11 +83,16 @@ def attention_temporaries(topology: str, name: str, *, heads=32, kv_heads=8, siz
     return temporaries(run, table, table, table, q, k, k, q, jax.ShapeDtypeStruct((), jnp.int32))
 
 
-@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-def test_splash_compiles_with_windows_and_caps_and_keeps_no_scores(topology):
-    """Of the scores of 32 heads (512 MiB in float32) not even a quarter. Measured: 10 to 120 MiB, dense 776 to 1044."""
-    splash = attention_temporaries(topology, "auto", window=True, cap=50.0)
-    assert splash < 128 * 2**20
+CHIPS = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2")
+
+
+@pytest.mark.parametrize("topology", CHIPS)
+@pytest.mark.parametrize("name", ["splash", "auto"])
+def test_kernels_compile_with_windows_and_caps_and_keep_no_scores(topology, name):
+    """Of the scores of 32 heads (512 MiB in float32) not even a quarter. Measured, MiB: splash 10 to 120, tree 0.2 to
+    41, dense 776 to 1044."""
+    assert attention.backend("auto", slice_of(topology, 4), 2048) == "tree"
+    assert attention_temporaries(topology, name, window=True, cap=50.0) < 128 * 2**20
 
 
 def test_dense_attention_keeps_the_scores():
@@ -87,6 +104,25 @@ def test_dense_attention_keeps_the_scores():
 def test_splash_compiles_for_every_head_size(size):
     for topology in ("v4:2x2x1", "v5e:2x2"):
         assert attention_temporaries(topology, "splash", heads=8, kv_heads=4, size=size) < 64 * 2**20
+
+
+@pytest.mark.parametrize("topology", CHIPS)
+def test_tree_compiles_for_every_head_size(topology):
+    for size in (64, 80, 96, 256):  # and 128, above
+        assert attention_temporaries(topology, "tree", heads=8, kv_heads=4, size=size, window=True, cap=50.0) < 2**26
+
+
+def test_tree_compiles_for_other_shapes():
+    """Rows that end inside a block; float32, which takes twice the vector memory; nine query heads of one key/value
+    head, three to a step; no window, no cap."""
+    assert attention_temporaries("v4:2x2x1", "tree", heads=8, kv_heads=4, size=96, length=640) < 2**26
+    assert attention_temporaries("v5e:2x2", "tree", heads=8, kv_heads=4, size=256, dtype=jnp.float32) < 2**26
+    assert attention_temporaries("v5p:2x2x1", "tree", heads=9, kv_heads=1, size=80) < 2**26
+
+
+def test_no_comparison_of_all_queries_and_keys_is_stored():
+    """Rows of 32,768 tokens: a bit of each pair, in bytes, is 1 GiB."""
+    assert attention_temporaries("v4:2x2x1", "tree", length=2**15, heads=2, kv_heads=1, window=True) < 2**27
 
 
 # --- the head ---------------------------------------------------------------------------------------------------------
