@@ -1,4 +1,4 @@
-"""The attention rule of prompt trees (README, "Rows"): dense on XLA, or block by block in TPU kernels.
+"""The attention rule of prompt trees (README, "Rows"): dense on XLA, or block by block, in loops or TPU kernels.
 
 A query sees a key that is not later in the row, is in the same tree, and is in the prompt or in its own branch. A
 sliding window counts positions, not indices: the second branch of a tree stands far from its prompt in the row, but not
@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from sera_jax import mesh as meshes
-from sera_jax import tree_kernel
+from sera_jax import tree_kernel, tree_loops
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
 """(q_BLNH, k_BLKH, v_BLKH, a layer's window or None) → [B, L, N, H] in q's dtype."""
@@ -90,7 +90,8 @@ def over_rows(
 
 
 def backend(name: str, mesh: Mesh, length: int) -> str:
-    """A key of ATTENTION: `name` itself; for "auto" tree on TPUs in rows of a multiple of 128 tokens, xla otherwise.
+    """A key of ATTENTION: `name` itself; for "auto" the best of the platform (AUTO) where the rows' length allows it,
+    else xla.
 
     What counts is the platform of the mesh's devices: a program that is compiled for a TPU on another machine is the
     one that the TPU runs. Elsewhere than on TPUs the kernels are interpreted: right, and slow.
@@ -98,15 +99,21 @@ def backend(name: str, mesh: Mesh, length: int) -> str:
     Raises:
         ValueError: a kernel, and rows of another length.
     """
-    fits = length % LANES == 0
     if name == "auto":
-        return "tree" if fits and platform(mesh) == "tpu" else "xla"
-    if name != "xla" and not fits:
+        best, least = AUTO[platform(mesh)]
+        return best if length % MULTIPLE[best] == 0 and length >= least else "xla"
+    if length % MULTIPLE[name]:
         raise ValueError(
-            f"model.attention is {name}, which takes rows of a multiple of {LANES} tokens, but these have {length}. "
-            f"Set optimizer.row_tokens to a multiple of {LANES} (0 plans one), or model.attention to auto or xla."
+            f"model.attention is {name}, which takes rows of a multiple of {MULTIPLE[name]} tokens, but these have "
+            f"{length}. Set optimizer.row_tokens to a multiple of {LANES} (0 plans one), or model.attention to auto or "
+            "xla."
         )
     return name
+
+
+def per_key(mesh: Mesh, width: int) -> float:
+    """As `rows.plan` takes it, for a model of this width and the best form on the mesh's platform."""
+    return 1 / (2 * width) if AUTO[platform(mesh)][0] == "xla" else 0.0
 
 
 def platform(mesh: Mesh) -> str:
@@ -279,8 +286,36 @@ def _apart(
     )
 
 
-ATTENTION: dict[str, Callable[..., Attend]] = {"xla": _xla, "splash": _splash, "tree": _tree}
+def _loops(
+    tree_BL: jax.Array,
+    branch_BL: jax.Array,
+    position_BL: jax.Array,
+    *,
+    mesh: Mesh,
+    layout: str,
+    scale: float | None,
+    cap: float | None,
+) -> Attend:
+    """Block by block on XLA, without a kernel."""
+    ids = tree_BL, branch_BL, position_BL
+    blocks = tree_loops.blocks(*ids, None)
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array | None) -> jax.Array:
+        seen = blocks if window is None else tree_loops.blocks(*ids, window)
+        kernel = functools.partial(tree_loops.attend, scale=_scale(scale, q), cap=cap)
+        return _apart(kernel, q, k, v, seen, mesh=mesh, layout=layout)
+
+    return run
+
+
+ATTENTION: dict[str, Callable[..., Attend]] = {"xla": _xla, "loops": _loops, "splash": _splash, "tree": _tree}
 """Name → (tree_BL, branch_BL, position_BL, where it runs, scale, cap) → the attention of a layer."""
+
+MULTIPLE = {"xla": 1, "loops": tree_loops.SIZE, "splash": LANES, "tree": LANES}
+"""What a row's length has to be a multiple of."""
+
+AUTO = {"cpu": ("loops", 128), "gpu": ("xla", 0), "tpu": ("tree", LANES)}
+"""The best form on a platform, and the shortest rows in which it is."""
 
 
 # --- one step of decoding ---------------------------------------------------------------------------------------------

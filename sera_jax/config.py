@@ -118,8 +118,9 @@ class ModelConfig:
         remat: what the backward pass keeps of each layer: none = everything, dots = matrix products, attention = its
             input and what its attention gave, full = its input only, host = the same in the memory of the machine.
         head_chunk: response tokens of a row projected onto the vocabulary at a time.
-        attention: xla = all scores of a layer at once; tree = block by block, in our kernel for TPUs; splash = the same
-            in JAX's; auto = tree on TPUs, xla elsewhere.
+        attention: xla = all scores of a layer at once; loops = block by block, without a kernel; tree = block by block,
+            in our kernel for TPUs; splash = in JAX's; auto = tree on TPUs, loops on CPUs, xla on
+            GPUs.
     """
 
     path: str
@@ -127,7 +128,7 @@ class ModelConfig:
     compute: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "dots", "attention", "full", "host"] = "full"
     head_chunk: int = 256
-    attention: Literal["auto", "xla", "splash", "tree"] = "auto"
+    attention: Literal["auto", "xla", "loops", "splash", "tree"] = "auto"
 
 
 @dataclasses.dataclass(frozen=True)

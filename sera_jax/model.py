@@ -523,13 +523,6 @@ def head(
     return jnp.concatenate((hidden, more), axis=-1), jnp.concatenate((table.astype(dtype), low["b"]), axis=-1)
 
 
-def head_share(arch: Arch) -> float:
-    """What a row of logits costs, beside a token's matrix products in all layers (without attention's)."""
-    shapes = abstract(arch)["layers"]
-    layers = sum(math.prod(shapes[part][name].shape) for name, (part, _) in LINEAR.items() if name in shapes[part])
-    return arch.vocab * arch.width / layers
-
-
 def head_bias(arch: Arch, params: dict) -> jax.Array | None:
     """[V], or None where the head has none."""
     return params["head"]["bias"] if "head" in arch.biases else None

@@ -6,7 +6,7 @@ The only place that shifts by one: a response token at index i of a row is predi
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -41,30 +41,28 @@ def plan(
     lengths_N3: np.ndarray,
     *,
     batch: int,
-    width: int,
+    per_key: float,
     shards: int,
     row_tokens: int = 0,
     microbatch_rows: int = 0,
     device_tokens: int = 8192,
-    logits: float = 0.0,
 ) -> Plan:
     """Chooses L, M, S and B from measured lengths.
 
-    L, M and B: the cheapest of the shapes tried (L multiples of 128 from the longest tree on; M from what an average
-    row needs to what the fullest does; 1 row a device up to `device_tokens` tokens), packed for batches in a fixed
-    random order. Longer rows pack better, but dense attention over a row costs about L / (6 D) of its matrix products
-    in FLOPs, and three times that where memory bounds it: a padded token costs 1 + L / (2 D), and a target `logits`.
-    Within 2 % of the cheapest, shorter rows and then more of them win. S: the most that such a row needs.
+    L and B: the cheapest of the shapes tried (L multiples of 128 from the longest tree on; 1 row a device up to
+    `device_tokens` tokens), packed for batches in a fixed random order. A token of the rows costs 1 + L · per_key.
+    Within 2 % of the cheapest, shorter rows and then more of them win. M and S: the most that such a row needs; targets
+    that are not there cost nothing, the head leaves them out.
 
     Args:
         lengths_N3: int [N, 3], for each tree its length, targets and branches. May hold made-up trees for what is not
             known yet (fresh pairs): they only have to bound the real ones.
         batch: trees in a batch.
-        width: D of the model.
+        per_key: what attention costs a token for each token of its row, where the matrix products of the layers cost it
+            1. Longer rows pack better, but dense attention over them costs about L / (6 D) in FLOPs, and three times
+            that where memory bounds it: 1 / (2 D). 0 where attention leaves other trees out.
         shards: ways in which rows are split over devices; B is a multiple of it.
         row_tokens, microbatch_rows: L, and B / shards, where the caller has chosen; 0 = planned.
-        logits: what one target costs in the head, where a token costs 1 in the layers: much in a small model with a
-            large vocabulary.
 
     Raises:
         ValueError: a tree is longer than `row_tokens`.
@@ -81,40 +79,27 @@ def plan(
     order = np.random.Generator(np.random.Philox(key=0)).permutation(len(lengths_N3))[: 16 * batch]
     batches = [lengths_N3[order[i : i + batch]] for i in range(0, len(order), batch)]
 
-    choices = []  # (cost, L, rows a device, M, row of each tree)
+    choices = []  # (cost, L, rows a device, row of each tree)
     for length in (
         [row_tokens] if row_tokens else sorted({_round_up(longest * f, QUANTUM) for f in (1, 1.25, 1.5, 2, 3, 4)})
     ):
-        for targets, packed in _packings(batches, lengths_N3, length):
-            counts = np.array([max(r) + 1 for r in packed])
-            most = max(1, min(device_tokens // length, math.ceil(counts.max() / shards)))
-            for per_device in [microbatch_rows] if microbatch_rows else range(most, 0, -1):
-                padded = sum(_round_up(c, per_device * shards) for c in counts)
-                cost = padded * (length * (1 + length / (2 * width)) + logits * targets)
-                choices.append((cost, length, per_device, targets, packed))
+        packed = [_assign(b, length, length, length) for b in batches]
+        counts = np.array([max(r) + 1 for r in packed])
+        most = max(1, min(device_tokens // length, math.ceil(counts.max() / shards)))
+        for per_device in [microbatch_rows] if microbatch_rows else range(most, 0, -1):
+            padded = length * sum(_round_up(c, per_device * shards) for c in counts)
+            choices.append((padded * (1 + length * per_key), length, per_device, packed))
     cheapest = min(c[0] for c in choices)
-    within = (c for c in choices if c[0] <= 1.02 * cheapest)
-    _, length, per_device, targets, packed = min(within, key=lambda c: (c[1], -c[2], c[0], c[3]))
-    slots = int(max(np.bincount(r, weights=b[:, 2]).max() for b, r in zip(batches, packed)))
+    _, length, per_device, packed = min((c for c in choices if c[0] <= 1.02 * cheapest), key=lambda c: (c[1], -c[2]))
+    targets, slots = (
+        int(max(np.bincount(r, weights=b[:, column]).max() for b, r in zip(batches, packed))) for column in (1, 2)
+    )
     return Plan(
         length=length,
-        targets=targets,
+        targets=min(_round_up(max(targets, lengths_N3[:, 1].max()), QUANTUM), length),
         slots=_round_up(max(slots, lengths_N3[:, 2].max()), 2),
         rows=per_device * shards,
     )
-
-
-def _packings(batches: list[np.ndarray], lengths_N3: np.ndarray, length: int) -> Iterator[tuple[int, list[list[int]]]]:
-    """(M, row of each tree of each batch): as long rows pack best, whatever M that takes; then with less room for
-    targets, down to what the average row needs."""
-    packed = [_assign(b, length, length, length) for b in batches]
-    full = max(np.bincount(r, weights=b[:, 1]).max() for b, r in zip(batches, packed))
-    full = min(_round_up(max(full, lengths_N3[:, 1].max()), QUANTUM), length)
-    yield full, packed
-    mean = sum(b[:, 1].sum() for b in batches) / sum(max(r) + 1 for r in packed)
-    least = _round_up(max(mean, lengths_N3[:, 1].max()), QUANTUM)
-    for targets in sorted({_round_up(m, QUANTUM) for m in np.linspace(least, full, 4)} - {full}):
-        yield targets, [_assign(b, length, targets, length) for b in batches]
 
 
 def measure(trees: Sequence[Tree]) -> np.ndarray:

@@ -407,8 +407,12 @@ def plan_for(trees: Sequence[Tree], arch: Arch, mesh: Mesh) -> Plan:
 def plan_of(lengths_N3: np.ndarray, arch: Arch, mesh: Mesh) -> Plan:
     """The same for lengths as rows.measure gives them."""
     batch = min(CHUNK, len(lengths_N3))
-    shards, logits = meshes.row_shards(mesh), model.head_share(arch)
-    return rowlib.plan(lengths_N3, batch=batch, width=arch.width, shards=shards, logits=logits)
+    return rowlib.plan(
+        lengths_N3,
+        batch=batch,
+        per_key=attention.per_key(mesh, arch.width),
+        shards=meshes.row_shards(mesh),
+    )
 
 
 def set_logps(

@@ -70,26 +70,20 @@ def blocks(tree_BL: jax.Array, branch_BL: jax.Array, position_BL: jax.Array, win
     Raises:
         ValueError: L is no multiple of 128.
     """
-    rows, length = tree_BL.shape
+    length = tree_BL.shape[1]
     if length % LANES:
         raise ValueError(
             f"attention in rows of {length} tokens, expected a multiple of {LANES}. Pad the rows with tokens of tree 0."
         )
     size = block_size(length)
-    count = pl.cdiv(length, size)
-    own, prompt = (tree_BL * STRIDE + branch for branch in (branch_BL, 0))
+    rows, count = tree_BL.shape[0], pl.cdiv(length, size)
+    own, prompt = ids(tree_BL, branch_BL)
     # Tokens beyond the end see each other and are seen by no one else.
     own, prompt, position = (
         jnp.pad(jnp.asarray(x, jnp.int32), ((0, 0), (0, count * size - length)), constant_values=fill)
         for x, fill in ((own, -1), (prompt, -1), (position_BL, 0))
     )
-
-    # The reduction takes the L² comparisons in as they are made: they are stored nowhere. Whether a key is later is a
-    # question between blocks here: on the diagonal each token sees itself.
-    queries = [x.reshape(rows, count, size, 1, 1) for x in (own, prompt, position)]
-    keys = [x.reshape(rows, 1, 1, count, size) for x in (own, position)]
-    not_later = np.tri(count, dtype=bool)[None]
-    seen_BQK = _related(*queries, *keys, window).any((2, 4)) & not_later
+    seen_BQK = seen_blocks(own, prompt, position, size, window)
 
     most = count * (count + 1) // 2
     number_B = seen_BQK.sum((1, 2), dtype=jnp.int32)
@@ -111,7 +105,24 @@ def blocks(tree_BL: jax.Array, branch_BL: jax.Array, position_BL: jax.Array, win
     )
 
 
-def _related(
+def ids(tree_BL: jax.Array, branch_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of every token the number of its branch, unlike that of any other in the row, and that of its prompt."""
+    return tree_BL * STRIDE + branch_BL, tree_BL * STRIDE
+
+
+def seen_blocks(
+    own_BL: jax.Array, prompt_BL: jax.Array, position_BL: jax.Array, size: int, window: jax.Array | None
+) -> jax.Array:
+    """bool [B, Q, K]: does some query of block Q see some key of block K? Blocks are `size` tokens, which divides L."""
+    rows, count = own_BL.shape[0], own_BL.shape[1] // size
+    # The reduction takes the L² comparisons in as they are made: they are stored nowhere. Whether a key is later is a
+    # question between blocks here: on the diagonal each token sees itself.
+    queries = [x.reshape(rows, count, size, 1, 1) for x in (own_BL, prompt_BL, position_BL)]
+    keys = [x.reshape(rows, 1, 1, count, size) for x in (own_BL, position_BL)]
+    return related(*queries, *keys, window).any((2, 4)) & np.tri(count, dtype=bool)[None]
+
+
+def related(
     own: jax.Array,
     prompt: jax.Array,
     position: jax.Array,
@@ -328,7 +339,7 @@ def _mask(call: _Call, step: _Step, query_ids, key_ids) -> jax.Array:
     row, column = (jax.lax.broadcasted_iota(jnp.int32, square, axis) for axis in (0, 1))
     later = row - column + (step.j - step.i) * call.size
     own, prompt, position = (query_ids[n : n + 1] for n in range(3))
-    return _related(own, prompt, position, key_ids[:, :1], key_ids[:, 1:], step.window) & (later <= 0)
+    return related(own, prompt, position, key_ids[:, :1], key_ids[:, 1:], step.window) & (later <= 0)
 
 
 def _inside(call: _Call, block: jax.Array, x: jax.Array) -> jax.Array:

@@ -130,7 +130,7 @@ def test_one_decoding_step_is_attention_over_all_blocks_laid_side_by_side(dtype)
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
-KERNELS = ("splash", "tree")
+KERNELS = ("splash", "tree", "loops")
 
 
 @pytest.fixture
@@ -219,7 +219,8 @@ def test_kernels_skip_blocks_that_no_query_of_a_block_sees(small_blocks, one_dev
     v = v.at[0, 200].set(jnp.nan)
     out = attention.over_rows(name, tree, **rows, mesh=one_device)(q, k, v, None)
     assert np.isfinite(out[0, :128]).all() and np.isfinite(out[0, 256:]).all()
-    assert np.isnan(out[0, 128:256]).all()
+    first = 192 if name == "loops" else 128  # its blocks are of 64 tokens
+    assert np.isnan(out[0, first:256]).all()
 
 
 @pytest.mark.parametrize("keys", [{}, {"window": 30, "cap": 3.0}])
@@ -235,12 +236,13 @@ def test_tree_with_a_block_beyond_the_rows_end_and_more_heads_than_a_step_serves
         np.testing.assert_allclose(a, b, atol=5e-6 * np.abs(b).max())  # measured: 1.1e-6 at most
 
 
-def test_tree_in_bfloat16_is_as_near_to_float32_as_the_dense_form(small_blocks, one_device):
+@pytest.mark.parametrize("name", ["tree", "loops"])
+def test_bfloat16_is_as_near_to_float32_as_in_the_dense_form(small_blocks, one_device, name):
     rows = long_rows()
     qkv, d_out = drawn(rows, 4, 2, 64, jnp.bfloat16)
     exact = jax.tree.map(lambda x: x.astype(jnp.float32), (qkv, d_out))
     want = forward_and_gradients("xla", rows, *exact, one_device)
-    got, dense = (forward_and_gradients(form, rows, qkv, d_out, one_device) for form in ("tree", "xla"))
+    got, dense = (forward_and_gradients(form, rows, qkv, d_out, one_device) for form in (name, "xla"))
     for a, b, c in zip(got, dense, want):
         assert a.dtype == jnp.bfloat16
         ours, theirs = (float(np.abs(np.asarray(x, np.float32) - c).max() / np.abs(c).max()) for x in (a, b))
@@ -248,14 +250,15 @@ def test_tree_in_bfloat16_is_as_near_to_float32_as_the_dense_form(small_blocks, 
         assert ours < 1.6 * theirs
 
 
-def test_padding_moves_no_bit_of_what_is_not(small_blocks, one_device):
+@pytest.mark.parametrize("name", ["tree", "loops"])
+def test_padding_moves_no_bit_of_what_is_not(small_blocks, one_device, name):
     """Whatever stands there: outputs and gradients of the trees' tokens are the same, and all are finite."""
     rows = long_rows(3)
     qkv, d_out = drawn(rows, 2, 1, 64)
     padding = (rows.tree_BL == 0)[..., None, None]
     other = [jnp.where(padding, 100 * x + 7, x) for x in (*qkv, d_out)]
-    before = forward_and_gradients("tree", rows, qkv, d_out, one_device)
-    after = forward_and_gradients("tree", rows, tuple(other[:3]), other[3], one_device)
+    before = forward_and_gradients(name, rows, qkv, d_out, one_device)
+    after = forward_and_gradients(name, rows, tuple(other[:3]), other[3], one_device)
     for a, b in zip(before, after):
         assert np.isfinite(b).all()
         np.testing.assert_array_equal(jnp.where(padding, 0, a), jnp.where(padding, 0, b))
@@ -266,11 +269,15 @@ def test_the_backend_is_chosen_by_the_devices_of_the_mesh_and_the_length_of_rows
     class Devices:  # of a TPU that is not here
         devices = np.array([type("Device", (), {"platform": "tpu"})()])
 
-    assert attention.backend("auto", one_device, 256) == "xla"
+    assert attention.backend("auto", one_device, 256) == "loops"
+    assert attention.backend("auto", one_device, 64) == attention.backend("auto", one_device, 300) == "xla"
     assert attention.backend("auto", Devices, 256) == "tree" and attention.backend("auto", Devices, 200) == "xla"
     assert attention.backend("xla", Devices, 256) == "xla" and attention.backend("splash", one_device, 128) == "splash"
     for name in KERNELS:
-        told = rf"{name}, which takes rows of a multiple of 128 tokens, but these have 200\. Set optimizer\.row_tokens"
+        multiple = 64 if name == "loops" else 128
+        told = (
+            rf"{name}, which takes rows of a multiple of {multiple} tokens, but these have 200\. Set optimizer\.row_tok"
+        )
         with pytest.raises(ValueError, match=told):
             attention.backend(name, Devices, 200)
 
@@ -292,7 +299,7 @@ def test_scorer_and_prefill_compute_with_the_chosen_backend(monkeypatch, one_dev
     for scored in got:
         np.testing.assert_allclose(scored, want, rtol=2e-6)
     assert names == list(compute)
-    for length, used in ((128, list(compute)), (32, ["xla"] * 3)):
+    for length, used in ((128, list(compute)), (32, ["xla"] * len(compute))):
         names.clear()
         prompts = jnp.asarray(rows.tokens_BL[:, :length]), jnp.array([length, length - 9])
         want, *got = (programs.prefiller(arch, one_device, compute[name])(params, *prompts) for name in compute)

@@ -9,8 +9,8 @@ import sera_jax
 
 FLOORS = """
 0 records mesh processes metrics config disk tree_kernel
-1 attention rope rows step toyworld
-2 model data losses sera ledger checkpoint report
+1 tree_loops rope rows step toyworld
+2 attention model data losses sera ledger checkpoint report
 3 hf score sample
 4 rewards
 5 programs

@@ -13,6 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from sera_jax import (
+    attention,
     bootstrap,
     data,
     losses,
@@ -522,11 +523,10 @@ def update_plan(lengths_N3: np.ndarray, optimizer: OptimizerConfig, arch: Arch, 
     return rowlib.plan(
         lengths_N3,
         batch=optimizer.batch_size,
-        width=arch.width,
+        per_key=attention.per_key(mesh, arch.width),
         shards=meshes.row_shards(mesh),
         row_tokens=optimizer.row_tokens,
         microbatch_rows=optimizer.microbatch_rows,
-        logits=4 / 3 * model.head_share(arch),  # the head's backward pass computes its logits again
     )
 
 

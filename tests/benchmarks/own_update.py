@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from harness import read_trees
 
-from sera_jax import hf, losses, model, programs, score, step
+from sera_jax import attention, hf, losses, programs, score, step
 from sera_jax import mesh as meshes
 from sera_jax import rows as rowlib
 from sera_jax import run as runs
@@ -72,7 +72,11 @@ def main() -> None:
 
     laid = unshared(trees) if a.unshared else trees
     lengths = rowlib.measure(laid)
-    shape = {"batch": a.batch, "width": arch.width, "shards": 1, "logits": 4 / 3 * model.head_share(arch)}
+    shape = {
+        "batch": a.batch,
+        "per_key": attention.per_key(mesh, arch.width),
+        "shards": 1,
+    }
     if a.unpacked:
         longest = -(-int(lengths[:, 0].max()) // 128) * 128
         plan = rowlib.Plan(longest, min(-(-int(lengths[:, 1].max()) // 128) * 128, longest), 2, a.microbatch_rows or 1)
