@@ -49,7 +49,7 @@ def plan(
 ) -> Plan:
     """Chooses L, M, S and B from measured lengths.
 
-    L and B: the cheapest of the shapes tried (L multiples of 128 from the longest tree on; 1 row a device up to
+    L and B: the cheapest of the shapes tried (L from the longest tree to four of them; 1 row a device up to
     `device_tokens` tokens), packed for batches in a fixed random order. A token of the rows costs 1 + L · per_key.
     Within 2 % of the cheapest, shorter rows and then more of them win. M and S: the most that such a row needs; targets
     that are not there cost nothing, the head leaves them out.
@@ -80,9 +80,8 @@ def plan(
     batches = [lengths_N3[order[i : i + batch]] for i in range(0, len(order), batch)]
 
     choices = []  # (cost, L, rows a device, row of each tree)
-    for length in (
-        [row_tokens] if row_tokens else sorted({_round_up(longest * f, QUANTUM) for f in (1, 1.25, 1.5, 2, 3, 4)})
-    ):
+    step = max(QUANTUM, _round_up(longest / 8, QUANTUM))
+    for length in [row_tokens] if row_tokens else range(longest, 4 * longest + 1, step):
         packed = [_assign(b, length, length, length) for b in batches]
         counts = np.array([max(r) + 1 for r in packed])
         most = max(1, min(device_tokens // length, math.ceil(counts.max() / shards)))
