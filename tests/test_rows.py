@@ -81,8 +81,8 @@ def test_plan_holds_every_tree_and_fills_rows():
 
 @pytest.mark.parametrize(
     "batch, shards, hh, ultrafeedback",
-    # Measured: 0.815, 0.745; 0.925, 0.925; 0.964, 0.960; 0.937, 0.930; 0.852, 0.899. Where one row of the longest tree is much of a
-    # batch, or of a device's part of it, what is left over in the last row is much, too.
+    # Measured: 0.815, 0.745; 0.925, 0.925; 0.964, 0.960; 0.937, 0.930; 0.852, 0.899. Where one row of
+    # the longest tree is much of a batch, or of a device's part of it, so is what the last rows leave empty.
     [(8, 1, 0.8, 0.7), (32, 1, 0.9, 0.9), (128, 1, 0.9, 0.9), (128, 4, 0.9, 0.9), (128, 16, 0.84, 0.88)],
 )
 def test_rows_are_full(batch, shards, hh, ultrafeedback):
