@@ -96,12 +96,12 @@ def table(known: dict) -> list[str]:
     lines = [f"| model | | {' | '.join(SIZES)} |", "|---|---|" + "---|" * len(SIZES)]
     for model in MODELS:
         for kind in LORA:
-            shown = [_shown(known.get((model, kind, generation))) for generation in SIZES]
+            shown = [_shown(known.get((model, kind, generation)), generation in WHOLE) for generation in SIZES]
             lines.append(f"| {model} | {kind} | {' | '.join(shown)} |")
     return lines
 
 
-def _shown(c: dict | None) -> str:
+def _shown(c: dict | None, whole: bool) -> str:
     if c is None:
         return "?"
     if c["topology"] == "none":
@@ -109,7 +109,7 @@ def _shown(c: dict | None) -> str:
     told = f"{c['topology']}: {c['used'] / 2**30:.1f} GiB, ≥ {c['step']:.2g} s ({c['binds']})"
     for name, change in c.get("changes", {}).items():
         told += f"; {name} with {change}" if change else f"; {name} does not fit"
-    return told
+    return told if "others" in c or not whole else told + " (update alone)"
 
 
 def write(known: dict) -> None:

@@ -126,10 +126,10 @@ def setting_of(config, mesh, arch: Arch = ARCH, pairs: int = 44) -> cases.Settin
 @pytest.mark.parametrize("remat, passes, spared", [("none", 3, 0), ("full", 4, 1)])
 @pytest.mark.parametrize("unrolled", [False, True])
 def test_an_update_against_the_closed_form(tiny_config, eight_devices, remat, passes, spared, unrolled):
-    """Forward, and twice that backward: 6 a parameter and token. The head multiplies four times: its backward pass
-    makes the logits again. Recomputation is one more forward pass, but for each layer's last product, whose result
-    nobody needs."""
-    config = tiny_config_of(tiny_config, f"--model.remat={remat}", "--model.head_chunk=64")
+    """Forward, and twice that backward: 6 a parameter and token, with dense attention. The head multiplies four times:
+    its backward pass makes the logits again. Recomputation is one more forward pass, but for each layer's last product,
+    whose result nobody needs."""
+    config = tiny_config_of(tiny_config, f"--model.remat={remat}", "--model.head_chunk=64", "--model.attention=xla")
     setting = setting_of(config, eight_devices, dataclasses.replace(ARCH, unrolled=unrolled))
     case = cases.CASES["update"](setting)
     plan = cases.plan(config, config.optimizer, ARCH, eight_devices)

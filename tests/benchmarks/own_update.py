@@ -32,18 +32,17 @@ def unshared(trees: list) -> list:
     return [dataclasses.replace(tree, prompt=tree.prompt[:0], branches=whole(tree)) for tree in trees]
 
 
-def responses_alone(batch, trees: list, targets: int):
-    """A batch of `unshared` trees with the targets that lie in prompts taken out; of the rest, `targets` a row."""
+def responses_alone(batch, trees: list):
+    """A batch of `unshared` trees with the targets that lie in prompts taken out."""
     rows = jax.tree.map(np.array, batch.rows)
     prompt_F = np.repeat([len(tree.prompt) for tree in trees], 2)
     names, slots = ("parent_BM", "target_BM", "slot_BM"), rows.example_BS.shape[2]
     example = np.take_along_axis(rows.example_BS, np.minimum(rows.slot_BM, slots - 1), axis=2)
     at = np.take_along_axis(rows.position_BL, rows.parent_BM, axis=2) + 1
     kept = (rows.slot_BM < slots) & (at >= prompt_F[example])
-    first = np.argsort(~kept, axis=2, kind="stable")[:, :, :targets]
+    first = np.argsort(~kept, axis=2, kind="stable")
     out = {name: np.take_along_axis(getattr(rows, name), first, axis=2) for name in names}
     out["slot_BM"] = np.where(np.take_along_axis(kept, first, axis=2), out["slot_BM"], slots)
-    assert kept.sum(axis=2).max() <= targets, f"a row has {kept.sum(axis=2).max()} response tokens, room for {targets}"
     return dataclasses.replace(batch, rows=dataclasses.replace(rows, **out))
 
 
@@ -85,10 +84,9 @@ def main() -> None:
     if a.all_logits:
         plan = dataclasses.replace(plan, targets=plan.length)
 
-    targets = plan.targets
-    if a.unshared:  # responses take as much of a row as they take of all tokens
-        share = max(rowlib.measure(trees)[members, 1].sum() / lengths[members, 0].sum() for members in order)
-        targets = min(plan.length, -(-int(1.25 * share * plan.length) // 128) * 128)
+    if a.all_logits:
+        head_logps = score.head_logps
+        score.head_logps = lambda *args: head_logps(*args[:-1])  # no chunk is left out
 
     scorer, by_row = programs.scorer(arch, mesh, compute), meshes.rows_sharding(mesh)
     reference_F = np.zeros(2 * len(trees), np.float32)
@@ -117,7 +115,7 @@ def main() -> None:
         batch, fill = next(batches)
         waited.append(time.perf_counter() - began)
         if a.unshared:
-            own = responses_alone(batch, [trees[i] for i in order[number]], targets)
+            own = responses_alone(batch, [trees[i] for i in order[number]])
             batch = meshes.put(own, programs.batch_shardings(mesh))
             began = time.perf_counter()
         if a.reference_inside:
