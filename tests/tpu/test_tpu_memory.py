@@ -130,7 +130,7 @@ def test_no_comparison_of_all_queries_and_keys_is_stored():
 MESHES = [(16, 1), (8, 2)]  # fsdp, tensor
 
 
-def whole_logits(hidden, table, bias, target, head):
+def whole_logits(hidden, table, bias, target, head, _=None):
     """In the place of score.head_logps: all logits at once, placed by the partitioner."""
     logits = jnp.einsum("bmd,vd->bmv", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32)
     return jnp.take_along_axis(jax.nn.log_softmax(logits), target[..., None], axis=-1)[..., 0]

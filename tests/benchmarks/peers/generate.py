@@ -53,11 +53,14 @@ def run(part: list[list[int]]) -> torch.Tensor:
     ids = torch.tensor([[0] * (width - len(x)) + x for x in part], device=device)
     mask = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in part], device=device)
     many = a.candidates * len(part)
+    if a.greedy:  # generate() gives one greedy response a prompt
+        ids, mask = (x.repeat_interleave(a.candidates, 0) for x in (ids, mask))
     most = torch.tensor([a.new_tokens if i % a.long_every == 0 or not a.short else a.short for i in range(many)])
     how = {"do_sample": False} if a.greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     with torch.inference_mode():
         out = model.generate(
-            input_ids=ids, attention_mask=mask, num_return_sequences=a.candidates, max_new_tokens=a.new_tokens,
+            input_ids=ids, attention_mask=mask, num_return_sequences=1 if a.greedy else a.candidates,
+            max_new_tokens=a.new_tokens,
             eos_token_id=None, pad_token_id=0, stopping_criteria=[Ended(width, most.to(device))], **how,
         )  # fmt: skip
     if device == "cuda":
