@@ -219,28 +219,42 @@ def _splash_rows(
     return jax.vmap(one)(q_bnLH, k_bkLH, v_bkLH, seen)
 
 
-def _tree(
+def _ours(
     tree_BL: jax.Array,
     branch_BL: jax.Array,
     position_BL: jax.Array,
     *,
+    form: Any,
     mesh: Mesh,
     layout: str,
     scale: float | None,
     cap: float | None,
+    **options: Any,
 ) -> Attend:
-    """Our own kernel: no array of L² elements at all, and no step for blocks in which no query sees a key."""
+    """Block by block: no array of L² elements at all, and nothing done for blocks in which no query sees a key.
+
+    Args:
+        form: the room that computes it, `tree_kernel` or `tree_loops`. options: further ones of its `attend`.
+    """
     ids = tree_BL, branch_BL, position_BL
-    blocks = tree_kernel.blocks(*ids, None)
+    blocks = form.blocks(*ids, None)
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array | None) -> jax.Array:
-        seen = blocks if window is None else tree_kernel.blocks(*ids, window)
-        kernel = functools.partial(
-            tree_kernel.attend, scale=_scale(scale, q), cap=cap, interpret=platform(mesh) != "tpu"
-        )
+        seen = blocks if window is None else form.blocks(*ids, window)
+        kernel = functools.partial(form.attend, scale=_scale(scale, q), cap=cap, **options)
         return _apart(kernel, q, k, v, seen, mesh=mesh, layout=layout)
 
     return run
+
+
+def _tree(*ids: jax.Array, mesh: Mesh, **keys: Any) -> Attend:
+    """In our own kernels for TPUs."""
+    return _ours(*ids, form=tree_kernel, mesh=mesh, interpret=platform(mesh) != "tpu", **keys)
+
+
+def _loops(*ids: jax.Array, **keys: Any) -> Attend:
+    """On XLA, without a kernel."""
+    return _ours(*ids, form=tree_loops, **keys)
 
 
 def _scale(scale: float | None, q_BLNH: jax.Array) -> float:
@@ -284,28 +298,6 @@ def _apart(
     return jax.shard_map(own, mesh=mesh, in_specs=inputs, out_specs=queries, check_vma=False)(
         q_BLNH, k_BLKH, v_BLKH, seen
     )
-
-
-def _loops(
-    tree_BL: jax.Array,
-    branch_BL: jax.Array,
-    position_BL: jax.Array,
-    *,
-    mesh: Mesh,
-    layout: str,
-    scale: float | None,
-    cap: float | None,
-) -> Attend:
-    """Block by block on XLA, without a kernel."""
-    ids = tree_BL, branch_BL, position_BL
-    blocks = tree_loops.blocks(*ids, None)
-
-    def run(q: jax.Array, k: jax.Array, v: jax.Array, window: jax.Array | None) -> jax.Array:
-        seen = blocks if window is None else tree_loops.blocks(*ids, window)
-        kernel = functools.partial(tree_loops.attend, scale=_scale(scale, q), cap=cap)
-        return _apart(kernel, q, k, v, seen, mesh=mesh, layout=layout)
-
-    return run
 
 
 ATTENTION: dict[str, Callable[..., Attend]] = {"xla": _xla, "loops": _loops, "splash": _splash, "tree": _tree}

@@ -266,11 +266,12 @@ def _sharded(body, head: Head, table_shape: tuple[int, int], inputs: tuple[P, ..
 TOKENS = 2048  # of all gathered rows together: more make the head's matrix products no faster, but its logits larger
 
 
-def _chunk_of(chunk: int, rows: int, vocab_axes: tuple[str, ...]) -> int:
-    """Response tokens of a row that are projected at a time, where a device has `rows` rows: `chunk`, but no more than
-    make TOKENS with the rows that are gathered; 64 at least."""
+def _chunk_of(chunk: int, target_bM: jax.Array, vocab_axes: tuple[str, ...]) -> int:
+    """Response tokens of a row that are projected at a time: `chunk`, but no more than make TOKENS with the rows that
+    are gathered (64 at least), and no more than a row has."""
+    rows, length = target_bM.shape
     gathered = rows * (jax.lax.axis_size("fsdp") if "fsdp" in vocab_axes else 1)
-    return min(chunk, max(64, TOKENS // gathered))
+    return min(chunk, max(64, TOKENS // gathered), length)
 
 
 def _over_chunks(body: Callable, carry: Any, out: Any, used_b: jax.Array, chunk: int) -> tuple[Any, Any]:
@@ -293,7 +294,6 @@ def _over_chunks(body: Callable, carry: Any, out: Any, used_b: jax.Array, chunk:
 def _chunks(array: jax.Array, chunk: int) -> jax.Array:
     """[b, M, ...] → [M / chunk, b, chunk, ...], padded with zeros."""
     b, m = array.shape[:2]
-    chunk = min(chunk, m)
     count = -(-m // chunk)
     padded = jnp.pad(array, ((0, 0), (0, count * chunk - m), *[(0, 0)] * (array.ndim - 2)))
     return jnp.moveaxis(padded.reshape(b, count, chunk, *array.shape[2:]), 1, 0)
@@ -333,7 +333,7 @@ def _logits(hidden: jax.Array, table: jax.Array, bias: jax.Array | None, cap: fl
 
 def _forward_chunks(hidden_bMD, table_vD, bias_v, target_bM, used_b, *, vocab_axes, chunk, cap, collision):
     rows, length = target_bM.shape
-    chunk, table_vD = min(_chunk_of(chunk, rows, vocab_axes), length), table_vD.astype(hidden_bMD.dtype)
+    chunk, table_vD = _chunk_of(chunk, target_bM, vocab_axes), table_vD.astype(hidden_bMD.dtype)
     across = (lambda x: jax.lax.psum(x, vocab_axes)) if vocab_axes else (lambda x: x)
     inputs = _chunks(hidden_bMD, chunk), _chunks(target_bM, chunk)
 
@@ -360,7 +360,7 @@ def _forward_chunks(hidden_bMD, table_vD, bias_v, target_bM, used_b, *, vocab_ax
 
 def _backward_chunks(hidden_bMD, table_vD, bias_v, target_bM, used_b, lse_bM, cotangent_bM, *, vocab_axes, chunk, cap):
     rows, length = target_bM.shape
-    chunk, table_vD = min(_chunk_of(chunk, rows, vocab_axes), length), table_vD.astype(hidden_bMD.dtype)
+    chunk, table_vD = _chunk_of(chunk, target_bM, vocab_axes), table_vD.astype(hidden_bMD.dtype)
     inputs = tuple(_chunks(x, chunk) for x in (hidden_bMD, target_bM, lse_bM, cotangent_bM))
 
     def body(sums, i):

@@ -174,8 +174,9 @@ def _attend_backward(scale: float, cap: float | None, interpret: bool, kept: tup
     # Σ over keys of a weight times its gradient.
     mean = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     mean = jnp.pad(mean, ((0, 0), (0, 0), (0, lse.shape[-1] - call.length))).reshape(lse.shape)
-    arrays = (q, k, v, d_out, lse, mean, call, blocks)
-    return _backward_queries(*arrays), *_backward_keys(*arrays), None
+    follows = ("queries", "keys", "keys", "queries", "numbers", "numbers")
+    inputs = list(zip(follows, (q, k, v, d_out, lse, mean)))
+    return _backward_queries(inputs, call, blocks), *_backward_keys(inputs, call, blocks), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -418,20 +419,14 @@ def _gradients(call: _Call, q, k, v, d_out, lse, mean, mask: jax.Array) -> tuple
     return weights, d_scores if slope is None else d_scores * slope
 
 
-def _backward_queries(q, k, v, d_out, lse, mean, call: _Call, blocks: Blocks) -> jax.Array:
-    """The gradient of q."""
+def _backward_queries(inputs: Sequence[tuple[str, jax.Array]], call: _Call, blocks: Blocks) -> jax.Array:
+    """The gradient of q. inputs: q, k, v, d_out, log-sum-exp, Σ of weights' gradients, as `_run` takes them."""
+    q = inputs[0][1]
     return _run(
         _tree_attention_dq,
         call,
         blocks,
-        inputs=[
-            ("queries", q),
-            ("keys", k),
-            ("keys", v),
-            ("queries", d_out),
-            ("numbers", lse),
-            ("numbers", mean),
-        ],
+        inputs=inputs,
         outputs=[("queries", q.shape, q.dtype)],
         scratch=[(call.heads, call.width, call.size)],
         products=3,
@@ -459,20 +454,14 @@ def _tree_attention_dq(
             dq_ref[n] = (sum_ref[n] * call.scale).T.astype(dq_ref.dtype)
 
 
-def _backward_keys(q, k, v, d_out, lse, mean, call: _Call, blocks: Blocks) -> list[jax.Array]:
-    """The gradients of k and v, each summed over the query heads that read it."""
+def _backward_keys(inputs: Sequence[tuple[str, jax.Array]], call: _Call, blocks: Blocks) -> list[jax.Array]:
+    """The gradients of k and v, each summed over the query heads that read it; inputs as of `_backward_queries`."""
+    k, v = inputs[1][1], inputs[2][1]
     return _run(
         _tree_attention_dkv,
         call,
         blocks,
-        inputs=[
-            ("queries", q),
-            ("keys", k),
-            ("keys", v),
-            ("queries", d_out),
-            ("numbers", lse),
-            ("numbers", mean),
-        ],
+        inputs=inputs,
         outputs=[("keys", k.shape, k.dtype), ("keys", v.shape, v.dtype)],
         scratch=[(call.size, call.width)] * 2,
         products=4,

@@ -5,6 +5,7 @@ memory is its own; each first shows that it computes what the others compute. Pe
 (`peers.sh`).
 """
 
+import argparse
 import gzip
 import importlib.metadata
 import json
@@ -26,6 +27,22 @@ LLAMA = {
     "tie_word_embeddings": False, "initializer_range": 0.02, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 """The 19 M parameters of the comparisons on a CPU."""
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """The arguments of every comparison with peers."""
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--data", required=True)
+    p.add_argument("--peers", help="folder of peers.sh")
+    p.add_argument("--work", default="/tmp/sera_jax_benchmarks")
+    p.add_argument("--batch", type=int, default=8)
+    p.add_argument("--out")
+    return p
+
+
+def python_of(peers: str, name: str) -> str:
+    """The interpreter of one of the environments of peers.sh."""
+    return str(pathlib.Path(peers) / name / "bin" / "python")
 
 
 def machine() -> dict[str, Any]:

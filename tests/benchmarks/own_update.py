@@ -71,20 +71,20 @@ def main() -> None:
 
     laid = unshared(trees) if a.unshared else trees
     lengths = rowlib.measure(laid)
-    shape = {
-        "batch": a.batch,
-        "per_key": attention.per_key(mesh, arch.width),
-        "shards": 1,
-    }
     if a.unpacked:
-        longest = -(-int(lengths[:, 0].max()) // 128) * 128
-        plan = rowlib.Plan(longest, min(-(-int(lengths[:, 1].max()) // 128) * 128, longest), 2, a.microbatch_rows or 1)
+        longest, most = (-(-int(n) // 128) * 128 for n in lengths[:, :2].max(axis=0))
+        plan = rowlib.Plan(longest, most, 2, a.microbatch_rows or 1)
     else:
-        plan = rowlib.plan(lengths, row_tokens=a.row_tokens, microbatch_rows=a.microbatch_rows, **shape)
+        plan = rowlib.plan(
+            lengths,
+            batch=a.batch,
+            per_key=attention.per_key(mesh, arch.width),
+            shards=1,
+            row_tokens=a.row_tokens,
+            microbatch_rows=a.microbatch_rows,
+        )
     if a.all_logits:
         plan = dataclasses.replace(plan, targets=plan.length)
-
-    if a.all_logits:
         head_logps = score.head_logps
         score.head_logps = lambda *args: head_logps(*args[:-1])  # no chunk is left out
 

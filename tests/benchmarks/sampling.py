@@ -8,25 +8,19 @@ Before anything is timed both sides decode one batch greedily: the tokens have t
 where two logits are as good as equal.
 """
 
-import argparse
 import pathlib
 import sys
 
-from harness import child, finish, hh_pairs, model_folder, shared_data, spread
+from harness import child, finish, hh_pairs, model_folder, parser, python_of, shared_data, spread
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", required=True)
-    p.add_argument("--peers", help="folder of peers.sh")
-    p.add_argument("--work", default="/tmp/sera_jax_benchmarks")
-    p.add_argument("--batch", type=int, default=8)
+    p = parser(__doc__)
     p.add_argument("--batches", type=int, default=6)
     p.add_argument("--candidates", type=int, default=4)
     p.add_argument("--new-tokens", type=int, default=128)
     p.add_argument("--max-length", type=int, default=256)
     p.add_argument("--stories", action="store_true")
-    p.add_argument("--out")
     a = p.parse_args()
     data, work = shared_data(a.data), pathlib.Path(a.work)
     tokenizer = data / "tokenizers" / "llama2"
@@ -39,7 +33,7 @@ def main() -> None:
     same = ["--model", model, "--prompts", prompts, "--candidates", a.candidates, "--batch", a.batch]
     sides = {"sera_jax": (sys.executable, "own_sampling.py")}
     if a.peers:
-        sides["generate()"] = (str(pathlib.Path(a.peers) / "trl" / "bin" / "python"), "peers/generate.py")
+        sides["generate()"] = (python_of(a.peers, "trl"), "peers/generate.py")
     rows, tokens = [], None
     for name, (interpreter, script) in sides.items():
         greedy = child(interpreter, script, *same, "--batches", 1, "--new-tokens", 16, "--greedy")["first"]

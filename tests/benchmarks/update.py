@@ -11,24 +11,19 @@ import argparse
 import pathlib
 import sys
 
-from harness import child, finish, hh_pairs, model_folder, shared_data, spread
+from harness import child, finish, hh_pairs, model_folder, parser, python_of, shared_data, spread
 
 OFF = ("unshared", "unpacked", "all-logits", "reference-inside")
 CLOSE = 1e-3  # of losses, before anything is compared
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", required=True)
-    p.add_argument("--peers", help="folder of peers.sh")
-    p.add_argument("--work", default="/tmp/sera_jax_benchmarks")
-    p.add_argument("--batch", type=int, default=8)
+    p = parser(__doc__)
     p.add_argument("--steps", type=int, default=7)
     p.add_argument("--max-length", type=int, default=512)
     p.add_argument("--lr", type=float, default=1e-4, help="large enough that the losses move and can be compared")
     p.add_argument("--only", nargs="*", help="of: sera_jax, off (the switches), trl, trl-precomputed, tunix")
     p.add_argument("--own", nargs=argparse.REMAINDER, default=[], help="further words for own_update.py")
-    p.add_argument("--out")
     a = p.parse_args()
     data, work = shared_data(a.data), pathlib.Path(a.work)
     tokenizer = data / "tokenizers" / "llama2"
@@ -40,10 +35,9 @@ def main() -> None:
     sides = {"sera_jax": (sys.executable, "own_update.py", *same, *a.own)}
     sides |= {f"off: {name}": (sys.executable, "own_update.py", *same, f"--{name}", *a.own) for name in OFF}
     if a.peers:
-        python = lambda name: str(pathlib.Path(a.peers) / name / "bin" / "python")
-        sides["trl-precomputed"] = (python("trl"), *trl, "--precompute-reference")
-        sides["trl"] = (python("trl"), *trl)
-        sides["tunix"] = (python("tunix"), "peers/tunix_update.py", *same)
+        sides["trl-precomputed"] = (python_of(a.peers, "trl"), *trl, "--precompute-reference")
+        sides["trl"] = (python_of(a.peers, "trl"), *trl)
+        sides["tunix"] = (python_of(a.peers, "tunix"), "peers/tunix_update.py", *same)
     wanted = lambda name: not a.only or name.split(":")[0] in a.only
     rows, losses = [], None
     for name, (interpreter, script, *words) in sides.items():
