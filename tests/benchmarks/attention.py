@@ -2,8 +2,8 @@
 
     python tests/benchmarks/attention.py [--heads 8 --kv-heads 4 --size 32] [--out FILE.jsonl]
 
-Rows of trees of equal length, half prompt, a quarter each branch, or of one tree. Results and gradients of all forms have
-to agree to 1e-4 of the largest before they are timed.
+Rows of trees of equal length, half prompt, a quarter each branch, or of one tree. Results and gradients of all forms
+have to agree to 1e-4 of the largest before they are timed.
 """
 
 import argparse
