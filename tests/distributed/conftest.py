@@ -24,6 +24,7 @@ class Joined:
             port = free.getsockname()[1]
         common = os.environ | {
             "JAX_PLATFORMS": "cpu",
+            "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",  # without torch every process would say so; what we print counts
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICK}",
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
