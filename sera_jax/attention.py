@@ -316,8 +316,8 @@ AUTO = {"cpu": ("loops", 128), "gpu": ("xla", 0), "tpu": ("tree", LANES)}
 def attend_decode(
     q_PCNH: jax.Array,
     new_PCKH: tuple[jax.Array, jax.Array],
-    prompt_PKTH: tuple[jax.Array, jax.Array],
-    own_PCKTH: tuple[jax.Array, jax.Array],
+    prompt: tuple[jax.Array, jax.Array],
+    own: tuple[jax.Array, jax.Array],
     prompt_mask_PCT: jax.Array,
     own_mask_PCT: jax.Array,
     *,
@@ -329,8 +329,10 @@ def attend_decode(
     Args:
         q_PCNH: queries of the newest token.
         new_PCKH: its own key and value, which are in no cache yet.
-        prompt_PKTH: key and value cache of the prompt, one for all its candidates.
-        own_PCKTH: key and value cache of what each candidate has emitted so far.
+        prompt: key and value cache of the prompt, [P, K, T, H] each, one for all its candidates; or one for each of
+            them, as in `own`.
+        own: key cache [P, C, K, H, T] and value cache [P, C, K, T, H] of what each candidate has emitted so far, as
+            the products of one query want them.
         prompt_mask_PCT, own_mask_PCT: bool, which cached positions count.
         scale, cap: as in `attend`.
 
@@ -339,17 +341,18 @@ def attend_decode(
     """
     p, c, n, h = q_PCNH.shape
     grouped = q_PCNH.reshape(p, c, new_PCKH[0].shape[2], -1, h)
+    keys, values = ("pkth", "pkth") if prompt[0].ndim == 4 else ("pckht", "pckth")
     blocks = (
-        _scores("pckgh,pkth->pckgt", grouped, prompt_PKTH[0], prompt_mask_PCT[:, :, None, None], scale, cap),
-        _scores("pckgh,pckth->pckgt", grouped, own_PCKTH[0], own_mask_PCT[:, :, None, None], scale, cap),
+        _scores(f"pckgh,{keys}->pckgt", grouped, prompt[0], prompt_mask_PCT[:, :, None, None], scale, cap),
+        _scores("pckgh,pckht->pckgt", grouped, own[0], own_mask_PCT[:, :, None, None], scale, cap),
         _scores("pckgh,pckh->pckg", grouped, new_PCKH[0], True, scale, cap)[..., None],
     )
     weights = jax.nn.softmax(jnp.concatenate(blocks, axis=-1), axis=-1).astype(new_PCKH[1].dtype)
-    prompt, own, new = jnp.split(weights, (blocks[0].shape[-1], weights.shape[-1] - 1), axis=-1)
+    to_prompt, to_own, to_new = jnp.split(weights, (blocks[0].shape[-1], weights.shape[-1] - 1), axis=-1)
     out = (
-        jnp.einsum("pckgt,pkth->pckgh", prompt, prompt_PKTH[1])
-        + jnp.einsum("pckgt,pckth->pckgh", own, own_PCKTH[1])
-        + new * new_PCKH[1][:, :, :, None, :]
+        jnp.einsum(f"pckgt,{values}->pckgh", to_prompt, prompt[1])
+        + jnp.einsum("pckgt,pckth->pckgh", to_own, own[1])
+        + to_new * new_PCKH[1][:, :, :, None, :]
     )
     return out.reshape(p, c, n, h)
 

@@ -45,6 +45,7 @@ def sample_candidates(
     *,
     candidates: int,
     slots: int,
+    refill: int = 1,
     path: pathlib.Path,
     label: str,
 ) -> Candidates:
@@ -53,12 +54,13 @@ def sample_candidates(
 
     Args:
         run: programs.sample_prompts(...). tokens: ids of the prompts. decode: token ids → text, specials removed.
-        slots: responses decoded side by side; slots // candidates prompts a batch. path: JSONL of this stage.
+        slots: responses decoded side by side. refill: times slots // candidates, prompts of a batch. path: JSONL of
+            this stage.
 
     Raises:
         DiskError: the disk took no more. What is whole in the file is not sampled again.
     """
-    per_batch = max(1, slots // candidates)
+    per_batch = max(1, slots // candidates) * refill
     batches = sample.sampling_batches([len(t) for t in tokens], per_batch)
     known = processes.once(lambda: _read(path, [p.id for p in prompts]))
     found = {index: (tokens, finished) for index, tokens, finished in known}

@@ -203,6 +203,7 @@ class OptimizerConfig:
         batch_size: pairs (texts, in SFT) an update, over the whole mesh.
         row_tokens: tokens of a row, a multiple of 128; 0 = planned from the lengths.
         microbatch_rows: rows a device computes at once; 0 = planned.
+        row_shapes: at most so many shapes of rows to choose from for each batch; each is a program to compile.
         moments: where both moments lie between updates: device, or host = the memory of the machine beside it.
     """
 
@@ -217,6 +218,7 @@ class OptimizerConfig:
     batch_size: int = 128
     row_tokens: int = 0
     microbatch_rows: int = 0
+    row_shapes: int = 2
     moments: Literal["device", "host"] = "device"
 
 
@@ -365,7 +367,10 @@ class BootstrapConfig:
         top_p: nucleus; 1 = off.*
         min_p: 0 = off.
         max_new_tokens: of a candidate.
-        slots: responses decoded side by side, over the whole mesh (prompts in a sampling batch = slots // candidates).
+        slots: responses decoded side by side, over the whole mesh (slots // candidates prompts).
+        refill: prompts in a sampling batch, in those for which there are slots. With 1 a batch waits for its longest
+            response; with more, a slot whose response has ended takes the next one: for responses of very different
+            lengths. A prompt's candidates then read its cache one by one, and that of all the batch's prompts is kept.
         pair_rule: how a prompt's candidates become pairs.
         unfinished: drop = a candidate that did not reach EOS takes no part; keep = it does.
         replay: also train on the fresh pairs of earlier iterations.
@@ -384,6 +389,7 @@ class BootstrapConfig:
     min_p: float = 0.0
     max_new_tokens: int = 256
     slots: int = 64
+    refill: int = 1
     pair_rule: PairRuleName = "best_worst"
     unfinished: Literal["drop", "keep"] = "drop"
     replay: bool = False
@@ -516,6 +522,7 @@ class GenerateConfig:
         max_new_tokens: of a response.
         max_prompt_length: longer prompts keep their end.
         slots: responses decoded side by side.
+        refill: as in the bootstrap section.
         limit: first n prompts (0 = all).
         seed: of the noise.
         mesh: devices by axis.
@@ -532,6 +539,7 @@ class GenerateConfig:
     max_new_tokens: int = 256
     max_prompt_length: int = 512
     slots: int = 64
+    refill: int = 1
     limit: int = 0
     seed: int = 0
     mesh: MeshConfig = MeshConfig()
@@ -548,6 +556,7 @@ class EvaluateDoorConfig:
         out: JSON file for the result; empty = print only.
         max_prompt_length: longer prompts keep their end.
         slots: responses decoded side by side.
+        refill: as in the bootstrap section.
         compute: dtype of the matrix products.
         seed: of the noise and of the bootstrap interval.
         mesh: devices by axis.
@@ -559,6 +568,7 @@ class EvaluateDoorConfig:
     out: str = ""
     max_prompt_length: int = 512
     slots: int = 64
+    refill: int = 1
     compute: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
     mesh: MeshConfig = MeshConfig()
@@ -641,6 +651,8 @@ _RANGES: tuple[tuple[str, Any, str], ...] = (
     ("max_new_tokens", lambda v: v >= 1, "at least 1"),
     ("max_prompt_length", lambda v: v >= 1, "at least 1 token"),
     ("slots", lambda v: v >= 1, "at least 1"),
+    ("refill", lambda v: v >= 1, "at least 1"),
+    ("bootstrap.refill", lambda v: v >= 1, "at least 1"),
     ("data.limit", lambda v: v >= 0, "0 or more"),
     ("uninformative", lambda v: v >= 0, "a share >= 0"),
     ("long", lambda v: v > 1, "a number > 1"),
@@ -670,6 +682,7 @@ _RANGES: tuple[tuple[str, Any, str], ...] = (
             ("clip", lambda v: v >= 0, "a number >= 0"),
             ("row_tokens", lambda v: v >= 0 and v % 128 == 0, "0 or a multiple of 128"),
             ("microbatch_rows", lambda v: v >= 0, "0 or more"),
+            ("row_shapes", lambda v: v >= 1, "at least 1"),
         )
     ),
     ("mesh.slices", lambda v: v >= 1, "at least 1"),

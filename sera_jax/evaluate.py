@@ -160,6 +160,7 @@ def _sampled(config: EvaluateDoorConfig, folder: Folder, name: str, prompts: Seq
         sample.seeded(config.seed),
         candidates=1,
         max_new_tokens=values.max_new_tokens,
+        slots=config.slots,
         temperature=values.temperature,
         top_k=0,
         top_p=values.top_p,
@@ -173,6 +174,7 @@ def _sampled(config: EvaluateDoorConfig, folder: Folder, name: str, prompts: Seq
             lambda ids: folder.tokenizer.decode(ids, skip_special_tokens=True),
             candidates=1,
             slots=config.slots,
+            refill=config.refill,
             path=pathlib.Path(scratch) / "responses.jsonl",
             label=f"responses of the {name}",
         )

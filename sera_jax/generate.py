@@ -71,6 +71,7 @@ def generate(config: GenerateConfig) -> pathlib.Path:
                 sample.seeded(config.seed),
                 candidates=config.candidates,
                 max_new_tokens=config.max_new_tokens,
+                slots=config.slots,
                 temperature=config.temperature,
                 top_k=config.top_k,
                 top_p=config.top_p,
@@ -84,6 +85,7 @@ def generate(config: GenerateConfig) -> pathlib.Path:
             lambda ids: folder.tokenizer.decode(ids, skip_special_tokens=True),
             candidates=config.candidates,
             slots=config.slots,
+            refill=config.refill,
             path=partial / "candidates.jsonl",
             label=f"sampling {config.candidates} × {len(prompts)} responses",
         )

@@ -109,11 +109,13 @@ def folder_logps(folder: Folder, trees: Sequence[Tree], *, ledger: Ledger, plan:
     return score.set_logps(trees, tag=folder.tag, ledger=ledger, load=load, plan=plan, label=label)
 
 
-def folder_sampler(folder: Folder, key: jax.Array, *, candidates: int, max_new_tokens: int, **values: Any) -> Callable:
+def folder_sampler(
+    folder: Folder, key: jax.Array, *, candidates: int, max_new_tokens: int, slots: int, **values: Any
+) -> Callable:
     """Prompts on the host → candidates on the host, as `bootstrap.sample_candidates` takes it.
 
     Args:
-        values: temperature, top_k, top_p, min_p (`sample.sampling`).
+        slots: responses decoded side by side. values: temperature, top_k, top_p, min_p (`sample.sampling`).
     """
     return programs.sampler(
         folder.arch,
@@ -124,6 +126,7 @@ def folder_sampler(folder: Folder, key: jax.Array, *, candidates: int, max_new_t
         sample.sampling(eos_ids=folder.eos_ids, **values),
         candidates=candidates,
         max_new_tokens=max_new_tokens,
+        slots=slots,
     )
 
 

@@ -397,12 +397,12 @@ def prefiller(arch: Arch, mesh: Mesh, compute: Compute) -> Callable[[dict, jax.A
 
 @functools.cache
 def decoder(
-    arch: Arch, mesh: Mesh, compute: Compute, *, candidates: int, max_new_tokens: int
-) -> Callable[[dict, Prefilled, jax.Array, jax.Array, Sampling], tuple[jax.Array, jax.Array]]:
-    """(decode weights, Prefilled, hash_P2, key, Sampling) → (tokens_PCT, finished_PC) on every process."""
-    run = functools.partial(
-        sample.decode, arch, candidates=candidates, max_new_tokens=max_new_tokens, mesh=mesh, dtype=compute.dtype
-    )
+    arch: Arch, mesh: Mesh, compute: Compute, *, candidates: int, max_new_tokens: int, slots: int | None = None
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """(decode weights, Prefilled, hash_P2, key, Sampling[, limit_PC]) → (tokens_PCT, finished_PC) on every process;
+    keywords as in sample.decode."""
+    how = {"candidates": candidates, "max_new_tokens": max_new_tokens, "slots": slots}
+    run = functools.partial(sample.decode, arch, **how, mesh=mesh, dtype=compute.dtype)
     return jax.jit(run, out_shardings=(meshes.replicated(mesh),) * 2)
 
 
@@ -524,23 +524,30 @@ def abstract_selection(mesh: Mesh, pairs: int, iterates: int, groups: int = 1) -
 
 
 def score_rows(score_program: Callable, params: dict, mesh: Mesh) -> Callable[[Rows], Any]:
-    """A scorer bound to weights: rows of one microbatch on the host → logp_BS on the host (`score.set_logps`)."""
+    """A scorer bound to weights: rows of one microbatch on the host → logp_BS on the devices (`score.set_logps`)."""
     by_row = meshes.rows_sharding(mesh)
-    return lambda rows: meshes.get(score_program(params, meshes.put(rows, by_row)))
+    return lambda rows: score_program(params, meshes.put(rows, by_row))
 
 
 def sample_prompts(
-    prefill: Callable, decode: Callable, weights: dict, key: jax.Array, sampling: Sampling, mesh: Mesh
+    prefill: Callable,
+    decode: Callable,
+    weights: dict,
+    key: jax.Array,
+    sampling: Sampling,
+    mesh: Mesh,
+    limit_PC: Any = None,
 ) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
     """A sampler bound to (decode-layout) weights: padded prompts on the host → tokens_PCT, finished_PC on the host
-    (`sample.run_batches`)."""
+    (`sample.run_batches`). limit_PC: of every batch, as in sample.decode."""
     whole = meshes.replicated(mesh)
     values, key = meshes.put(sampling, whole), meshes.put(key, whole)
+    limits = () if limit_PC is None else (meshes.put(limit_PC, by_prompt(mesh, limit_PC.shape)),)
 
     def run(*prompts: Any) -> tuple[Any, Any]:
         tokens_PJ, length_P, hash_P2 = (meshes.put(array, by_prompt(mesh, array.shape)) for array in prompts)
         start = prefill(weights, tokens_PJ, length_P)
-        return meshes.get(decode(weights, start, hash_P2, key, values))
+        return meshes.get(decode(weights, start, hash_P2, key, values, *limits))
 
     return run
 
@@ -560,6 +567,7 @@ def sampler(
     *,
     candidates: int,
     max_new_tokens: int,
+    slots: int,
 ) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
     """`sample_prompts` with weights that nobody needs before the first prompt: `load` (→ weights on the training
     layout) is called then, once, and they move to the decode layout."""
@@ -569,7 +577,8 @@ def sampler(
         if not bound:
             weights = to_decode(arch, mesh, compute.dtype)(load())
             prefill = prefiller(arch, mesh, compute)
-            decode = decoder(arch, mesh, compute, candidates=candidates, max_new_tokens=max_new_tokens)
+            many = {"candidates": candidates, "max_new_tokens": max_new_tokens, "slots": slots}
+            decode = decoder(arch, mesh, compute, **many)
             bound.append(sample_prompts(prefill, decode, weights, key, sampling, mesh))
         return bound[0](*prompts)
 

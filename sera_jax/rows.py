@@ -12,17 +12,22 @@ import numpy as np
 
 from sera_jax.records import Rows, Tree
 
+WORTH = 0.04  # share of an update's cost that a second shape, and its compilation, has to save
 QUANTUM = 128  # a row's length and targets are multiples of it: TPU lanes, and few distinct shapes
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The one shape of a program's microbatches: rows B × (length L tokens, targets M, slots S)."""
+    """The one shape of a program's microbatches: rows B × (length L tokens, targets M, slots S).
+
+    cost: of a token in such rows, where the matrix products of the layers cost 1.
+    """
 
     length: int
     targets: int
     slots: int
     rows: int
+    cost: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +42,12 @@ class Fill:
         return self.useful / max(self.padded, 1)
 
 
-def plan(
+def plan(lengths_N3: np.ndarray, **of: int | float) -> Plan:
+    """The one best shape: the first of `plans`."""
+    return plans(lengths_N3, shapes=1, **of)[0]
+
+
+def plans(
     lengths_N3: np.ndarray,
     *,
     batch: int,
@@ -46,13 +56,16 @@ def plan(
     row_tokens: int = 0,
     microbatch_rows: int = 0,
     device_tokens: int = 8192,
-) -> Plan:
-    """Chooses L, M, S and B from measured lengths.
+    shapes: int = 2,
+) -> tuple[Plan, ...]:
+    """Chooses shapes (L, M, S and B) from measured lengths; each batch then takes the one that suits it (`fitting`).
 
     L and B: the cheapest of the shapes tried (L from the longest tree to four of them; 1 row a device up to
     `device_tokens` tokens), packed for batches in a fixed random order. A token of the rows costs 1 + L · per_key.
     Within 2 % of the cheapest, shorter rows and then more of them win. M and S: the most that such a row needs; targets
-    that are not there cost nothing, the head leaves them out.
+    that are not there cost nothing, the head leaves them out. A further shape is the one that saves most beside those
+    before, if it saves WORTH: few long rows suit one batch and not the next, and what a last row leaves empty counts
+    where a device has few.
 
     Args:
         lengths_N3: int [N, 3], for each tree its length, targets and branches. May hold made-up trees for what is not
@@ -63,6 +76,7 @@ def plan(
             that where memory bounds it: 1 / (2 D). 0 where attention leaves other trees out.
         shards: ways in which rows are split over devices; B is a multiple of it.
         row_tokens, microbatch_rows: L, and B / shards, where the caller has chosen; 0 = planned.
+        shapes: at most so many; each is a program to compile.
 
     Raises:
         ValueError: a tree is longer than `row_tokens`.
@@ -79,26 +93,51 @@ def plan(
     order = np.random.Generator(np.random.Philox(key=0)).permutation(len(lengths_N3))[: 16 * batch]
     batches = [lengths_N3[order[i : i + batch]] for i in range(0, len(order), batch)]
 
-    choices = []  # (cost, L, rows a device, row of each tree)
+    choices = []  # (cost of each batch, L, rows a device, row of each tree)
     step = max(QUANTUM, _round_up(longest / 8, QUANTUM))
     for length in [row_tokens] if row_tokens else range(longest, 4 * longest + 1, step):
         packed = [_assign(b, length, length, length) for b in batches]
         counts = np.array([max(r) + 1 for r in packed])
         most = max(1, min(device_tokens // length, math.ceil(counts.max() / shards)))
         for per_device in [microbatch_rows] if microbatch_rows else range(most, 0, -1):
-            padded = length * sum(_round_up(c, per_device * shards) for c in counts)
+            padded = length * np.array([_round_up(c, per_device * shards) for c in counts])
             choices.append((padded * (1 + length * per_key), length, per_device, packed))
-    cheapest = min(c[0] for c in choices)
-    _, length, per_device, packed = min((c for c in choices if c[0] <= 1.02 * cheapest), key=lambda c: (c[1], -c[2]))
-    targets, slots = (
-        int(max(np.bincount(r, weights=b[:, column]).max() for b, r in zip(batches, packed))) for column in (1, 2)
-    )
-    return Plan(
-        length=length,
-        targets=min(_round_up(max(targets, lengths_N3[:, 1].max()), QUANTUM), length),
-        slots=_round_up(max(slots, lengths_N3[:, 2].max()), 2),
-        rows=per_device * shards,
-    )
+    cheapest = min(c[0].sum() for c in choices)
+    chosen = [min((c for c in choices if c[0].sum() <= 1.02 * cheapest), key=lambda c: (c[1], -c[2]))]
+    least = chosen[0][0]
+    while len(chosen) < shapes:
+        more = min(choices, key=lambda c: (np.minimum(least, c[0]).sum(), c[1], -c[2]))
+        if np.minimum(least, more[0]).sum() > (1 - WORTH) * least.sum():
+            break
+        least = np.minimum(least, more[0])
+        chosen.append(more)
+
+    def shape(length: int, per_device: int, packed: list[list[int]]) -> Plan:
+        targets, slots = (
+            int(max(np.bincount(r, weights=b[:, column]).max() for b, r in zip(batches, packed))) for column in (1, 2)
+        )
+        return Plan(
+            length=length,
+            targets=min(_round_up(max(targets, lengths_N3[:, 1].max()), QUANTUM), length),
+            slots=_round_up(max(slots, lengths_N3[:, 2].max()), 2),
+            rows=per_device * shards,
+            cost=1 + length * per_key,
+        )
+
+    return tuple(shape(*c[1:]) for c in chosen)
+
+
+def fitting(trees: Sequence[Tree], plans: Sequence[Plan]) -> Plan:
+    """The cheapest shape for these trees, the first of equal ones."""
+    if len(plans) == 1:
+        return plans[0]
+    sizes = measure(trees)
+
+    def cost(plan: Plan) -> float:
+        count = max(_assign(sizes, plan.length, plan.targets, plan.slots), default=-1) + 1
+        return _round_up(count, plan.rows) * plan.length * plan.cost
+
+    return min(plans, key=cost)
 
 
 def measure(trees: Sequence[Tree]) -> np.ndarray:

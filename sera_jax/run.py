@@ -42,8 +42,9 @@ FREE_KEYS = (
 # ... or only how its numbers are rounded, because they say where and in which portions they are computed.
 LAYOUT_KEYS = (
     "mesh.distributed mesh.slices mesh.data mesh.fsdp mesh.tensor model.remat model.head_chunk bootstrap.slots "
-    "optimizer.moments sft.optimizer.moments model.attention "
-    "optimizer.row_tokens optimizer.microbatch_rows sft.optimizer.row_tokens sft.optimizer.microbatch_rows"
+    "bootstrap.refill optimizer.moments sft.optimizer.moments model.attention "
+    "optimizer.row_tokens optimizer.microbatch_rows optimizer.row_shapes "
+    "sft.optimizer.row_tokens sft.optimizer.microbatch_rows sft.optimizer.row_shapes"
 ).split()
 
 
@@ -315,7 +316,8 @@ class Stage:
     """A stage's work: which examples each update takes, and what comes with them.
 
     batches: int64 [batch] example numbers, one array an update. trees: the examples. reference_F: log-probs under the
-    loss's reference by flat branch number; weight_N: of the examples.
+    loss's reference by flat branch number; weight_N: of the examples. plans: shapes of rows, of which each batch takes
+    one.
     """
 
     name: str
@@ -324,7 +326,7 @@ class Stage:
     trees: Sequence[Tree]
     reference_F: np.ndarray
     weight_N: np.ndarray
-    plan: Plan
+    plans: tuple[Plan, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -444,8 +446,10 @@ def loaded(stage: Stage, mesh: Mesh, done: int) -> Iterator[tuple[Batch, Fill]]:
 
     def pack(index: int) -> tuple[Batch, Fill]:
         members = stage.batches[index]
-        packed = rowlib.pack([stage.trees[i] for i in members], stage.plan)
-        stacked, count = rowlib.microbatches(packed, stage.plan, rowlib.most_microbatches(len(members), stage.plan))
+        trees = [stage.trees[i] for i in members]
+        plan = rowlib.fitting(trees, stage.plans)
+        packed = rowlib.pack(trees, plan)
+        stacked, count = rowlib.microbatches(packed, plan, rowlib.most_microbatches(len(members), plan))
         branches = len(stage.trees[members[0]].branches)
         flat = (members[:, None] * branches + np.arange(branches)).reshape(-1)
         label_N = np.array([stage.trees[i].label for i in members], np.float32)

@@ -420,15 +420,16 @@ def set_logps(
     *,
     tag: str,
     ledger: Ledger,
-    load: Callable[[], Callable[[Rows], np.ndarray]],
+    load: Callable[[], Callable[[Rows], jax.Array]],
     plan: Plan,
     label: str,
     chunk: int = CHUNK,
 ) -> np.ndarray:
     """Log-probs of every branch of a set under one model, looked up in the ledger and computed where it has none.
 
-    The set is scored in fixed chunks of `chunk` trees, each packed on its own and written to the ledger at once: a run
-    that stops here goes on with the first chunk that is missing and packs it as an uninterrupted run would have.
+    The set is scored in fixed chunks of `chunk` trees, each packed on its own: a run that stops here goes on with the
+    first chunk that the ledger has not and packs it as an uninterrupted run would have. While the devices compute a
+    chunk, the host packs the next one and writes the one before.
 
     Args:
         tag: of the model. load: gives the scorer (rows of one microbatch → logp_BS); called only if something is
@@ -446,14 +447,22 @@ def set_logps(
     known = np.isfinite(ledger.look_up(tag, keys))
     starts = [s for s in range(0, len(trees), chunk) if not known[first[s] : first[min(s + chunk, len(trees))]].all()]
     if starts:
-        run = load()
+        run, last = load(), None
+
+        def store(start: int, stop: int, found: Callable[[], np.ndarray]) -> None:
+            ledger.append(tag, keys[first[start] : first[stop]], found())
+
         for start in metrics.track(starts, total=len(starts), label=label, unit="chunks"):
             stop = min(start + chunk, len(trees))
-            ledger.append(tag, keys[first[start] : first[stop]], logps(trees[start:stop], run, plan))
+            begun = start, stop, _begun(trees[start:stop], run, plan)
+            if last is not None:
+                store(*last)
+            last = begun
+        store(*last)
     return ledger.look_up(tag, keys)
 
 
-def logps(trees: Sequence[Tree], run: Callable[[Rows], np.ndarray], plan: Plan) -> np.ndarray:
+def logps(trees: Sequence[Tree], run: Callable[[Rows], jax.Array], plan: Plan) -> np.ndarray:
     """Log-probs of every branch of trees that are packed together, without a ledger.
 
     Args:
@@ -462,7 +471,13 @@ def logps(trees: Sequence[Tree], run: Callable[[Rows], np.ndarray], plan: Plan) 
     Returns:
         float32 [F], by flat branch number.
     """
+    return _begun(trees, run, plan)()
+
+
+def _begun(trees: Sequence[Tree], run: Callable[[Rows], jax.Array], plan: Plan) -> Callable[[], np.ndarray]:
+    """The same, dispatched; to be waited for by calling what comes back."""
     rows = rowlib.pack(trees, plan)
     stacked, count = rowlib.microbatches(rows, plan, len(rows.tokens_BL) // plan.rows)
-    logp_ABS = np.stack([run(jax.tree.map(lambda a, i=i: a[i], stacked)) for i in range(count)])
-    return rowlib.unpack(logp_ABS, stacked.example_BS, sum(len(tree.branches) for tree in trees))
+    logp_A = [run(jax.tree.map(lambda a, i=i: a[i], stacked)) for i in range(count)]
+    branches = sum(len(tree.branches) for tree in trees)
+    return lambda: rowlib.unpack(np.stack(meshes.get(logp_A)), stacked.example_BS, branches)

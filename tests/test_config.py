@@ -192,6 +192,7 @@ RANGES = {
     "run.log_every": AT_LEAST_1,
     "model.head_chunk": AT_LEAST_1,
     "mesh.data": ([0, -2], [1]),
+    "bootstrap.refill": AT_LEAST_1,
     "mesh.fsdp": ([0, -2], [-1, 1]),
     "mesh.tensor": ([0, -2], [1]),
     "mesh.slices": ([0, -1], [1, 2]),
@@ -209,6 +210,7 @@ RANGES = {
         "clip": ([-1.0], [0.0]),
         "row_tokens": ([-128, 100, 129], [0, 128]),
         "microbatch_rows": NOT_NEGATIVE,
+        "row_shapes": AT_LEAST_1,
     }.items()
 }
 # What else has to be set for a key to have a say.
@@ -238,6 +240,7 @@ DOOR_RANGES = {
         "max_new_tokens": AT_LEAST_1,
         "max_prompt_length": AT_LEAST_1,
         "slots": AT_LEAST_1,
+        "refill": AT_LEAST_1,
         "limit": NOT_NEGATIVE,
     },
     ReviewConfig: {"uninformative": ([-0.1], [0.0]), "long": ([1.0], [1.1])},

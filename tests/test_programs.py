@@ -151,7 +151,7 @@ def test_any_split_of_a_batch_gives_the_same_update(name, layout):
     # The mixture holds IPO's square, which doubles relative rounding (jax 0.12: loss 1.1e-6, gradient 5.7e-6).
     scale = 2 if name == "mixture" else 1
     for key in metrics:
-        rtol = scale * (1e-5 if key == "grad_norm" else 2e-6)
+        rtol = scale * (1e-5 if key == "grad_norm" else 4e-6)  # a margin cancels: 2.1e-6 on one kind of CPU
         np.testing.assert_allclose(other[key], metrics[key], rtol=rtol, err_msg=key)
     np.testing.assert_allclose(other["loss"], metrics["loss"], rtol=scale * 1e-6)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(other_grads)):
@@ -637,8 +637,8 @@ def in_loops(program: str) -> str:
     return "\n".join(line for name in sorted(found) for line in lines[name])
 
 
-def decode_program(mesh, layout: str) -> str:
-    """The compiled decode program, of weights on a layout."""
+def decode_program(mesh, layout: str, slots: int | None = None) -> str:
+    """The compiled decode program, of weights on a layout, with a slot for every candidate or with fewer."""
     shaped = lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
     params = jax.tree.map(shaped, model.abstract(TALL), programs.param_shardings(TALL, mesh, layout))
 
@@ -653,7 +653,7 @@ def decode_program(mesh, layout: str) -> str:
     start = jax.tree.map(shaped, jax.eval_shape(prefill, params, *prompts), where)
     sampling = sample.sampling(temperature=1.0, top_k=0, top_p=0.9, min_p=0.0, eos_ids=(2,))
     small = meshes.put((jax.random.key(0), sampling), meshes.replicated(mesh))
-    decode = programs.decoder.__wrapped__(TALL, mesh, compute, candidates=3, max_new_tokens=11)
+    decode = programs.decoder.__wrapped__(TALL, mesh, compute, candidates=3, max_new_tokens=11, slots=slots)
     return decode.lower(params, start, by_prompt(jnp.uint32, PROMPTS, 2), *small).compile().as_text()
 
 
@@ -670,6 +670,17 @@ def test_no_weight_crosses_devices_for_a_token():
     assert weights_that_cross(text) == []
     # The reader sees the loop: sums of what each device's heads and hidden units have made.
     assert ("all-reduce", (PROMPTS // 2, 3, TALL.width)) in collectives(in_loops(text))
+
+
+def test_neither_weights_nor_caches_cross_devices_for_a_token_where_slots_are_refilled():
+    """A slot takes prompts that lie on its own devices. What crosses: sums over heads and hidden units, a block of
+    logits, what is chosen."""
+    mesh, slots = meshes.make(2, 2, 2), PROMPTS
+    text = decode_program(mesh, "decode", slots)
+    crossing = collectives(in_loops(text))
+    assert ("all-reduce", (1, slots // 2, TALL.width)) in crossing
+    assert not [shape for _, shape in crossing if {PADDED, 11} & {*shape}]  # positions of prompts and of responses
+    assert max(math.prod(shape) for _, shape in crossing) <= slots // 2 * sample.block(TALL.vocab)
 
 
 def test_the_reader_sees_weights_cross(monkeypatch):

@@ -140,9 +140,10 @@ def test_keys_of_the_layout_are_free(tmp_path):
     begun(tmp_path)
     layout = dict(
         mesh__data=2, mesh__fsdp=4, mesh__tensor=2, mesh__slices=2, mesh__distributed=True, model__remat="none",
-        model__head_chunk=64, bootstrap__slots=8, optimizer__row_tokens=256, optimizer__microbatch_rows=2,
+        model__head_chunk=64, bootstrap__slots=8, bootstrap__refill=4, optimizer__row_tokens=256,
+        optimizer__microbatch_rows=2,
         sft__optimizer__row_tokens=128, sft__optimizer__microbatch_rows=4, optimizer__moments="host",
-        sft__optimizer__moments="host", model__attention="xla",
+        sft__optimizer__moments="host", model__attention="xla", optimizer__row_shapes=1, sft__optimizer__row_shapes=3,
     )  # fmt: skip
     runs.close(opened(tmp_path, **layout))
     assert {key.replace("__", ".") for key in layout} == set(runs.LAYOUT_KEYS)
@@ -295,7 +296,7 @@ def stage() -> Stage:
         trees=trees,
         reference_F=rng.normal(size=40).astype(np.float32),
         weight_N=rng.uniform(0.5, 1, 20).astype(np.float32),
-        plan=PLAN,
+        plans=(PLAN,),
     )
 
 

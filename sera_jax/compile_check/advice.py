@@ -55,6 +55,7 @@ def steps(setting: Setting, name: str) -> Iterator[list[Change]]:
         yield from _one_copy(setting)
         yield from _halvings("model.head_chunk", config.model.head_chunk, 64)
     elif name in ("prefill", "decode"):
+        yield from _halvings("bootstrap.refill", config.bootstrap.refill, 1)
         yield from _halvings("bootstrap.slots", config.bootstrap.slots, max(1, config.bootstrap.candidates))
         yield from _one_copy(setting)
     elif name == "to decode layout":

@@ -74,9 +74,9 @@ def lengths(config: TrainConfig) -> np.ndarray:
 
 
 def plan(config: TrainConfig, optimizer: OptimizerConfig, arch: Arch, mesh: Mesh) -> Plan:
-    """Rows of the updates: each tree of a batch is as long as trees get."""
+    """Rows of the updates: each tree of a batch is as long as trees get, so that one shape suits all."""
     every = np.repeat(_longest(lengths(config))[None], optimizer.batch_size, axis=0)
-    return worlds.update_plan(every, optimizer, arch, mesh)
+    return worlds.update_plans(every, optimizer, arch, mesh)[0]
 
 
 def scored(config: TrainConfig) -> np.ndarray:
@@ -234,7 +234,7 @@ def _sampled(setting: Setting) -> tuple[int, int, int, int]:
     candidates, new = 1, config.evaluate.max_new_tokens
     if worlds.bootstraps(config) and not config.bootstrap.candidates_file:
         candidates, new = config.bootstrap.candidates, config.bootstrap.max_new_tokens
-    return max(1, config.bootstrap.slots // candidates), longest, candidates, new
+    return max(1, config.bootstrap.slots // candidates) * config.bootstrap.refill, longest, candidates, new
 
 
 def _prefill_arguments(setting: Setting) -> tuple[Callable, tuple]:
@@ -263,7 +263,8 @@ def _prefill(setting: Setting) -> Case:
 def _decode(setting: Setting) -> Case:
     arch, mesh = setting.arch, setting.mesh
     prompts, longest, candidates, new = _sampled(setting)
-    program = programs.decoder(arch, mesh, setting.compute, candidates=candidates, max_new_tokens=new)
+    many = {"candidates": candidates, "max_new_tokens": new, "slots": setting.config.bootstrap.slots}
+    program = programs.decoder(arch, mesh, setting.compute, **many)
     weights = programs.abstract_params(arch, mesh, "decode", setting.compute.dtype)
     start = _prefilled(setting)
     hashes = programs.abstract_prompts(mesh, prompts, longest)[2]
@@ -278,7 +279,8 @@ def _decode(setting: Setting) -> Case:
         {"weights": weights, "cache": start.cache, "logits": start.logits_PV},
         useful=prompts * candidates * flops.forward(arch, tokens=new, seen=behind, predicted=new),
         beside=_training_weights(setting),
-        trips=new - 1,
+        # Each slot takes as many responses after the other, each of the full length.
+        trips=(new - 1) * setting.config.bootstrap.refill,
     )
 
 

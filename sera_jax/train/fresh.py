@@ -99,7 +99,7 @@ def responses(
     shared = None
     if config.run.ledger:
         sampling = [getattr(values, k, None) for k in ("temperature", "top_k", "top_p", "min_p", "max_new_tokens")]
-        noise = (config.run.seed, use, t, candidates, config.bootstrap.slots, *sampling)
+        noise = (config.run.seed, use, t, candidates, config.bootstrap.slots, config.bootstrap.refill, *sampling)
         own = repr((noise, [prompt.id for prompt in prompts]))
         contents = (branch_key(ids, ()).hex() for ids in tokens)
         said = derived_tag(policies.tag(world.policies, live.name), own, *contents)
@@ -112,6 +112,7 @@ def responses(
         lambda ids: world.policies.start.tokenizer.decode(ids, skip_special_tokens=True),
         candidates=candidates,
         slots=config.bootstrap.slots,
+        refill=config.bootstrap.refill,
         path=path,
         label=label,
     )
@@ -152,6 +153,7 @@ def _sampler(
         sampling,
         candidates=candidates,
         max_new_tokens=values.max_new_tokens,
+        slots=world.config.bootstrap.slots,
     )
 
 

@@ -68,7 +68,7 @@ def _sft(
         trees=trees,
         reference_F=np.zeros(len(trees), np.float32),
         weight_N=np.ones(len(trees), np.float32),
-        plan=worlds.update_plan(rowlib.measure(trees), optimizer, world.policies.arch, world.mesh),
+        plans=worlds.update_plans(rowlib.measure(trees), optimizer, world.policies.arch, world.mesh),
     )
     state, _ = runs.run_stage(
         world.run,
@@ -120,7 +120,7 @@ def training_set(world: World, t: int, scored: Live, chosen: Selection | None, m
         trees=trees,
         reference_F=_reference_logps(world, t, scored, trees, extra),
         weight_N=weight_N,
-        plan=world.plan,
+        plans=world.plans,
     )
 
 
@@ -132,7 +132,7 @@ def _reference_logps(world: World, t: int, scored: Live, trees: list[Tree], extr
     reference, known = loss_reference(world, t), {}
     for what, some, plan in (
         ("the given set", world.given.trees, world.score_plan),
-        ("fresh pairs", extra, world.plan),
+        ("fresh pairs", extra, world.plans[0]),
     ):
         known |= dict(zip(_keys(some), loss_logps(world, reference, some, scored, plan=plan, what=what)))
     return np.array([known[key] for key in _keys(trees)], np.float32)

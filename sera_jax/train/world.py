@@ -77,7 +77,7 @@ class World:
     transform: optax.GradientTransformation
     update: Callable
     select: Callable
-    plan: Plan
+    plans: tuple[Plan, ...]
     score_plan: Plan
 
 
@@ -123,7 +123,7 @@ def prepare(config: TrainConfig) -> World:
     # An SFT stage alone has no pairs; its trees then stand for them in plans that nothing runs by.
     trees = given.trees or given.sft
     lengths_N3 = np.concatenate((rowlib.measure(trees), _largest_fresh(config, given)))
-    plan = update_plan(lengths_N3, config.optimizer, arch, mesh)
+    plans = update_plans(lengths_N3, config.optimizer, arch, mesh)
     _check_stops(config, len(given.trees))
     score_plan = score.plan_for([*trees, *given.held_out], arch, mesh)
     run = runs.open_run(
@@ -168,7 +168,7 @@ def prepare(config: TrainConfig) -> World:
             weighting=losses.WEIGHTINGS[config.loss.weighting],
             moments=config.optimizer.moments,
         ),
-        plan=plan,
+        plans=plans,
         score_plan=score_plan,
     )
     _describe(world)
@@ -461,7 +461,7 @@ def _fingerprint(config: TrainConfig, content: str) -> str:
 
 def _describe(world: World) -> None:
     """What will run, in a few lines."""
-    config, arch, plan = world.config, world.policies.arch, world.plan
+    config, arch = world.config, world.policies.arch
     size, trained = (sum(a.size for a in jax.tree.leaves(t)) for t in (model.abstract(arch), model.trainable(arch)[0]))
     adapters = f" and {trained / 1e6:.2f} M in adapters, which train," if arch.lora else ""
     metrics.say(
@@ -469,8 +469,9 @@ def _describe(world: World) -> None:
         f"mesh {'×'.join(f'{axis} {n}' for axis, n in world.mesh.shape.items())} ({jax.devices()[0].device_kind})"
     )
     kind = "examples" if world.loss.unpaired else "pairs"
+    shapes = " or ".join(f"{plan.length} tokens, {plan.rows} a microbatch" for plan in world.plans)
     metrics.say(
-        f"rows of {plan.length} tokens, {plan.rows} a microbatch; {len(world.given.trees)} {kind}, "
+        f"rows of {shapes}; {len(world.given.trees)} {kind}, "
         f"{len(world.given.prompts)} prompts, {len(world.given.held_out)} held out; run folder {world.run.path}"
     )
     if world.loss.unpaired:
@@ -518,15 +519,16 @@ def schedule(optimizer: OptimizerConfig) -> dict[str, Any]:
     return {"peak": optimizer.learning_rate, "schedule": optimizer.schedule, "warmup": optimizer.warmup}
 
 
-def update_plan(lengths_N3: np.ndarray, optimizer: OptimizerConfig, arch: Arch, mesh: Mesh) -> Plan:
+def update_plans(lengths_N3: np.ndarray, optimizer: OptimizerConfig, arch: Arch, mesh: Mesh) -> tuple[Plan, ...]:
     """Rows for the updates of a stage; lengths as rows.measure gives them."""
-    return rowlib.plan(
+    return rowlib.plans(
         lengths_N3,
         batch=optimizer.batch_size,
         per_key=attention.per_key(mesh, arch.width),
         shards=meshes.row_shards(mesh),
         row_tokens=optimizer.row_tokens,
         microbatch_rows=optimizer.microbatch_rows,
+        shapes=optimizer.row_shapes,
     )
 
 

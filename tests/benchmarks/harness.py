@@ -117,6 +117,11 @@ def finish(name: str, out: str | None, rows: Sequence[dict[str, Any]], **told: A
 
 def model_folder(folder: pathlib.Path, tokenizer: pathlib.Path, **changes: Any) -> pathlib.Path:
     """A folder with random weights (seed 0, float32) of LLAMA's shape and a tokenizer, made once."""
+    return random_model(folder, {file.name: file.read_bytes() for file in tokenizer.iterdir()}, **changes)
+
+
+def random_model(folder: pathlib.Path, files: dict[str, bytes] | None = None, **changes: Any) -> pathlib.Path:
+    """The same with other files beside the weights than a tokenizer's, or with none."""
     import jax
     import jax.numpy as jnp
 
@@ -125,8 +130,8 @@ def model_folder(folder: pathlib.Path, tokenizer: pathlib.Path, **changes: Any) 
     if not (folder / "model.safetensors").is_file():
         source = folder.with_suffix(".source")
         source.mkdir(parents=True, exist_ok=True)
-        for file in tokenizer.iterdir():
-            (source / file.name).write_bytes(file.read_bytes())
+        for name, content in (files or {}).items():
+            (source / name).write_bytes(content)
         (source / "config.json").write_text(json.dumps({**LLAMA, **changes}))
         arch = hf.read_arch(source)
         hf.save(folder, arch, jax.jit(lambda: model.init(arch, jax.random.key(0)))(), source=source, dtype=jnp.float32)
@@ -138,11 +143,29 @@ def hh_pairs(path: pathlib.Path, data: pathlib.Path, tokenizer: pathlib.Path, co
 
     Ids rather than texts, so that every program trains on the same tokens: BOS, prompt, response, EOS.
     """
+    if path.is_file():
+        return
+    with open(path, "w", encoding="utf-8") as file:
+        for _, tree in _fitting(data, tokenizer, count, max_length):
+            ids = dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), (tree.prompt, *tree.branches)))
+            file.write(json.dumps({name: value.tolist() for name, value in ids.items()}) + "\n")
+
+
+def text_pairs(path: pathlib.Path, data: pathlib.Path, tokenizer: pathlib.Path, count: int, max_length: int) -> None:
+    """The same pairs as texts, with prompts of their own each."""
+    if path.is_file():
+        return
+    with open(path, "w", encoding="utf-8") as file:
+        for pair, _ in _fitting(data, tokenizer, count, max_length):
+            texts = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+            file.write(json.dumps(texts) + "\n")
+
+
+def _fitting(data: pathlib.Path, tokenizer: pathlib.Path, count: int, max_length: int) -> list[tuple]:
+    """The first `count` pairs that nobody truncates, as texts and as trees."""
     from sera_jax import data as datalib
     from sera_jax import records
 
-    if path.is_file():
-        return
     pairs = []
     with gzip.open(data / "hh_rlhf" / "helpful_train.jsonl.gz", "rt", encoding="utf-8") as file:
         for line in file:
@@ -154,11 +177,9 @@ def hh_pairs(path: pathlib.Path, data: pathlib.Path, tokenizer: pathlib.Path, co
     trees, _ = datalib.tokenise_pairs(
         pairs, loaded, eos, max_length=limit, max_prompt_length=limit - 1, truncation="keep_end"
     )
-    fitting = [t for t in trees if len(t.prompt) + max(map(len, t.branches)) <= max_length][:count]
-    with open(path, "w", encoding="utf-8") as file:
-        for tree in fitting:
-            ids = dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), (tree.prompt, *tree.branches)))
-            file.write(json.dumps({name: value.tolist() for name, value in ids.items()}) + "\n")
+    by_id = {pair.id: pair for pair in pairs}
+    fitting = (t for t in trees if len(t.prompt) + max(map(len, t.branches)) <= max_length)
+    return [(by_id[t.id], t) for _, t in zip(range(count), fitting)]
 
 
 def read_trees(path: str) -> list:

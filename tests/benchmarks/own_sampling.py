@@ -26,29 +26,36 @@ def main() -> None:
     p.add_argument("--candidates", type=int, default=4)
     p.add_argument("--new-tokens", type=int, default=128)
     p.add_argument("--dtype", default="float32")
+    p.add_argument("--short", type=int, default=0, help="tokens of all but each `long-every`-th candidate")
+    p.add_argument("--long-every", type=int, default=4)
+    p.add_argument("--refill", type=int, default=1, help="prompts of a call, in those for which there are slots")
     p.add_argument("--greedy", action="store_true")
     a = p.parse_args()
     mesh = meshes.make(1, 1, 1, jax.devices()[:1])
     arch, compute = hf.read_arch(a.model), Compute(jnp.dtype(a.dtype))
     weights = programs.to_decode(arch, mesh, compute.dtype)(hf.load(a.model, arch, mesh))
-    given = [json.loads(line)["prompt_ids"] for line in open(a.prompts, encoding="utf-8")][: a.batch * a.batches]
+    many, slots = a.batch * a.refill, a.batch * a.candidates
+    given = [json.loads(line)["prompt_ids"] for line in open(a.prompts, encoding="utf-8")][: many * a.batches]
     given = [np.array(ids, np.int32) for ids in given]
     values = sample.sampling(
         temperature=0.0 if a.greedy else 1.0, top_k=0, top_p=1.0, min_p=0.0, eos_ids=(arch.vocab,)
     )  # an EOS outside of the vocabulary: nothing ends before its time
+    candidate = np.arange(many * a.candidates).reshape(many, a.candidates)
+    limit_PC = np.where((candidate % a.long_every == 0) | (a.short == 0), a.new_tokens, a.short).astype(np.int32)
     run = programs.sample_prompts(
         programs.prefiller(arch, mesh, compute),
-        programs.decoder(arch, mesh, compute, candidates=a.candidates, max_new_tokens=a.new_tokens),
+        programs.decoder(arch, mesh, compute, candidates=a.candidates, max_new_tokens=a.new_tokens, slots=slots),
         weights,
         sample.seeded(0),
         values,
         mesh,
+        limit_PC,
     )
 
     def batch(number: int) -> list:
-        part = given[number * a.batch : (number + 1) * a.batch]
+        part = given[number * many : (number + 1) * many]
         size = max(sample.bucket(len(ids)) for ids in part)  # one bucket, as generate() pads a batch to its longest
-        return [out for _, out, _ in sample.run_batches(run, part, [(size, np.arange(len(part)))], a.batch)][0]
+        return [out for _, out, _ in sample.run_batches(run, part, [(size, np.arange(len(part)))], many)][0]
 
     seconds, tokens, first = [], [], None
     for number in range(a.batches):  # each bucket compiles once

@@ -59,6 +59,7 @@ def main() -> None:
     p.add_argument("--chunk", type=int, default=256)
     p.add_argument("--row-tokens", type=int, default=0)
     p.add_argument("--microbatch-rows", type=int, default=0)
+    p.add_argument("--row-shapes", type=int, default=2)
     for name in SWITCHES:
         p.add_argument(f"--{name}", action="store_true")
     a = p.parse_args()
@@ -73,18 +74,19 @@ def main() -> None:
     lengths = rowlib.measure(laid)
     if a.unpacked:
         longest, most = (-(-int(n) // 128) * 128 for n in lengths[:, :2].max(axis=0))
-        plan = rowlib.Plan(longest, most, 2, a.microbatch_rows or 1)
+        plans = (rowlib.Plan(longest, most, 2, a.microbatch_rows or 1),)
     else:
-        plan = rowlib.plan(
+        plans = rowlib.plans(
             lengths,
             batch=a.batch,
             per_key=attention.per_key(mesh, arch.width),
             shards=1,
             row_tokens=a.row_tokens,
             microbatch_rows=a.microbatch_rows,
+            shapes=a.row_shapes,
         )
     if a.all_logits:
-        plan = dataclasses.replace(plan, targets=plan.length)
+        plans = tuple(dataclasses.replace(plan, targets=plan.length) for plan in plans)
         head_logps = score.head_logps
         score.head_logps = lambda *args: head_logps(*args[:-1])  # no chunk is left out
 
@@ -106,14 +108,14 @@ def main() -> None:
     total, key = meshes.put(np.int32(a.steps), whole), meshes.put(jax.random.key(0), whole)
     stage = runs.Stage(
         name="update", iteration=1, batches=order, trees=laid, reference_F=reference_F,
-        weight_N=np.ones(len(trees), np.float32), plan=plan,
+        weight_N=np.ones(len(trees), np.float32), plans=plans,
     )  # fmt: skip
     batches = runs.loaded(stage, mesh, 0)
-    seconds, waited, told, useful, padded = [], [], [], 0, 0
+    seconds, waited, told, useful, padded, compiled = [], [], [], 0, 0, set()
     for number in range(a.steps):
         began = time.perf_counter()
         batch, fill = next(batches)
-        waited.append(time.perf_counter() - began)
+        idle = time.perf_counter() - began
         if a.unshared:
             own = responses_alone(batch, [trees[i] for i in order[number]])
             batch = meshes.put(own, programs.batch_shardings(mesh))
@@ -130,19 +132,23 @@ def main() -> None:
         state, metrics = update(state, {}, batch, total, key)
         told.append(float(metrics["loss"]))
         jax.block_until_ready(state)
-        seconds.append(time.perf_counter() - began)
+        shape = batch.rows.tokens_BL.shape
+        if shape in compiled:  # the first of a shape is compiled
+            seconds.append(time.perf_counter() - began)
+            waited.append(idle)
+        compiled.add(shape)
         useful, padded = useful + fill.useful, padded + fill.padded
     memory = update.lower(state, {}, batch, total, key).compile().memory_analysis()
     print(
         json.dumps(
             {
-                "seconds": seconds[1:],
+                "seconds": seconds,
                 "losses": told,
                 "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
                 "temporaries_mib": memory.temp_size_in_bytes / 2**20,
                 "useful": useful / padded,
-                "waited": sum(waited[1:]) / sum(seconds[1:]),
-                "plan": dataclasses.asdict(plan),
+                "waited": sum(waited) / sum(seconds),
+                "plan": [dataclasses.asdict(plan) for plan in plans],
             }
         )
     )
