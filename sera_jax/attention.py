@@ -19,8 +19,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from sera_jax import decode_kernel, tree_kernel, tree_loops
 from sera_jax import mesh as meshes
-from sera_jax import tree_kernel, tree_loops
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
 """(q_BLNH, k_BLKH, v_BLKH, a layer's window or None) → [B, L, N, H] in q's dtype."""
@@ -355,6 +355,69 @@ def attend_decode(
         + to_new * new_PCKH[1][:, :, :, None, :]
     )
     return out.reshape(p, c, n, h)
+
+
+def reads_in_place(name: str, mesh: Mesh) -> bool:
+    """Whether slots read their prompts' caches by our kernel (`attend_slots`): where `tree`, and on TPUs `auto`, is
+    asked for."""
+    return name == "tree" or (name == "auto" and AUTO[platform(mesh)][0] == "tree")
+
+
+def attend_slots(
+    q_GSNH: jax.Array,
+    new_GSKH: tuple[jax.Array, jax.Array],
+    prompts: tuple[jax.Array, jax.Array],
+    own: tuple[jax.Array, jax.Array],
+    layer: jax.Array,
+    prompt_GS: jax.Array,
+    length_GS: jax.Array,
+    own_GS: jax.Array,
+    window: jax.Array | None,
+    *,
+    mesh: Mesh,
+    scale: float | None = None,
+    cap: float | None = None,
+) -> jax.Array:
+    """One decoding step of G groups of S slots, each with a prompt of its group: decode_kernel, group by group.
+
+    Args:
+        new_GSKH: key and value of the newest token. prompts: caches of all layers and of each group's prompts, keys
+            [layers, G, P, K, H, J], values [layers, G, P, K, J, H]; own: likewise [layers, G, S, K, ...].
+        layer: int32 scalar. prompt_GS: number of the prompt in its group; length_GS: its tokens. own_GS: tokens of the
+            slot's own cache. window: as in `within`. scale, cap: as in `attend`.
+
+    Returns:
+        [G, S, N, H] in q's dtype.
+    """
+    groups, heads = q_GSNH.shape[0], new_GSKH[0].shape[2]
+    axes = lambda dim, size: meshes.axes_that_divide(mesh, meshes.LAYOUTS["decode"][dim], size) or None
+    rows, split = axes("rows", groups), axes("heads", heads)
+
+    def here(q, new, prompts, own, layer, prompt, length, emitted, window):
+        flat = lambda a, axis=0: a.reshape(*a.shape[:axis], -1, *a.shape[axis + 2 :])
+        # Groups that are not split over devices lie side by side: their prompts are numbered through.
+        prompt = prompt + jnp.arange(prompt.shape[0])[:, None] * prompts[0].shape[2]
+        out = decode_kernel.attend(
+            flat(q),
+            jax.tree.map(flat, new),
+            jax.tree.map(lambda a: flat(a, 1), prompts),
+            jax.tree.map(lambda a: flat(a, 1), own),
+            layer,
+            flat(prompt),
+            flat(length),
+            flat(emitted),
+            window,
+            scale=_scale(scale, q),
+            cap=cap,
+            interpret=platform(mesh) != "tpu",
+        )
+        return out.reshape(q.shape)
+
+    slots, caches, numbers = P(rows, None, split), P(None, rows, None, split), P(rows)
+    inputs = (slots, (slots,) * 2, (caches,) * 2, (caches,) * 2, P(), numbers, numbers, numbers, P())
+    return jax.shard_map(here, mesh=mesh, in_specs=inputs, out_specs=slots, check_vma=False)(
+        q_GSNH, new_GSKH, prompts, own, layer, prompt_GS, length_GS, own_GS, window
+    )
 
 
 def _scores(

@@ -402,7 +402,7 @@ def decoder(
     """(decode weights, Prefilled, hash_P2, key, Sampling[, limit_PC]) → (tokens_PCT, finished_PC) on every process;
     keywords as in sample.decode."""
     how = {"candidates": candidates, "max_new_tokens": max_new_tokens, "slots": slots}
-    run = functools.partial(sample.decode, arch, **how, mesh=mesh, dtype=compute.dtype)
+    run = functools.partial(sample.decode, arch, **how, mesh=mesh, dtype=compute.dtype, backend=compute.attention)
     return jax.jit(run, out_shardings=(meshes.replicated(mesh),) * 2)
 
 

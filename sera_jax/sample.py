@@ -123,6 +123,7 @@ def decode(
     slots: int | None = None,
     mesh: Mesh,
     dtype: Any,
+    backend: str = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """Samples until every candidate is finished or has as many tokens as it may have.
 
@@ -134,6 +135,7 @@ def decode(
         key: of the iteration; not consumed, only folded. sampling: arrays, any change of value reuses the program.
         limit_PC: int32, tokens that each candidate may have, 1 to max_new_tokens; None = max_new_tokens.
         slots: candidates decoded at a time; None = all.
+        backend: key of attention.ATTENTION, or "auto": whether refilled slots read their prompts by our kernel.
 
     Returns:
         tokens_PCT int32: the response with its EOS, then -1; finished_PC bool: ended by an EOS.
@@ -153,10 +155,27 @@ def decode(
     if not shared:  # each slot reads its prompt's keys as it does its own
         prompts = prompts[0].swapaxes(-1, -2), prompts[1]
 
+    def reads(s: _Slots, length_GS: jax.Array) -> tuple[Callable, Any]:
+        if not shared and attention.reads_in_place(backend, mesh):
+            return _in_place(arch, s, length_GS, prompts, c, mesh)
+        return _by_copy(arch, s, length_GS, prompts, c, shared)
+
     def step(s: _Slots) -> _Slots:
         s = s if shared else _refilled(s, limit_GQ)
         of_slot = lambda of_GQ: _each(of_GQ, s.item_GS)
-        hidden_GSD, new = _newest(arch, params, s, of_slot(length_GQ), prompts, c, shared, mesh=mesh, dtype=dtype)
+        length_GS = of_slot(length_GQ)
+        attend, cache = reads(s, length_GS)
+        hidden_GSD, new = model.hidden(
+            arch,
+            params,
+            s.last_GS,
+            length_GS + s.t_GS - 1,
+            attend,
+            longest=j_max + t_max,
+            dtype=dtype,
+            placement=meshes.placement(mesh, "decode"),
+            cache=cache,
+        )
         token_GS = pick(model.logits(arch, params, hidden_GSD, dtype), of_slot(keys_GQ), s.t_GS, sampling)
         own = _stored(s.own, new, s.steps if shared else s.t_GS - 1, mesh)
         return _emitted(dataclasses.replace(s, own=own), token_GS, of_slot(limit_GQ), sampling.eos_ids)
@@ -182,28 +201,19 @@ def decode(
     return state.tokens_GQT.reshape(p, c, t_max), state.finished_GQ.reshape(p, c)
 
 
-def _newest(
-    arch: Arch,
-    params: dict,
-    s: _Slots,
-    length_GS: jax.Array,
-    prompts: tuple[jax.Array, jax.Array],
-    candidates: int,
-    shared: bool,
-    *,
-    mesh: Mesh,
-    dtype: Any,
-) -> tuple[jax.Array, tuple]:
-    """One pass over the newest token of every slot: hidden_GSD, and its keys and values [layers, G, S, K, H].
+def _by_copy(
+    arch: Arch, s: _Slots, length_GS: jax.Array, prompts: tuple[jax.Array, jax.Array], candidates: int, shared: bool
+) -> tuple[Callable, tuple]:
+    """Attention of the newest token of every slot on XLA, as model.hidden takes it, and its cache.
 
     Args:
-        prompts: caches [layers, G, prompts of a group, ...]. shared: a group's slots have the same prompt.
+        prompts: caches [layers, G, prompts of a group, ...]. shared: a group's slots have the same prompt; else each
+            slot's prompt is copied beside its own tokens, layer by layer.
     """
     (groups, width), j_max, t_max = s.t_GS.shape, prompts[1].shape[4], s.own[1].shape[4]
     # Slots as attend_decode takes them: candidates of one prompt side by side, or each on its own.
     rows = (groups, width) if shared else (groups * width, 1)
-    position_GS = length_GS + s.t_GS - 1
-    position, length, t = (a.reshape(rows) for a in (position_GS, length_GS, s.t_GS))
+    position, length, t = (a.reshape(rows) for a in (length_GS + s.t_GS - 1, length_GS, s.t_GS))
     prompt_mask = jnp.arange(j_max)[None, None] < length[..., None]
     own_mask = jnp.arange(t_max)[None, None] < t[..., None] - 1
     prompt_position = jnp.broadcast_to(jnp.arange(j_max)[None], (rows[0], j_max))
@@ -227,17 +237,37 @@ def _newest(
         )
         return out.reshape(q.shape), (k, v)
 
-    return model.hidden(
-        arch,
-        params,
-        s.last_GS,
-        position_GS,
-        attend,
-        longest=j_max + t_max,
-        dtype=dtype,
-        placement=meshes.placement(mesh, "decode"),
-        cache=(prompts, s.own),
-    )
+    return attend, (prompts, s.own)
+
+
+def _in_place(
+    arch: Arch,
+    s: _Slots,
+    length_GS: jax.Array,
+    prompts: tuple[jax.Array, jax.Array],
+    candidates: int,
+    mesh: Mesh,
+) -> tuple[Callable, jax.Array]:
+    """The same by our kernel, which reads the caches of all layers where they lie: a layer is told by its number."""
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, window: jax.Array | None) -> tuple:
+        out = attention.attend_slots(
+            q,
+            (k, v),
+            prompts,
+            s.own,
+            layer,
+            s.item_GS // candidates,
+            length_GS,
+            s.t_GS - 1,
+            window,
+            mesh=mesh,
+            scale=arch.score_scale,
+            cap=arch.score_cap,
+        )
+        return out, (k, v)
+
+    return attend, jnp.arange(arch.layers)
 
 
 def _stored(own: tuple, new: tuple, place: jax.Array, mesh: Mesh) -> tuple[jax.Array, ...]:

@@ -36,11 +36,11 @@ def placed(params, mesh):
     return meshes.put(params, programs.param_shardings(ARCH, mesh, "decode"))
 
 
-def runner(params, mesh, candidates=CANDIDATES, tokens=TOKENS, slots=None):
+def runner(params, mesh, candidates=CANDIDATES, tokens=TOKENS, slots=None, compute=F32):
     """(sampling values, key) → the `run` of sample.run_batches; programs and weights are shared by its calls."""
     weights = placed(params, mesh)
     prefill = programs.prefiller(ARCH, mesh, F32)
-    decode = programs.decoder(ARCH, mesh, F32, candidates=candidates, max_new_tokens=tokens, slots=slots)
+    decode = programs.decoder(ARCH, mesh, compute, candidates=candidates, max_new_tokens=tokens, slots=slots)
 
     def with_values(sampling, key=None, limit_PC=None):
         key = jax.random.key(0) if key is None else key
@@ -405,6 +405,16 @@ def test_refilled_slots_on_eight_devices(params, one, eight_devices, slots):
     got = responses(runner(params, eight_devices, slots=slots)(sampling, key), given)
     for a, b in zip(got, responses(one(sampling, key), given), strict=True):
         assert [c.tolist() for c in a] == [c.tolist() for c in b]  # measured: no near-tie among them
+
+
+@pytest.mark.parametrize("devices", ["one", "eight"])
+def test_slots_that_read_their_prompts_by_the_kernel_give_the_same_tokens(params, one, request, devices):
+    mesh = request.getfixturevalue(f"{devices}_device" + "s" * (devices == "eight"))
+    given, key = prompts([3, 11, 20, 7], seed=6), jax.random.key(4)
+    sampling = values(temperature=0.9, eos_ids=range(6))
+    by_kernel = runner(params, mesh, slots=4, compute=Compute(jnp.float32, attention="tree"))
+    for a, b in zip(responses(by_kernel(sampling, key), given), responses(one(sampling, key), given), strict=True):
+        assert [c.tolist() for c in a] == [c.tolist() for c in b]
 
 
 @pytest.mark.parametrize("slots", [1, 2, 5])

@@ -125,6 +125,50 @@ def test_no_comparison_of_all_queries_and_keys_is_stored():
     assert attention_temporaries("v4:2x2x1", "tree", length=2**15, heads=2, kv_heads=1, window=True) < 2**27
 
 
+# --- one step of decoding ---------------------------------------------------------------------------------------------
+
+
+def decoding_temporaries(
+    topology: str, name: str, *, heads=32, kv_heads=8, size=128, window=None, cap=None, slots=64, prompts=128
+) -> int:
+    """Refilled slots of a two-layer decoder whose heads lie on four chips: 512 tokens a prompt, 256 new ones."""
+    mesh = slice_of(topology, 4)
+    arch = Arch(
+        "llama", 1024, 256, 2, heads, kv_heads, size, 512, 1e-5, 1e4, tied=True,
+        windows=() if window is None else (None, window), score_cap=cap,
+    )  # fmt: skip
+    compute = Compute(BF16, attention=name)
+    weights = programs.abstract_params(arch, mesh, "decode", BF16)
+    tokens, length, hashes = programs.abstract_prompts(mesh, prompts, 512)
+    prefill = programs.prefiller(arch, mesh, compute)
+    start = jax.eval_shape(prefill, weights, tokens, length)
+    heads_apart = NamedSharding(
+        mesh, meshes.spec(mesh, "decode", (None, "rows", "heads", None, None), start.cache[0].shape)
+    )
+    where = dataclasses.replace(
+        jax.tree.map(lambda _: meshes.replicated(mesh), start), cache=(heads_apart, heads_apart)
+    )  # fmt: skip
+    decode = programs.decoder(arch, mesh, compute, candidates=4, max_new_tokens=256, slots=slots)
+    others = hashes, programs.abstract_key(mesh), programs.abstract_sampling(mesh)
+    return temporaries(decode, weights, programs.placed(start, where), *others)
+
+
+@pytest.mark.parametrize("topology", CHIPS)
+def test_slots_read_their_prompts_in_place(topology):
+    """The slots' own caches are 64 MiB a chip, those of the prompts 256 MiB, the copy of a layer's for all slots 64."""
+    by_kernel, by_copy = (decoding_temporaries(topology, name) for name in ("auto", "xla"))
+    assert by_copy - by_kernel > 0, (by_copy, by_kernel)
+    print(topology, by_kernel / 2**20, by_copy / 2**20)
+
+
+@pytest.mark.parametrize("size", [64, 80, 96, 256])
+def test_decoding_compiles_for_every_head_size(size):
+    for topology in ("v4:2x2x1", "v5e:2x2"):
+        decoding_temporaries(
+            topology, "tree", heads=8, kv_heads=4, size=size, window=300, cap=50.0, slots=16, prompts=16
+        )
+
+
 # --- the head ---------------------------------------------------------------------------------------------------------
 
 MESHES = [(16, 1), (8, 2)]  # fsdp, tensor
