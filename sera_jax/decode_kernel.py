@@ -151,8 +151,8 @@ def _blocks(call: _Call, length_R: jax.Array, own_R: jax.Array, low_R: jax.Array
         (call.prompt, length_R, low_R),
         (call.own, own_R, jnp.maximum(0, low_R - length_R)),
     ):
-        first_R = jnp.minimum(skipped_R, tokens_R) // size
-        told += [first_R, pl.cdiv(tokens_R, size) - first_R]
+        first_R = jnp.minimum(skipped_R, jnp.maximum(tokens_R - 1, 0)) // size  # of a block that exists, whatever count
+        told += [first_R, jnp.where(skipped_R < tokens_R, pl.cdiv(tokens_R, size) - first_R, 0)]
     return told
 
 

@@ -97,3 +97,20 @@ def exchange(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool
     if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
         return False
     raise OSError(number, os.strerror(number), str(one), None, str(other))
+
+
+def read_ahead(folder: str | os.PathLike[str]) -> int:
+    """Has the system read a folder's files while the caller goes on; whoever opens them next finds them in memory.
+
+    Returns:
+        bytes of the files; 0 where the system has no such call.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return 0
+    total = 0
+    for place in sorted(pathlib.Path(folder).rglob("*")):
+        if place.is_file():
+            with open(place, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+            total += place.stat().st_size
+    return total

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sera_jax import checkpoint, data, hf, model, programs, sample, score
+from sera_jax import checkpoint, data, disk, hf, model, programs, sample, score
 from sera_jax import mesh as meshes
 from sera_jax.ledger import Ledger, derived_tag, file_tag
 from sera_jax.model import Arch, Lora
@@ -200,6 +200,15 @@ def params(policies: Policies, name: Name) -> Any:
         return policies.start.load()
     like = programs.abstract_trainable(policies.arch, policies.mesh)
     return whole(policies, checkpoint.load_iterate(policies.iterates, folder_name(name), like))
+
+
+def ahead(policies: Policies, name: Name | None, live: Live) -> int:
+    """Has the system read a model that is scored next while another one is scored; returns how many bytes. With several
+    processes each reads a part of the files alone: none of them knows which, ahead."""
+    if name is None or jax.process_count() > 1 or tag(policies, name) == tag(policies, live.name):
+        return 0
+    stored = name.t > 0 or policies.trained_start
+    return disk.read_ahead(policies.iterates / folder_name(name) if stored else policies.start.path)
 
 
 def frozen(policies: Policies) -> Any:

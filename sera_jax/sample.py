@@ -5,9 +5,10 @@ time; the loop leaves when every candidate has emitted an end-of-text token or h
 Prompts are padded on the right, as everywhere. The log-probs of this room are never used as rewards: candidates are
 rescored by the training forward pass (`score`).
 
-Noise: threefry, two numbers a token, folded by (iteration: the caller's key) → 64-bit hash of the prompt → candidate →
-response position. The number of slots is constant and the padded length of a prompt depends on the prompt alone, so on
-one kind of machine and device count a candidate is the same bit for bit whatever prompts it shares a batch with.
+Noise: threefry, two numbers a token (`draw`), folded by (iteration: the caller's key) → 64-bit hash of the prompt →
+candidate → response position. The number of slots is constant and the padded length of a prompt depends on the prompt
+alone, so on one kind of machine and device count a candidate is the same bit for bit whatever prompts it shares a batch
+with.
 
 Letters: P prompts, C candidates, T response positions, J prompt positions, K key/value heads, H head size, V
 vocabulary; G groups, each of S slots with a queue of Q candidates.
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sera_jax import attention, model
+from sera_jax import attention, draw, model
 from sera_jax import mesh as meshes
 from sera_jax.model import Arch
 from sera_jax.records import Sampling
@@ -176,11 +177,11 @@ def decode(
             placement=meshes.placement(mesh, "decode"),
             cache=cache,
         )
-        token_GS = pick(model.logits(arch, params, hidden_GSD, dtype), of_slot(keys_GQ), s.t_GS, sampling)
+        token_GS = draw.pick(model.logits(arch, params, hidden_GSD, dtype), of_slot(keys_GQ), s.t_GS, sampling)
         own = _stored(s.own, new, s.steps if shared else s.t_GS - 1, mesh)
         return _emitted(dataclasses.replace(s, own=own), token_GS, of_slot(limit_GQ), sampling.eos_ids)
 
-    of_candidate = lambda keys_P: pick(start.logits_PV[:, None], keys_P[:, None], jnp.int32(0), sampling)[:, 0]
+    of_candidate = lambda keys_P: draw.pick(start.logits_PV[:, None], keys_P[:, None], jnp.int32(0), sampling)[:, 0]
     first_GQ = jax.lax.map(of_candidate, keys_PC.swapaxes(0, 1)).swapaxes(0, 1).reshape(groups, queue)
     real_GQ = length_GQ > 0
     tokens_GQT = jnp.full((groups, queue, t_max), -1, jnp.int32).at[:, :, 0].set(jnp.where(real_GQ, first_GQ, -1))
@@ -340,101 +341,6 @@ def _each(of_GQ: jax.Array, item_GS: jax.Array) -> jax.Array:
 
 def _ends(token: jax.Array, eos_ids: jax.Array) -> jax.Array:
     return jnp.any(token[..., None] == eos_ids[None, None], axis=-1)
-
-
-def pick(logits_PCV: jax.Array, keys_PC: jax.Array, t: jax.Array, sampling: Sampling) -> jax.Array:
-    """One token each, drawn from softmax(filtered logits / temperature); the likeliest at temperature 0.
-
-    Two uniform numbers a token rather than noise for all of the vocabulary: see `_draw`. Filters as in transformers:
-    temperature, then top-k, then top-p on what is left, then min-p.
-
-    Args:
-        t: int32, response position, one for all or [P, C].
-    """
-    t_PC = jnp.broadcast_to(t, keys_PC.shape)
-    uniform_PC2 = jax.vmap(jax.vmap(uniforms))(keys_PC, t_PC)
-    scaled = logits_PCV / jnp.maximum(sampling.temperature, 1e-6)
-    active = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
-    filtered = jax.lax.cond(active, lambda x: _filter(x, sampling), lambda x: x, scaled)
-    greedy = _first(logits_PCV == jnp.max(logits_PCV, axis=-1, keepdims=True))
-    return jnp.where(sampling.temperature == 0, greedy, _draw(filtered, uniform_PC2))
-
-
-def uniforms(key: jax.Array, t: jax.Array) -> jax.Array:
-    """float32 [2] in [0, 1): what decides response position t of the candidate whose key this is."""
-    return jax.random.uniform(jax.random.fold_in(key, t), (2,))
-
-
-def _draw(x_PCV: jax.Array, uniform_PC2: jax.Array) -> jax.Array:
-    """int32 [P, C] from softmax(x): the first number chooses a block of the vocabulary, the second a token in it.
-
-    Each is the inverse of a cumulative sum. Two short sums hold small probabilities that one over the vocabulary would
-    round away: a token is drawn with its probability up to 1e-6 of it, and 1e-7 of its block's.
-    """
-    width = block(x_PCV.shape[-1])
-    short = -x_PCV.shape[-1] % width
-    x_PCV = jnp.pad(x_PCV, ((0, 0), (0, 0), (0, short)), constant_values=-jnp.inf) if short else x_PCV
-    mass_PCBW = jnp.exp(x_PCV - jnp.max(x_PCV, axis=-1, keepdims=True)).reshape(*x_PCV.shape[:2], -1, width)
-    b_PC = _inverse(jnp.sum(mass_PCBW, axis=-1), uniform_PC2[..., 0])
-    # A sum over blocks, of which one counts, moves one block between devices where the vocabulary lies on several.
-    here = jnp.arange(mass_PCBW.shape[2])[None, None, :, None] == b_PC[..., None, None]
-    mass_PCW = jnp.sum(jnp.where(here, mass_PCBW, 0), axis=2)
-    return b_PC * width + _inverse(mass_PCW, uniform_PC2[..., 1])
-
-
-def block(vocab: int) -> int:
-    """Tokens of a block of the vocabulary: a power of two up to 128, of which there is a multiple of eight where that
-    can be, so that no block lies on two devices; of the vocabulary alone, so that samples are the same on any mesh."""
-    return next((width for width in (128, 64, 32, 16, 8) if vocab % (8 * width) == 0), 128)
-
-
-def _inverse(mass_PCN: jax.Array, uniform_PC: jax.Array) -> jax.Array:
-    """int32 [P, C]: the first n at which the cumulative mass exceeds u times all of it."""
-    upto_PCN = jnp.cumsum(mass_PCN, axis=-1)
-    some_PCN = mass_PCN > 0  # sums that round must not reach for what cannot be drawn
-    last_PC = jnp.max(jnp.where(some_PCN, jnp.arange(mass_PCN.shape[-1])[None, None], 0), axis=-1)
-    found = _first(some_PCN & (upto_PCN > uniform_PC[..., None] * upto_PCN[..., -1:]))
-    return jnp.minimum(found, last_PC)
-
-
-def _first(mask_PCN: jax.Array) -> jax.Array:
-    """int32 [P, C]: the first that is true, N where none is (XLA's arg-max is slow on CPUs)."""
-    n = mask_PCN.shape[-1]
-    return jnp.min(jnp.where(mask_PCN, jnp.arange(n, dtype=jnp.int32)[None, None], n), axis=-1)
-
-
-def _filter(logits_PCV: jax.Array, sampling: Sampling) -> jax.Array:
-    """-inf outside of the top-k, of the nucleus, and below min_p × the likeliest. No sort: see `_least`."""
-    mass_PCV = jnp.exp(logits_PCV - jnp.max(logits_PCV, axis=-1, keepdims=True))
-
-    def top_k(mass: jax.Array) -> jax.Array:
-        return jnp.where(mass >= _least(mass, jnp.ones_like(mass), sampling.top_k.astype(mass.dtype)), mass, 0)
-
-    def top_p(mass: jax.Array) -> jax.Array:
-        wanted_PC = sampling.top_p * jnp.sum(mass, axis=-1)
-        return jnp.where(mass >= _least(mass, mass, wanted_PC), mass, 0)
-
-    mass_PCV = jax.lax.cond(sampling.top_k > 0, top_k, lambda mass: mass, mass_PCV)
-    mass_PCV = jax.lax.cond(sampling.top_p < 1, top_p, lambda mass: mass, mass_PCV)
-    # Like transformers, min-p looks at what top-p left, renormalised: the ratio to the likeliest is the same.
-    return jnp.where((mass_PCV > 0) & (mass_PCV >= sampling.min_p), logits_PCV, -jnp.inf)
-
-
-def _least(value_PCV: jax.Array, weight_PCV: jax.Array, wanted: jax.Array) -> jax.Array:
-    """[P, C, 1]: the largest x such that the values of at least x weigh `wanted` together; values in [0, 1].
-
-    Bit by bit of x, since the bits of floats that are not negative are ordered as they are: 30 sums in place of a sort,
-    which takes 20 times as long on a CPU.
-    """
-    bits_PCV = jax.lax.bitcast_convert_type(value_PCV, jnp.uint32)
-
-    def with_bit(i: jax.Array, least_PC: jax.Array) -> jax.Array:
-        more_PC = least_PC | (jnp.uint32(1) << (29 - i).astype(jnp.uint32))
-        weight_PC = jnp.sum(jnp.where(bits_PCV >= more_PC[..., None], weight_PCV, 0), axis=-1)
-        return jnp.where(weight_PC >= wanted, more_PC, least_PC)
-
-    least_PC = jax.lax.fori_loop(0, 30, with_bit, jnp.zeros(value_PCV.shape[:2], jnp.uint32))
-    return jax.lax.bitcast_convert_type(least_PC, jnp.float32)[..., None]
 
 
 def candidate_keys(key: jax.Array, hash_P2: jax.Array, candidates: int) -> jax.Array:

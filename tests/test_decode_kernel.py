@@ -106,7 +106,7 @@ def test_several_blocks_of_each_cache(monkeypatch):
         np.testing.assert_allclose(got, want, atol=2e-6)
     last = given[5] + given[6]
     first_p, count_p, first_o, count_o = decode_kernel._blocks(call, given[5], given[6], jnp.maximum(0, last - 59))
-    assert first_p.tolist() == [1, 1, 2, 1, 0, 2] and count_p.tolist() == [0, 1, 1, 0, 1, 0]
+    assert first_p.tolist() == [0, 1, 2, 0, 0, 1] and count_p.tolist() == [0, 0, 1, 0, 0, 0]
     assert first_o.tolist() == [1, 0, 0, 0, 0, 1] and count_o.tolist() == [2, 1, 0, 2, 1, 1]
 
 

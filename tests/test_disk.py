@@ -81,6 +81,18 @@ def test_other_errors_pass(tmp_path, error):
         raise error
 
 
+def test_files_are_read_ahead(tmp_path, monkeypatch):
+    (tmp_path / "inner").mkdir()
+    for name, size in (("a", 5000), ("inner/b", 70000)):
+        (tmp_path / name).write_bytes(bytes(size))
+    told, advise = [], os.posix_fadvise
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, *how: told.append(how) or advise(fd, *how))
+    assert disk.read_ahead(tmp_path) == 75000
+    assert told == [(0, 0, os.POSIX_FADV_WILLNEED)] * 2
+    monkeypatch.delattr(os, "posix_fadvise")
+    assert disk.read_ahead(tmp_path) == 0
+
+
 def test_the_limit_of_these_tests_is_taken_back(tmp_path, small_files):
     with contextlib.suppress(OSError), small_files(10):
         (tmp_path / "a").write_bytes(bytes(11))

@@ -9,7 +9,7 @@ import sera_jax
 
 FLOORS = """
 0 records mesh processes metrics config disk tree_kernel decode_kernel
-1 tree_loops rope rows step toyworld
+1 tree_loops draw rope rows step toyworld
 2 attention model data losses sera ledger checkpoint report
 3 hf score sample
 4 rewards

@@ -185,3 +185,17 @@ def test_any_other_model_is_loaded(where, trees):
 def test_no_model_says_zero(where, trees):
     np.testing.assert_array_equal(logps(where, None, trees, Live(FIRST, None)), np.zeros(18, np.float32))
     assert meshes.row_shards(where.mesh) == PLAN.rows
+
+
+def test_a_model_that_is_scored_next_is_read_ahead(where, monkeypatch):
+    """Only files that will be opened: not those of the policy in memory, nor for no model."""
+    live = Live(FIRST, drawn(where, 1))
+    policies.save(where, live, 0.0)
+    policies.save(where, Live(SECOND, drawn(where, 2)), 0.0)
+    asked = []
+    monkeypatch.setattr(policies.disk, "read_ahead", lambda folder: asked.append(str(folder)) or 7)
+    assert policies.ahead(where, SECOND, live) == 7 and policies.ahead(where, START, live) == 7
+    assert asked == [str(where.iterates / "2"), "start"]
+    assert policies.ahead(where, FIRST, live) == policies.ahead(where, None, live) == 0 and len(asked) == 2
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert policies.ahead(where, SECOND, live) == 0 and len(asked) == 2

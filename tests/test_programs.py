@@ -13,7 +13,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding
 
-from sera_jax import config, losses, model, programs, sample, score, sera, step
+from sera_jax import config, draw, losses, model, programs, sample, score, sera, step
 from sera_jax import mesh as meshes
 from sera_jax import rows as rowlib
 from sera_jax.model import Arch
@@ -680,7 +680,7 @@ def test_neither_weights_nor_caches_cross_devices_for_a_token_where_slots_are_re
     crossing = collectives(in_loops(text))
     assert ("all-reduce", (1, slots // 2, TALL.width)) in crossing
     assert not [shape for _, shape in crossing if {PADDED, 11} & {*shape}]  # positions of prompts and of responses
-    assert max(math.prod(shape) for _, shape in crossing) <= slots // 2 * sample.block(TALL.vocab)
+    assert max(math.prod(shape) for _, shape in crossing) <= slots // 2 * draw.block(TALL.vocab)
 
 
 def test_the_reader_sees_weights_cross(monkeypatch):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sera_jax import attention, model, programs, sample
+from sera_jax import attention, draw, model, programs, sample
 from sera_jax import mesh as meshes
 from sera_jax.model import Arch
 from sera_jax.programs import Compute
@@ -117,8 +117,8 @@ def inverse(mass, u) -> tuple[int, float]:
 
 def drawn(logits, temperature, key, t) -> tuple[int, float]:
     """The token of that key and position, from the definition: a block of the vocabulary, then a token of the block."""
-    u = np.asarray(sample.uniforms(key, t), np.float64)
-    mass = np.exp((logits - logits.max()).astype(np.float64) / temperature).reshape(-1, sample.block(len(logits)))
+    u = np.asarray(draw.uniforms(key, t), np.float64)
+    mass = np.exp((logits - logits.max()).astype(np.float64) / temperature).reshape(-1, draw.block(len(logits)))
     b, near_b = inverse(mass.sum(1), u[0])
     i, near_i = inverse(mass[b], u[1])
     return b * mass.shape[1] + i, min(near_b, near_i)
@@ -130,7 +130,7 @@ def test_a_sampled_response_is_what_its_key_and_full_logits_give(one, full_logit
     got = responses(one(values(temperature=temperature), key), given)
     hashes = np.stack([sample.prompt_hash(p) for p in given])
     keys = sample.candidate_keys(key, hashes, CANDIDATES)
-    assert sample.block(ARCH.vocab) < ARCH.vocab  # so that there are blocks to choose from
+    assert draw.block(ARCH.vocab) < ARCH.vocab  # so that there are blocks to choose from
     for p, c in np.ndindex(2, CANDIDATES):
         ids = list(given[p])
         for t in range(TOKENS):
@@ -214,7 +214,7 @@ def test_eight_devices_give_equal_noise_and_tokens_up_to_a_near_tie(params, one,
     @functools.partial(jax.jit, static_argnums=2)
     def noise(key, hashes, candidates):
         keys = sample.candidate_keys(key, hashes, candidates)
-        return jax.vmap(jax.vmap(lambda k: sample.uniforms(k, 3)))(keys)
+        return jax.vmap(jax.vmap(lambda k: draw.uniforms(k, 3)))(keys)
 
     there = noise(key, meshes.put(hashes, meshes.rows_sharding(eight_devices)), CANDIDATES)
     assert len(there.sharding.device_set) == 8
@@ -248,7 +248,7 @@ def test_frequencies_are_those_of_softmax(temperature):
     """Chi-square over 20000 draws of 12 tokens: 11 degrees of freedom, above 31.3 one time in 1000."""
     logits, draws = np.random.default_rng(0).normal(size=12).astype(np.float32), 20000
     keys = sample.candidate_keys(jax.random.key(0), np.array([[3, 4]], np.uint32), draws)
-    pick = jax.jit(sample.pick)
+    pick = jax.jit(draw.pick)
     tokens = pick(jnp.broadcast_to(logits, (1, draws, 12)), keys, jnp.int32(0), values(temperature=temperature))
     wide = np.exp(logits.astype(np.float64) / temperature)
     expected = draws * wide / wide.sum()
@@ -301,7 +301,7 @@ FILTERS = [
 @pytest.fixture(scope="module")
 def allowed():
     """(logits [n, V], sampling) → bool [n, V]: what the filters leave."""
-    run = jax.jit(lambda x, s: jnp.isfinite(sample._filter(x / s.temperature, s)))
+    run = jax.jit(lambda x, s: jnp.isfinite(draw.filtered(x / s.temperature, s)))
     return lambda logits, sampling: np.asarray(run(jnp.asarray(logits)[:, None], sampling))[:, 0]
 
 
@@ -334,7 +334,7 @@ def test_what_is_filtered_is_never_drawn_and_the_rest_is():
     """Through `pick`, whose shortcut for "all off" must not take these; and the frequencies are renormalised ones."""
     logits, draws = np.linspace(2, 0, 8).astype(np.float32), 20000
     keys = sample.candidate_keys(jax.random.key(1), np.array([[1, 1]], np.uint32), draws)
-    pick = jax.jit(sample.pick)
+    pick = jax.jit(draw.pick)
     for filters in [(1.0, 3, 1.0, 0.0), (1.0, 0, 0.6, 0.0), (1.0, 0, 1.0, 0.5), (0.8, 5, 0.9, 0.3)]:
         tokens = pick(jnp.broadcast_to(logits, (1, draws, 8)), keys, jnp.int32(0), values(*filters))
         keep = filtered(logits[None], *filters)[0]

@@ -1,6 +1,7 @@
 """sample → reward → pairs: candidates of the policy, ranked, and the fresh pairs made of them."""
 
 import dataclasses
+import itertools
 import os
 import pathlib
 import shutil
@@ -174,9 +175,11 @@ def _implicit(
 ) -> tuple[np.ndarray, float | None]:
     """Rewards of the ensemble; the KL is None without a reference, and of samples that are somebody else's."""
     names, weights_E = ensemble(world, scored)
-    logp_EPC = np.stack([candidate_logps(world, name, candidates, scored) for name in names])
-    reference = reward_reference(world, scored)
-    reference_PC = candidate_logps(world, reference, candidates, scored)
+    reference, models = reward_reference(world, scored), []
+    for name, following in itertools.pairwise([*names, reference, None]):
+        policies.ahead(world.policies, following, scored)
+        models.append(candidate_logps(world, name, candidates, scored))
+    logp_EPC, reference_PC = np.stack(models[:-1]), models[-1]
     rewards_PC = rewards.implicit(
         logp_EPC,
         reference_PC,

@@ -3,9 +3,9 @@
     python tests/benchmarks/sharing.py [--response 128] [--steps 8] [--out FILE.jsonl]
 
 Pairs of equal responses behind prompts as long as one of them, and four times as long; a model whose head is small
-beside its layers (vocabulary 512). The limit is the ratio of tokens: 2 (p + r) / (p + 2 r); what attention does is shared
-less, 1.49 where tokens are 1.67, so that narrow models stay farther from it. The losses of both sides have to agree to
-1e-3 before anything is compared.
+beside its layers (vocabulary 512). The limit is the ratio of tokens: 2 (p + r) / (p + 2 r); what attention does is
+shared less, 1.49 where tokens are 1.67, so that narrow models stay farther from it. The losses of both sides have to
+agree to 1e-3 before anything is compared.
 """
 
 import argparse

@@ -3,8 +3,8 @@
     pip install 'sera_jax[tpu]'   # libtpu
     JAX_PLATFORMS=cpu python tests/benchmarks/tpu.py [--model llama-3-8b] [--out FILE] [-- words of a config]
 
-Every program of a config (update, scorer, prefill, decode, selection) on the slices named, and the update with each form
-of attention. Nothing runs: the bound is what the chip's peak rates allow (`sera_jax.compile_check`).
+Every program of a config (update, scorer, prefill, decode, selection) on the slices named, and the update with each
+form of attention. Nothing runs: the bound is what the chip's peak rates allow (`sera_jax.compile_check`).
 """
 
 import argparse
