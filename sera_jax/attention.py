@@ -321,6 +321,7 @@ def attend_decode(
     prompt_mask_PCT: jax.Array,
     own_mask_PCT: jax.Array,
     *,
+    turned: bool = False,
     scale: float | None = None,
     cap: float | None = None,
 ) -> jax.Array:
@@ -331,9 +332,9 @@ def attend_decode(
         new_PCKH: its own key and value, which are in no cache yet.
         prompt: key and value cache of the prompt, [P, K, T, H] each, one for all its candidates; or one for each of
             them, as in `own`.
-        own: key cache [P, C, K, H, T] and value cache [P, C, K, T, H] of what each candidate has emitted so far, as
-            the products of one query want them.
+        own: key and value cache of what each candidate has emitted so far, [P, C, K, T, H].
         prompt_mask_PCT, own_mask_PCT: bool, which cached positions count.
+        turned: keys that are a candidate's own are [P, C, K, H, T].
         scale, cap: as in `attend`.
 
     Returns:
@@ -341,10 +342,11 @@ def attend_decode(
     """
     p, c, n, h = q_PCNH.shape
     grouped = q_PCNH.reshape(p, c, new_PCKH[0].shape[2], -1, h)
-    keys, values = ("pkth", "pkth") if prompt[0].ndim == 4 else ("pckht", "pckth")
+    each = "pckht" if turned else "pckth"
+    keys, values = ("pkth", "pkth") if prompt[0].ndim == 4 else (each, "pckth")
     blocks = (
         _scores(f"pckgh,{keys}->pckgt", grouped, prompt[0], prompt_mask_PCT[:, :, None, None], scale, cap),
-        _scores("pckgh,pckht->pckgt", grouped, own[0], own_mask_PCT[:, :, None, None], scale, cap),
+        _scores(f"pckgh,{each}->pckgt", grouped, own[0], own_mask_PCT[:, :, None, None], scale, cap),
         _scores("pckgh,pckh->pckg", grouped, new_PCKH[0], True, scale, cap)[..., None],
     )
     weights = jax.nn.softmax(jnp.concatenate(blocks, axis=-1), axis=-1).astype(new_PCKH[1].dtype)
@@ -381,8 +383,8 @@ def attend_slots(
     """One decoding step of G groups of S slots, each with a prompt of its group: decode_kernel, group by group.
 
     Args:
-        new_GSKH: key and value of the newest token. prompts: caches of all layers and of each group's prompts, keys
-            [layers, G, P, K, H, J], values [layers, G, P, K, J, H]; own: likewise [layers, G, S, K, ...].
+        new_GSKH: key and value of the newest token. prompts: caches of all layers and of each group's prompts,
+            [layers, G, P, K, J, H]; own: likewise [layers, G, S, K, T, H].
         layer: int32 scalar. prompt_GS: number of the prompt in its group; length_GS: its tokens. own_GS: tokens of the
             slot's own cache. window: as in `within`. scale, cap: as in `attend`.
 

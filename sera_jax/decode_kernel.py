@@ -55,8 +55,7 @@ def attend(
 
     Args:
         q_RNH: queries of the newest token. new: its key and value [R, K, H], which are in no cache yet.
-        prompts: caches of all layers, keys [layers, P, K, H, J] and values [layers, P, K, J, H].
-        own: keys [layers, R, K, H, T] and values [layers, R, K, T, H].
+        prompts: keys and values of all layers, [layers, P, K, J, H]. own: likewise [layers, R, K, T, H].
         layer: int32 scalar. prompt_R: each slot's prompt. length_R: tokens of that prompt; own_R: tokens of the slot's
             own cache, the newest not among them.
         window: int32 scalar, how many positions back to look, the newest token included; None = all.
@@ -73,22 +72,17 @@ def attend(
     numbers = jnp.stack((prompt_R, length_R, own_R, low_R, *_blocks(call, length_R, own_R, low_R))).astype(jnp.int32)
     first_p, count_p, first_o, count_o = 4, 5, 6, 7
 
-    def of_prompt(keys: bool) -> pl.BlockSpec:
-        def index(r, head, step, layer, numbers):
-            at = numbers[first_p, r] + jnp.clip(step, 0, jnp.maximum(numbers[count_p, r] - 1, 0))
-            return layer[0], numbers[0, r], head, *((0, at) if keys else (at, 0))
+    def of_prompt(r, head, step, layer, numbers):
+        at = numbers[first_p, r] + jnp.clip(step, 0, jnp.maximum(numbers[count_p, r] - 1, 0))
+        return layer[0], numbers[0, r], head, at, 0
 
-        shape = (h, call.prompt) if keys else (call.prompt, h)
-        return pl.BlockSpec((None, None, call.heads, *shape), index)
+    def of_own(r, head, step, layer, numbers):
+        at = step - numbers[count_p, r]
+        at = numbers[first_o, r] + jnp.clip(at, 0, jnp.maximum(numbers[count_o, r] - 1, 0))
+        return layer[0], r, head, at, 0
 
-    def of_own(keys: bool) -> pl.BlockSpec:
-        def index(r, head, step, layer, numbers):
-            at = step - numbers[count_p, r]
-            at = numbers[first_o, r] + jnp.clip(at, 0, jnp.maximum(numbers[count_o, r] - 1, 0))
-            return layer[0], r, head, *((0, at) if keys else (at, 0))
-
-        shape = (h, call.own) if keys else (call.own, h)
-        return pl.BlockSpec((None, None, call.heads, *shape), index)
+    prompt_block = pl.BlockSpec((None, None, call.heads, call.prompt, h), of_prompt)
+    own_block = pl.BlockSpec((None, None, call.heads, call.own, h), of_own)
 
     def of_slot(rows: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, call.heads, rows, h), lambda r, head, step, layer, numbers: (r, head, 0, 0))
@@ -101,15 +95,7 @@ def attend(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(r, k // call.heads, steps),
-            in_specs=[
-                of_slot(group),
-                of_slot(1),
-                of_slot(1),
-                of_prompt(True),
-                of_prompt(False),
-                of_own(True),
-                of_own(False),
-            ],
+            in_specs=[of_slot(group), *[of_slot(1)] * 2, *[prompt_block] * 2, *[own_block] * 2],
             out_specs=of_slot(group),
             scratch_shapes=[
                 *(pltpu.VMEM((call.heads, group, 1), jnp.float32) for _ in range(2)),
@@ -172,13 +158,13 @@ def _kernel(call: _Call, layer_ref, numbers_ref, q_ref, new_k, new_v, prompt_k, 
 
     def take(keys, values, first, tokens) -> None:
         """first: of the block, in the cache; tokens: that the cache holds, from `first` on; low: counted alike."""
-        size = keys.shape[2]
+        size = keys.shape[1]
         column = jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
         row = jax.lax.broadcasted_iota(jnp.int32, (size, 1), 0)
         seen = (column >= first) & (column < tokens)
         held = row < tokens  # beyond the end nothing says what was loaded
         for head in range(call.heads):
-            scores = _bent(call, _product(q_ref[head], keys[head]))
+            scores = _bent(call, _product(q_ref[head], keys[head], 1))
             scores = jnp.where(seen, scores, HIDDEN)
             above = jnp.maximum(most[head], jnp.max(scores, axis=1, keepdims=True))
             weights = jnp.exp(scores - above)
@@ -186,7 +172,7 @@ def _kernel(call: _Call, layer_ref, numbers_ref, q_ref, new_k, new_v, prompt_k, 
             value = jnp.where(held, values[head].astype(jnp.float32), 0).astype(values.dtype)
             most[head] = above
             total[head] = total[head] * fade + jnp.sum(weights, axis=1, keepdims=True)
-            sums[head] = sums[head] * fade + _product(weights.astype(value.dtype), value)
+            sums[head] = sums[head] * fade + _product(weights.astype(value.dtype), value, 0)
 
     @pl.when(step < count_p)
     def _():
@@ -208,6 +194,9 @@ def _bent(call: _Call, raw: jax.Array) -> jax.Array:
     return raw * call.scale if call.cap is None else call.cap * jnp.tanh(raw * (call.scale / call.cap))
 
 
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+def _product(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
+    """Σ over the last axis of a and this one of b, float32."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    return jax.lax.dot_general(a, b, (((1,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(
+        a, b, (((1,), (axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )

@@ -30,8 +30,6 @@ from sera_jax import mesh as meshes
 from sera_jax.model import Arch
 from sera_jax.records import Sampling
 
-TIME = (5, 4)  # the axis of tokens in the slots' caches of keys and of values
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -94,9 +92,9 @@ class _Slots:
     """Where decoding stands. G groups of S slots each, whose candidates come from a queue of Q of their own.
 
     steps int32: passes so far. head_G: next candidate of the queue. Of each slot [G, S]: item, its candidate's place in
-    the queue; t, tokens that it has; last, the newest, which is in no cache yet; done. own: keys [layers, G, S, K,
-    H, T] and values [layers, G, S, K, T, H] of what the slots have emitted. Of each candidate: tokens_GQT, -1 where
-    there is none; finished_GQ.
+    the queue; t, tokens that it has; last, the newest, which is in no cache yet; done. own: keys and values of what
+    the slots have emitted, [layers, G, S, K, T, H]; keys [..., H, T] where they are turned. Of each candidate:
+    tokens_GQT, -1 where there is none; finished_GQ.
     """
 
     steps: jax.Array
@@ -153,13 +151,16 @@ def decode(
     keys_GQ = keys_PC.reshape(groups, queue)
     layers, _, heads, j_max, h = start.cache[1].shape
     prompts = jax.tree.map(lambda a: a.reshape(layers, groups, -1, *a.shape[2:]), start.cache)
-    if not shared:  # each slot reads its prompt's keys as it does its own
+    in_place = not shared and attention.reads_in_place(backend, mesh)
+    # CPUs multiply one query by keys [H, T] faster; TPUs would turn the whole cache for every token.
+    turned = attention.platform(mesh) == "cpu" and not in_place
+    if turned and not shared:  # each slot reads its prompt's keys as it does its own
         prompts = prompts[0].swapaxes(-1, -2), prompts[1]
 
     def reads(s: _Slots, length_GS: jax.Array) -> tuple[Callable, Any]:
-        if not shared and attention.reads_in_place(backend, mesh):
+        if in_place:
             return _in_place(arch, s, length_GS, prompts, c, mesh)
-        return _by_copy(arch, s, length_GS, prompts, c, shared)
+        return _by_copy(arch, s, length_GS, prompts, c, shared, turned)
 
     def step(s: _Slots) -> _Slots:
         s = s if shared else _refilled(s, limit_GQ)
@@ -178,7 +179,7 @@ def decode(
             cache=cache,
         )
         token_GS = draw.pick(model.logits(arch, params, hidden_GSD, dtype), of_slot(keys_GQ), s.t_GS, sampling)
-        own = _stored(s.own, new, s.steps if shared else s.t_GS - 1, mesh)
+        own = _stored(s.own, new, s.steps if shared else s.t_GS - 1, turned, mesh)
         return _emitted(dataclasses.replace(s, own=own), token_GS, of_slot(limit_GQ), sampling.eos_ids)
 
     of_candidate = lambda keys_P: draw.pick(start.logits_PV[:, None], keys_P[:, None], jnp.int32(0), sampling)[:, 0]
@@ -186,6 +187,7 @@ def decode(
     real_GQ = length_GQ > 0
     tokens_GQT = jnp.full((groups, queue, t_max), -1, jnp.int32).at[:, :, 0].set(jnp.where(real_GQ, first_GQ, -1))
     finished_GQ = _ends(first_GQ, sampling.eos_ids) | ~real_GQ
+    of_keys = (h, t_max) if turned else (t_max, h)
     item_GS = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None], (groups, width))
     state = _Slots(
         steps=jnp.int32(0),
@@ -194,7 +196,7 @@ def decode(
         t_GS=jnp.ones((groups, width), jnp.int32),
         last_GS=first_GQ[:, :width],
         done_GS=(finished_GQ | (limit_GQ <= 1))[:, :width],
-        own=tuple(jnp.zeros((layers, groups, width, heads, *of), dtype) for of in ((h, t_max), (t_max, h))),
+        own=tuple(jnp.zeros((layers, groups, width, heads, *of), dtype) for of in (of_keys, (t_max, h))),
         tokens_GQT=tokens_GQT,
         finished_GQ=finished_GQ,
     )
@@ -203,7 +205,13 @@ def decode(
 
 
 def _by_copy(
-    arch: Arch, s: _Slots, length_GS: jax.Array, prompts: tuple[jax.Array, jax.Array], candidates: int, shared: bool
+    arch: Arch,
+    s: _Slots,
+    length_GS: jax.Array,
+    prompts: tuple[jax.Array, jax.Array],
+    candidates: int,
+    shared: bool,
+    turned: bool,
 ) -> tuple[Callable, tuple]:
     """Attention of the newest token of every slot on XLA, as model.hidden takes it, and its cache.
 
@@ -233,6 +241,7 @@ def _by_copy(
             jax.tree.map(as_rows, own),
             attention.within(prompt_mask, position, prompt_position, window),
             attention.within(own_mask, position, own_position, window),
+            turned=turned,
             scale=arch.score_scale,
             cap=arch.score_cap,
         )
@@ -271,24 +280,27 @@ def _in_place(
     return attend, jnp.arange(arch.layers)
 
 
-def _stored(own: tuple, new: tuple, place: jax.Array, mesh: Mesh) -> tuple[jax.Array, ...]:
+def _stored(own: tuple, new: tuple, place: jax.Array, turned: bool, mesh: Mesh) -> tuple[jax.Array, ...]:
     """Keys and values [layers, G, S, K, H] into the slots' caches, at one place of all, or at each slot's own."""
+    time = (5 if turned else 4, 4)  # the axis of tokens
     if place.ndim == 0:
         update = jax.lax.dynamic_update_slice_in_dim
-        return tuple(update(cache, jnp.expand_dims(n, axis), place, axis) for cache, n, axis in zip(own, new, TIME))
+        return tuple(update(cache, jnp.expand_dims(n, axis), place, axis) for cache, n, axis in zip(own, new, time))
 
     def here(own: tuple, new: tuple, place_GS: jax.Array) -> tuple:
+        new = tuple(map(jnp.expand_dims, new, time))
+
         # Slot by slot: CPUs and TPUs update in place, which they do not for a scatter.
         def one(i: jax.Array, own: tuple) -> tuple:
             g, slot = i // place_GS.shape[1], i % place_GS.shape[1]
 
             def update(cache: jax.Array, n: jax.Array, axis: int) -> jax.Array:
-                taken = jax.lax.dynamic_slice(n, (0, g, slot, 0, 0), (n.shape[0], 1, 1, *n.shape[3:]))
+                taken = jax.lax.dynamic_slice(n, (0, g, slot, 0, 0, 0), (n.shape[0], 1, 1, *n.shape[3:]))
                 at = [0, g, slot, 0, 0, 0]
                 at[axis] = place_GS[g, slot]
-                return jax.lax.dynamic_update_slice(cache, jnp.expand_dims(taken, axis), at)
+                return jax.lax.dynamic_update_slice(cache, taken, at)
 
-            return tuple(map(update, own, new, TIME))
+            return tuple(map(update, own, new, time))
 
         return jax.lax.fori_loop(0, place_GS.size, one, own)
 

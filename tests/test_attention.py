@@ -103,27 +103,26 @@ def test_scores_and_softmax_are_float32_in_bfloat16():
     assert float(out[0, 0, 0, 0]) != 0.5
 
 
+@pytest.mark.parametrize("turned", [True, False])
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_one_decoding_step_is_attention_over_all_blocks_laid_side_by_side(dtype, shared):
-    """shared: one prompt for all candidates of a row, or one for each."""
+def test_one_decoding_step_is_attention_over_all_blocks_laid_side_by_side(dtype, shared, turned):
+    """shared: one prompt for all candidates of a row, or one for each. turned: a candidate's keys are [H, T]."""
     rng = np.random.default_rng(3)
     p, c, n, k, h, j, t = 2, 3, 6, 2, 4, 5, 7
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
     q, new = draw(p, c, n, h), (draw(p, c, k, h), draw(p, c, k, h))
     of = (p,) if shared else (p, c)
-    prompt, own = (draw(*of, k, j, h), draw(*of, k, j, h)), (draw(p, c, k, h, t), draw(p, c, k, t, h))
-    prompt = prompt if shared else (prompt[0].swapaxes(-1, -2), prompt[1])
+    prompt, own = (draw(*of, k, j, h), draw(*of, k, j, h)), (draw(p, c, k, t, h), draw(p, c, k, t, h))
     prompt_mask = jnp.asarray(rng.random((p, c, j)) < 0.7)
     own_mask = jnp.asarray(rng.random((p, c, t)) < 0.5).at[0, 0].set(False)  # a first step: no token of its own yet
-    got = attention.attend_decode(q, new, prompt, own, prompt_mask, own_mask)
+    turn = lambda cache: (cache[0].swapaxes(-1, -2), cache[1]) if turned and cache[0].ndim == 5 else cache
+    got = attention.attend_decode(q, new, turn(prompt), turn(own), prompt_mask, own_mask, turned=turned)
 
     def laid_out(which: int) -> jax.Array:
         """[P·C, J+T+1, K, H]: the prompt's keys, then the candidate's own, then the newest."""
-        turned = lambda keys: keys if keys.ndim == 4 else keys.swapaxes(-1, -2)
-        cached = [cache[1] if which else turned(cache[0]) for cache in (prompt, own)]  # [..., T, H]
-        given = jnp.broadcast_to(cached[0][:, None] if shared else cached[0], (p, c, k, j, h))
-        blocks = (given.swapaxes(2, 3), cached[1].swapaxes(2, 3), new[which][:, :, None])
+        given = jnp.broadcast_to(prompt[which][:, None] if shared else prompt[which], (p, c, k, j, h))
+        blocks = (given.swapaxes(2, 3), own[which].swapaxes(2, 3), new[which][:, :, None])
         return jnp.concatenate(blocks, axis=2).reshape(p * c, j + t + 1, k, h)
 
     mask = jnp.concatenate((prompt_mask, own_mask, jnp.ones((p, c, 1), bool)), axis=-1).reshape(p * c, 1, -1)

@@ -15,8 +15,8 @@ def case(*, slots=4, heads=4, kv=2, h=16, j=40, t=24, dtype=jnp.float32, seed=0)
     rng = np.random.default_rng(seed)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
     q, new = draw(slots, heads, h), (draw(slots, kv, h), draw(slots, kv, h))
-    prompts = draw(LAYERS, PROMPTS, kv, h, j), draw(LAYERS, PROMPTS, kv, j, h)
-    own = draw(LAYERS, slots, kv, h, t), draw(LAYERS, slots, kv, t, h)
+    prompts = draw(LAYERS, PROMPTS, kv, j, h), draw(LAYERS, PROMPTS, kv, j, h)
+    own = draw(LAYERS, slots, kv, t, h), draw(LAYERS, slots, kv, t, h)
     of_prompt = np.array([1, j, j // 2 + 1])
     prompt_R = np.array([1, 0, 2, 1, 2, 0][:slots])
     own_R = np.array([0, t - 1, t // 2, 3, 1, 0][:slots])
@@ -113,15 +113,13 @@ def test_several_blocks_of_each_cache(monkeypatch):
 def test_garbage_beyond_the_tokens_is_not_read():
     given = list(case())
     q, new, prompts, own, prompt_R, length_R, own_R = given
-    bad = lambda cache, at: jnp.where(at, cache, jnp.nan)
+    bad = lambda cache, at: jnp.where(at[None, :, None, :, None], cache, jnp.nan)
     t, j = own[1].shape[3], prompts[1].shape[3]
     of_prompt = jnp.zeros(PROMPTS, jnp.int32).at[prompt_R].set(length_R)
     mine = jnp.arange(t)[None] < own_R[:, None]
     theirs = jnp.arange(j)[None] < of_prompt[:, None]
-    keys = lambda cache, at: bad(cache, at[None, :, None, None])
-    values = lambda cache, at: bad(cache, at[None, :, None, :, None])
-    given[2] = keys(prompts[0], theirs), values(prompts[1], theirs)
-    given[3] = keys(own[0], mine), values(own[1], mine)
+    given[2] = tuple(bad(cache, theirs) for cache in prompts)
+    given[3] = tuple(bad(cache, mine) for cache in own)
     got, _ = both(given)
     np.testing.assert_allclose(got, both(case())[1], atol=2e-6)
 

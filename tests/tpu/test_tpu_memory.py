@@ -155,10 +155,11 @@ def decoding_temporaries(
 
 @pytest.mark.parametrize("topology", CHIPS)
 def test_slots_read_their_prompts_in_place(topology):
-    """The slots' own caches are 64 MiB a chip, those of the prompts 256 MiB, the copy of a layer's for all slots 64."""
-    by_kernel, by_copy = (decoding_temporaries(topology, name) for name in ("auto", "xla"))
-    assert by_copy - by_kernel > 0, (by_copy, by_kernel)
-    print(topology, by_kernel / 2**20, by_copy / 2**20)
+    """Nothing beside what 512 slots have emitted (256 MiB a chip): no copy of a prompt, nor of a cache on another
+    layout. Measured, MiB: 261 by the kernel, 520 on XLA (v4, which keeps a part elsewhere: 140, 403)."""
+    many = {"slots": 512, "prompts": 512}
+    by_kernel, by_copy = (decoding_temporaries(topology, name, **many) / 2**20 for name in ("auto", "xla"))
+    assert by_kernel < 272 and by_copy > by_kernel + 200, (by_kernel, by_copy)
 
 
 @pytest.mark.parametrize("size", [64, 80, 96, 256])
