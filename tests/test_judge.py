@@ -22,7 +22,7 @@ import pyarrow.parquet
 import pytest
 import safetensors.numpy
 
-from sera_jax import judge
+from sera_jax import judge, processes
 from sera_jax import train as trainer
 from sera_jax.disk import DiskError
 from sera_jax.judge import endpoint as endpoints
@@ -436,8 +436,8 @@ def test_requests_keep_the_rate(server, tmp_path):
     server.fault = lambda question, tries: "500" if tries == 1 else None
     asked(server, tmp_path, list("pqr"), [["a", "b"]] * 3, per_minute=1200, concurrent=8)
     when = np.array([entry[0] for entry in server.seen])
-    assert len(when) == 12 and when[-1] - when[0] >= 0.5
-    assert max(((when >= start) & (when < start + 0.25)).sum() for start in when) <= 6
+    assert len(when) == 12 and when[-1] - when[0] >= 0.45
+    assert max(((when >= start) & (when < start + 0.25)).sum() for start in when) <= 8
 
 
 @pytest.mark.parametrize(
@@ -474,7 +474,8 @@ def test_what_another_try_will_not_mend(server, tmp_path, status):
     server.fault = lambda question, tries: str(status)
     with pytest.raises(judge.JudgeError) as error:
         asked(server, tmp_path, ["p"], [["a", "b"]], concurrent=1)
-    assert len(server.seen) == 1 and f"status {status} " in str(error.value)
+    assert len(server.seen) == 1, "the other question was asked after the first had failed"
+    assert f"status {status} " in str(error.value)
     hint = "Is the right key in the environment variable OPENAI_API_KEY?"
     assert (hint in str(error.value)) == (status in (401, 403))
 
@@ -484,7 +485,7 @@ def test_nothing_is_asked_after_a_failure(server, tmp_path):
     server.fault = lambda question, tries: "404"
     with pytest.raises(judge.JudgeError, match="0 labels are kept"):
         asked(server, tmp_path, [str(n) for n in range(200)], [["a", "b"]] * 200, concurrent=4)
-    assert len(server.seen) < 40
+    assert len(server.seen) <= 8
 
 
 @pytest.mark.parametrize("name", ["logprobs", "max_tokens"])
@@ -580,6 +581,25 @@ judge.pairwise(end, judge.Prices(), form, prompts, [["a", "b"]] * 40, cache=cach
     assert sum(count > 1 for count in server.answered().values()) <= 4  # under way when it was killed
 
 
+def test_other_processes_hear_and_ask_nothing(server, tmp_path, monkeypatch):
+    """What is told goes through JSON, as to a process elsewhere; there nobody works."""
+    server.answer = lambda *parts: GIVEN[parts]
+    told = []
+
+    def tells(work):
+        told.append(processes._encoded({"value": work()}))
+        return processes._decoded(told[-1])["value"]
+
+    monkeypatch.setattr(processes, "once", tells)
+    here = asked(server, tmp_path, ["p", "q"], [["a", "b", "c"], ["x", None, "z"]])
+    count = len(server.seen)
+    monkeypatch.setattr(processes, "once", lambda work: processes._decoded(told[-1])["value"])
+    there = asked(server, tmp_path / "elsewhere", ["p", "q"], [["a", "b", "c"], ["x", None, "z"]])
+    np.testing.assert_array_equal(there.prob_PCC, here.prob_PCC)
+    np.testing.assert_array_equal(there.rewards_PC, here.rewards_PC)
+    assert there.told == here.told and count == len(server.seen) == 8 and not (tmp_path / "elsewhere").exists()
+
+
 # --- the key and the package ------------------------------------------------------------------------------------------
 
 
@@ -644,10 +664,11 @@ def test_the_loop_with_a_judge(server, tiny, tiny_config, tmp_path, monkeypatch)
         folder = run / "iterations" / str(t)
         texts = {row["id"]: row["responses"] for row in map(json.loads, (folder / "candidates.jsonl").open())}
         told = pyarrow.parquet.read_table(folder / "probabilities.parquet").to_pylist()
-        means = collections.defaultdict(list)
+        means, questions = collections.defaultdict(list), set()
         for row in told:
             one, other = (texts[row["prompt_id"]][row[side]] for side in ("first", "second"))
             assert row["probability"] == pytest.approx(chance(one, other), abs=1e-6)
+            questions |= {(row["prompt_id"], one, other), (row["prompt_id"], other, one)}
             means[row["prompt_id"], one].append(chance(one, other))
             means[row["prompt_id"], other].append(chance(other, one))
         fresh = pyarrow.parquet.read_table(folder / "fresh.parquet").to_pylist()
@@ -659,7 +680,7 @@ def test_the_loop_with_a_judge(server, tiny, tiny_config, tmp_path, monkeypatch)
             assert row["reward_rejected"] == pytest.approx(min(mine.values()), abs=1e-6)
             assert row["probability"] == pytest.approx(chance(row["chosen"], row["rejected"]), abs=1e-6)
         summary = json.loads((folder / "summary.json").read_text())
-        assert summary["judge/labels"] == len({*(label["key"] for label in lines(run))}) or t == 1 or first
+        assert summary["judge/labels"] == len(questions)
         assert summary["judge/consistency"] == 1 and summary["judge/first"] == pytest.approx(0.5, abs=1e-6)
         assert summary["judge/cost"] == pytest.approx(summary["judge/labels"] * 100 / 1e6)
     # Stopped where the second iteration asks, resumed: nothing is asked twice, and all is the same.

@@ -17,7 +17,7 @@ import numpy as np
 from sera_jax import metrics, processes
 from sera_jax.judge import endpoint as endpoints
 from sera_jax.judge import forms, labels
-from sera_jax.judge.endpoint import Endpoint, Traffic, Trouble
+from sera_jax.judge.endpoint import Endpoint, Stopped, Traffic, Trouble
 from sera_jax.judge.forms import template
 from sera_jax.judge.labels import Label
 from sera_jax.records import Text
@@ -222,18 +222,26 @@ def _fill(
     send = endpoints.client(endpoint)
 
     def answer(key: str) -> None:
-        keep(key, endpoints.ask(forms.filled(form, missing[key]), endpoint, mode, send, traffic))
+        try:
+            keep(key, endpoints.ask(forms.filled(form, missing[key]), endpoint, mode, send, traffic))
+        except BaseException:
+            traffic.stop.set()  # before any thread turns to its next question
+            raise
 
     with concurrent.futures.ThreadPoolExecutor(endpoint.concurrent) as pool:
         futures = [pool.submit(answer, key) for key in missing]
         done = concurrent.futures.as_completed(futures)
         try:
-            for future in metrics.track(done, total=len(futures), label=label, unit="labels"):
-                future.result()
-        except BaseException:  # what is under way is kept if it is answered at once, and nothing more is asked
+            for _ in metrics.track(done, total=len(futures), label=label, unit="labels"):
+                if traffic.stop.is_set():
+                    break
+        finally:  # what is under way is kept if it is answered at once
             traffic.stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
-            raise
+    errors = [future.exception() for future in futures if not future.cancelled()]
+    for error in errors:
+        if error is not None and not isinstance(error, Stopped):
+            raise error
 
 
 def _costs(

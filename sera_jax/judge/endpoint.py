@@ -82,10 +82,7 @@ def client(endpoint: Endpoint) -> Callable[..., bytes]:
         ) from None
     key = os.environ.get(endpoint.key_env, "")
     hidden = lambda text: text.replace(key, "***") if key else text
-    made = openai.OpenAI(
-        api_key=key or "none", base_url=endpoint.base_url, timeout=endpoint.timeout, max_retries=0, organization="",
-        project="",
-    )  # fmt: skip
+    made = openai.OpenAI(api_key=key or "none", base_url=endpoint.base_url, timeout=endpoint.timeout, max_retries=0)
 
     def send(**parameters: Any) -> bytes:
         try:
