@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 
 import numpy as np
 import pyarrow.parquet
@@ -264,6 +265,21 @@ def test_shipped_templates_hold_what_is_judged(server, tmp_path):
     want = "[system]\nBe {first}.\n\n[user]\n2 + 2?\nQuick!"
     parts = sorted(PAIR.search(question).groups() for question in server.answered())
     assert parts == [(want, "{4}", "{second}"), (want, "{second}", "{4}")]
+
+
+def test_shipped_templates_are_installed(tmp_path, monkeypatch):
+    """Where there is no checkout beside the package, they are read from where pyproject.toml puts them."""
+    root = pathlib.Path(judge.__file__).parents[2]
+    ((place, patterns),) = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"][
+        "data-files"
+    ].items()
+    files = {path.name: path.read_text() for pattern in patterns for path in root.glob(pattern)}
+    assert set(files) == {f"{mode}.txt" for mode in judge.MODES}
+    assert forms.SHIPPED[1] == pathlib.Path(sys.prefix) / place
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(forms, "SHIPPED", (tmp_path / "none", tmp_path))
+    assert {f"{mode}.txt": judge.template("", mode) for mode in judge.MODES} == files
 
 
 def test_templates_of_ones_own(tmp_path):

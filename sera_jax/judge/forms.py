@@ -4,12 +4,17 @@ import json
 import math
 import pathlib
 import re
+import sysconfig
 from typing import Any
 
 from sera_jax.records import Text
 
 FIELDS = {"pairwise": ("prompt", "first", "second"), "grade": ("prompt", "response")}
-SHIPPED = pathlib.Path(__file__).parents[2] / "configs" / "judge"
+# The shipped templates: of a checkout, else where pip has put them (pyproject.toml, data-files).
+SHIPPED = (
+    pathlib.Path(__file__).parents[2] / "configs" / "judge",
+    pathlib.Path(sysconfig.get_path("data")) / "share" / "sera_jax" / "judge",
+)
 
 _FIELD = re.compile(r"\{(prompt|first|second|response)\}")
 _VERDICTS = {"A": 1.0, "B": 0.0, "C": 0.5, "TIE": 0.5}  # of the first response; [[C]] is MT-bench's tie
@@ -23,7 +28,8 @@ def template(path: str, mode: str) -> str:
     Raises:
         ValueError: no such file, or not the mode's fields in it.
     """
-    file = pathlib.Path(path).expanduser() if path else SHIPPED / f"{mode}.txt"
+    shipped = next((folder for folder in SHIPPED if folder.is_dir()), SHIPPED[0])
+    file = pathlib.Path(path).expanduser() if path else shipped / f"{mode}.txt"
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
