@@ -128,6 +128,7 @@ def completion(answer: str | float, wanted: bool, **changes) -> dict:
 BODIES = {
     "page": "<html>Bad gateway</html>",
     "nothing": "",
+    "deep": "[" * 100_000,
     "list": "[]",
     "empty": json.dumps({"choices": [], "usage": {"prompt_tokens": 100, "completion_tokens": 0}}),
     "null": json.dumps({"choices": [{"message": {"content": None}}]}),
@@ -433,7 +434,8 @@ def test_retry_after_holds_for_all(server, tmp_path):
 def test_retry_after_as_a_date():
     assert 18 < endpoints._seconds(email.utils.formatdate(time.time() + 20, usegmt=True)) <= 20
     assert endpoints._seconds(email.utils.formatdate(time.time() - 20, usegmt=True)) == 0
-    assert [endpoints._seconds(text) for text in (None, "", "2.5", "-1", "soon")] == [0, 0, 2.5, 0, 0]
+    assert [endpoints._seconds(text) for text in (None, "", "2.5", "-1", "soon", "nan")] == [0, 0, 2.5, 0, 0, 0]
+    assert endpoints._seconds("inf") == endpoints._seconds("1e15") == 86400
 
 
 def test_pauses_grow_and_differ(monkeypatch):
@@ -635,6 +637,14 @@ def test_the_key_is_sent_and_told_to_nobody_else(server, tmp_path, monkeypatch, 
         chain.append(repr(link))
         link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
     assert KEY not in "".join(chain)
+
+
+def test_a_word_in_the_place_of_a_key_garbles_no_reply(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "A\n")
+    server.key = "A"
+    server.answer = lambda *parts: 0.75
+    asked(server, tmp_path, ["p"], [["a", "b"]])
+    assert [label["value"] for label in lines(tmp_path)] == pytest.approx([0.75] * 2)
 
 
 def test_a_key_of_another_name(server, tmp_path, monkeypatch):

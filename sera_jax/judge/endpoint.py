@@ -15,6 +15,8 @@ from sera_jax.judge.labels import Label
 
 BACKOFF = 1.0  # seconds before the first retry at most, doubled with each
 LONGEST = 60.0  # of such a pause; an endpoint that says Retry-After is left alone for as long as it says
+_DAY = 86400.0  # but for no longer
+_SECRET = 8  # characters of a key that is one
 _TOP = 20  # alternatives to a token that are asked for
 
 
@@ -80,8 +82,9 @@ def client(endpoint: Endpoint) -> Callable[..., bytes]:
         raise ValueError(
             "reward.source 'judge' needs the package openai: pip install 'sera_jax[judge]', or pip install openai."
         ) from None
-    key = os.environ.get(endpoint.key_env, "")
-    hidden = lambda text: text.replace(key, "***") if key else text
+    key = os.environ.get(endpoint.key_env, "").strip()
+    # Local servers are content with any word, which then is no secret and may well stand in a reply.
+    hidden = lambda text: text.replace(key, "***") if len(key) >= _SECRET else text
     made = openai.OpenAI(api_key=key or "none", base_url=endpoint.base_url, timeout=endpoint.timeout, max_retries=0)
 
     def send(**parameters: Any) -> bytes:
@@ -101,17 +104,15 @@ def client(endpoint: Endpoint) -> Callable[..., bytes]:
 
 
 def _seconds(after: str | None) -> float:
-    """Retry-After: seconds, or a date."""
-    if not after:
-        return 0.0
+    """Retry-After, seconds or a date, as seconds from now; 0 where it says neither."""
     try:
-        return max(0.0, float(after))
+        seconds = float(after or 0)
     except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(after).timestamp() - time.time())
-    except ValueError:
-        return 0.0
+        try:
+            seconds = email.utils.parsedate_to_datetime(after).timestamp() - time.time()
+        except (ValueError, OverflowError):
+            return 0.0
+    return min(max(0.0, seconds), _DAY)
 
 
 def ask(question: str, endpoint: Endpoint, mode: str, send: Callable[..., bytes], traffic: Traffic) -> Label:

@@ -79,7 +79,7 @@ def document(body: bytes) -> dict[str, Any]:
     """
     try:
         found = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"the reply is no JSON: {body[:200]!r}") from None
     if not isinstance(found, dict):
         raise ValueError(f"the reply is a JSON {type(found).__name__}, expected an object")
