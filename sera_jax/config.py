@@ -341,7 +341,7 @@ class JudgeConfig:
         concurrent: questions at a time.
         per_minute: requests a minute, evenly spaced; 0 = no limit.
         retries: of a question after the first try, exponentially later; Retry-After is honoured.
-        timeout: seconds of a request.
+        timeout: seconds for which the endpoint may be silent within a request.
         temperature: of the replies.
         max_tokens: of a reply; more where the template asks for reasons before the verdict.
         price_in: of a million tokens that the judge reads, for the log; 0 = not known.
