@@ -9,6 +9,7 @@ Values marked * are not published by the paper as far as we could establish: the
 import dataclasses
 import math
 import pathlib
+import re
 import sys
 from typing import Any, Literal, get_args
 
@@ -64,7 +65,7 @@ MARGIN_SCORES = (
     "alignment_potential",
 )  # built on the implicit reward of the policy
 RuleName = Literal["top_k", "bottom_k", "middle", "threshold", "all"]
-RewardName = Literal["implicit", "function", "file", "random"]
+RewardName = Literal["implicit", "function", "judge", "file", "random"]
 BestName = Literal["accuracy", "loss"]
 PairRuleName = Literal["best_worst", "best_random", "random", "all_pairs"]
 TargetName = Literal["query", "key", "value", "out", "gate", "up", "down", "head"]
@@ -303,9 +304,9 @@ class RewardConfig:
     """Who ranks: margins of the given pairs, and candidates in bootstrapping.
 
     Args:
-        source: of the candidates' rewards: implicit = the policy's own (SeRA); function = a Python function; file = the
-            scores that bootstrap.candidates_file brings; random = noise by run.seed (what ranking gives at least). The
-            given pairs are always scored by the implicit reward.
+        source: of the candidates' rewards: implicit = the policy's own (SeRA); function = a Python function; judge = a
+            language model (section judge); file = the scores that bootstrap.candidates_file brings; random = noise by
+            run.seed (what ranking gives at least). The given pairs are always scored by the implicit reward.
         function: "module:function", called as function(prompt, response) -> float on texts.
         reference: of the policy that scores: initial, previous = the iterate before it, ema, none (see loss.reference).
         ensemble: over iterates (Eq. 7 of SeRA): two_term = (1-γ)·current + γ·previous, ema = recursive, mean = all
@@ -324,6 +325,45 @@ class RewardConfig:
     length_penalty: float = 0.0
     length_normalise: bool = False
     ema_decay: float = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeConfig:
+    """The judge of reward.source judge: a language model behind an OpenAI-compatible endpoint.
+
+    Args:
+        model: its name at the endpoint.
+        base_url: of the endpoint, as OpenAI's client takes it.
+        mode: pairwise = every two candidates of a prompt in both orders, C(C-1) questions a prompt, the reward is the
+            mean probability of being the better one; grade = each candidate from 1 to 10.
+        template: text file of what the judge reads, with {prompt}, {first} and {second}, or {prompt} and {response};
+            empty = the mode's file in configs/judge/.
+        concurrent: questions at a time.
+        per_minute: requests a minute, evenly spaced; 0 = no limit.
+        retries: of a question after the first try, exponentially later; Retry-After is honoured.
+        timeout: seconds for which the endpoint may be silent within a request.
+        temperature: of the replies.
+        max_tokens: of a reply; more where the template asks for reasons before the verdict.
+        price_in: of a million tokens that the judge reads, for the log; 0 = not known.
+        price_out: of a million tokens that it writes.
+        key_env: the environment variable that holds the key of the endpoint; a local server may need none.
+        cache: JSONL of its answers, by content; empty = judge.jsonl in the run folder. Runs may share one.
+    """
+
+    model: str = ""
+    base_url: str = "https://api.openai.com/v1"
+    mode: Literal["pairwise", "grade"] = "pairwise"
+    template: str = ""
+    concurrent: int = 16
+    per_minute: int = 0
+    retries: int = 8
+    timeout: float = 60.0
+    temperature: float = 0.0
+    max_tokens: int = 16
+    price_in: float = 0.0
+    price_out: float = 0.0
+    key_env: str = "OPENAI_API_KEY"
+    cache: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -482,6 +522,7 @@ class TrainConfig:
         loop: the iterations.
         loss: what is trained with.
         reward: who ranks.
+        judge: who it is, where a judge ranks.
         select: which of the given pairs stay.
         bootstrap: fresh pairs.
         optimizer: of the iterations.
@@ -497,6 +538,7 @@ class TrainConfig:
     loop: LoopConfig = LoopConfig()
     loss: LossConfig = LossConfig()
     reward: RewardConfig = RewardConfig()
+    judge: JudgeConfig = JudgeConfig()
     select: SelectConfig = SelectConfig()
     bootstrap: BootstrapConfig = BootstrapConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -628,6 +670,15 @@ _RANGES: tuple[tuple[str, Any, str], ...] = (
     ("loss.mix", lambda v: all(w > 0 for w in v.values()), "weights > 0"),
     ("reward.gamma", lambda v: 0 <= v <= 1, "0 <= γ <= 1"),
     ("reward.ema_decay", lambda v: 0 < v < 1, "0 < decay < 1"),
+    ("judge.base_url", lambda v: re.match(r"https?://[^/]", v), "http://... or https://..."),
+    ("judge.concurrent", lambda v: v >= 1, "at least 1"),
+    ("judge.per_minute", lambda v: v >= 0, "0 or more"),
+    ("judge.retries", lambda v: v >= 0, "0 or more"),
+    ("judge.timeout", lambda v: v > 0, "a number > 0"),
+    ("judge.temperature", lambda v: v >= 0, "a number >= 0"),
+    ("judge.max_tokens", lambda v: v >= 1, "at least 1"),
+    ("judge.price_in", lambda v: v >= 0, "a number >= 0"),
+    ("judge.price_out", lambda v: v >= 0, "a number >= 0"),
     ("select.from_iteration", lambda v: v >= 1, "at least 1"),
     ("bootstrap.from_iteration", lambda v: v >= 1, "at least 1"),
     ("select.keep", lambda v: 0 <= v <= 1, "a share between 0 and 1"),
@@ -864,6 +915,16 @@ def _check_train(config: TrainConfig, where: str) -> None:
         raise ConfigError(
             f"{where}: reward.source is 'file', expected bootstrap.candidates_file with the scores. Set it, or use "
             "another reward.source."
+        )
+    if config.reward.source == "judge" and not config.judge.model:
+        raise ConfigError(
+            f"{where}: judge.model is empty, expected the name of a model at judge.base_url ({config.judge.base_url}) "
+            "for reward.source 'judge'."
+        )
+    if not re.fullmatch(r"[A-Za-z_]\w*", config.judge.key_env):  # it may be a key: not repeated
+        raise ConfigError(
+            f"{where}: judge.key_env is no name of an environment variable, expected one such as 'OPENAI_API_KEY'. The "
+            "key itself belongs into that variable, and into no file."
         )
     if (config.evaluate.prompts or config.evaluate.function) and ":" not in config.evaluate.function:
         raise ConfigError(f"{where}: evaluate.function is {config.evaluate.function!r}, expected 'module:function'.")

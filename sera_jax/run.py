@@ -37,7 +37,9 @@ from sera_jax.step import TrainState
 
 # Keys that may differ between a run and its continuation: they change no number of it ...
 FREE_KEYS = (
-    "run.dir run.resume run.save_every run.keep_checkpoints run.ledger run.compilation_cache run.tensorboard run.wandb"
+    "run.dir run.resume run.save_every run.keep_checkpoints run.ledger run.compilation_cache run.tensorboard run.wandb "
+    "judge.base_url judge.concurrent judge.per_minute judge.retries judge.timeout judge.price_in judge.price_out "
+    "judge.key_env judge.cache"
 ).split()
 # ... or only how its numbers are rounded, because they say where and in which portions they are computed.
 LAYOUT_KEYS = (

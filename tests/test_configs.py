@@ -75,6 +75,7 @@ def test_readme_has_a_line_for_every_knob_of_the_algorithm():
         for name, record in (
             ("loss", "LossConfig"),
             ("reward", "RewardConfig"),
+            ("judge", "JudgeConfig"),
             ("select", "SelectConfig"),
             ("bootstrap", "BootstrapConfig"),
             ("loop", "LoopConfig"),

@@ -373,7 +373,7 @@ def test_sources_of_rewards(base, made, tmp_path):
         texts = words.candidates.texts_PC[p]
         assert reward.tolist() == [len(set(texts[c].split())) for c in pair]
     assert len({tuple(map(tuple, f.fresh.pair_F2)) for f in (own, words, noise)}) == 3
-    assert own.kl is not None and words.kl is None and noise.kl is None
+    assert own.ranked.kl is not None and words.ranked.kl is None and noise.ranked.kl is None
     assert 0 < noise.fresh.reward_F2.min() < noise.fresh.reward_F2.max() < 1
 
 

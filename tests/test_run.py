@@ -124,7 +124,9 @@ def test_keys_that_change_no_number_are_free(tmp_path):
     begun(tmp_path)
     free = dict(
         run__resume="must", run__save_every=7, run__keep_checkpoints=9, run__ledger="x", run__compilation_cache="off",
-        run__tensorboard=True, run__wandb="w",
+        run__tensorboard=True, run__wandb="w", judge__base_url="http://a", judge__concurrent=1, judge__per_minute=5,
+        judge__retries=1, judge__timeout=1.5, judge__price_in=2.5, judge__price_out=3.5, judge__key_env="K",
+        judge__cache="c",
     )  # fmt: skip
     runs.close(opened(tmp_path, **free))
     assert {key.replace("__", ".") for key in free} | {"run.dir"} == set(runs.FREE_KEYS)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from sera_jax import bootstrap, disk, policies, processes, programs, rewards, sample, score
+from sera_jax import bootstrap, disk, judge, policies, processes, programs, rewards, sample, score
 from sera_jax.bootstrap import Fresh
 from sera_jax.config import BootstrapConfig, EvaluateConfig
 from sera_jax.ledger import branch_key, derived_tag
@@ -22,15 +22,29 @@ from sera_jax.train.world import World
 
 
 @dataclasses.dataclass(frozen=True)
-class Made:
-    """What an iteration sampled: the prompts it drew, their candidates, the fresh pairs; kl: mean log π/π_ref of the
-    candidates under the policy that sampled them and the reward's reference, None without implicit reward or reference.
+class Ranked:
+    """What a source says of candidates.
+
+    rewards_PC: float32, the higher the better, NaN where there is none. kl: mean log π/π_ref of the candidates under
+    the policy that sampled them and the reward's reference, None without implicit reward or reference. prob_PCC:
+    float32, P[p, i, j] that candidate i is better than j, None where the source compares no two. told: measures for
+    the log.
     """
+
+    rewards_PC: np.ndarray
+    kl: float | None = None
+    prob_PCC: np.ndarray | None = None
+    told: dict[str, float | None] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """What an iteration sampled: the prompts it drew, their candidates, the fresh pairs, and how they were ranked."""
 
     prompts: tuple[Prompt, ...]
     candidates: Candidates
     fresh: Fresh
-    kl: float | None
+    ranked: Ranked
 
 
 def bootstrap_pairs(world: World, t: int, scored: Live) -> Made | None:
@@ -57,9 +71,9 @@ def bootstrap_pairs(world: World, t: int, scored: Live) -> Made | None:
             path=worlds.folder(world, t) / "candidates.jsonl",
             label=f"iteration {t}: sampling {b.candidates} candidates a prompt",
         )
-    rewards_PC, kl = SOURCES[config.reward.source](world, t, scored, drawn, candidates)
+    ranked = SOURCES[config.reward.source](world, t, scored, drawn, candidates)
     rewards_PC = rewards.adjusted(
-        rewards_PC,
+        ranked.rewards_PC,
         rewards.lengths(candidates),
         penalty=config.reward.length_penalty,
         normalise=config.reward.length_normalise,
@@ -68,12 +82,17 @@ def bootstrap_pairs(world: World, t: int, scored: Live) -> Made | None:
     made = bootstrap.fresh_pairs(
         candidates,
         rewards_PC,
-        bootstrap.valid(candidates, keep_unfinished=b.unfinished == "keep"),
+        valid(world, candidates),
         rule=b.pair_rule,
         keep=round(b.fresh * len(given.trees)),
         key=worlds.key(world, "pairs", t),
     )
-    return Made(prompts, candidates, made, kl)
+    return Made(prompts, candidates, made, ranked)
+
+
+def valid(world: World, candidates: Candidates) -> np.ndarray:
+    """bool [P, C]: which candidates may stand in a pair."""
+    return bootstrap.valid(candidates, keep_unfinished=world.config.bootstrap.unfinished == "keep")
 
 
 def responses(
@@ -166,13 +185,10 @@ def candidate_logps(world: World, name: Name | None, candidates: Candidates, liv
     return rewards.on_grid(flat, candidates)
 
 
-# --- who ranks: (world, t, the policy that scores, which of the run's prompts, their candidates) → rewards_PC, and the
-# KL of the policy's samples where it falls out
+# --- who ranks: (world, t, the policy that scores, which of the run's prompts, their candidates) → Ranked -------------
 
 
-def _implicit(
-    world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Candidates
-) -> tuple[np.ndarray, float | None]:
+def _implicit(world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Candidates) -> Ranked:
     """Rewards of the ensemble; the KL is None without a reference, and of samples that are somebody else's."""
     names, weights_E = ensemble(world, scored)
     reference, models = reward_reference(world, scored), []
@@ -188,36 +204,49 @@ def _implicit(
         lambda logp, ref, length: world.loss.reward(logp, ref, length, **world.loss_keys),
     )
     known = reference is not None and world.given.imported is None
-    return rewards_PC, float(np.nanmean(logp_EPC[-1] - reference_PC)) if known else None
+    return Ranked(rewards_PC, float(np.nanmean(logp_EPC[-1] - reference_PC)) if known else None)
 
 
-def _function(
-    world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Candidates
-) -> tuple[np.ndarray, float | None]:
+def _function(world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Candidates) -> Ranked:
     function = rewards.load_function(world.config.reward.function)
     prompts = [world.given.prompts[i].prompt for i in drawn]
     texts_PC = [
         [text if len(ids) else None for text, ids in zip(*row)]
         for row in zip(candidates.texts_PC, candidates.tokens_PC)
     ]
-    return rewards.by_function(function, prompts, texts_PC, f"iteration {t}: reward function"), None
+    return Ranked(rewards.by_function(function, prompts, texts_PC, f"iteration {t}: reward function"))
 
 
-def _file(
-    world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Candidates
-) -> tuple[np.ndarray, float | None]:
-    return world.given.imported.scores_PC[drawn], None
+def _judge(world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Candidates) -> Ranked:
+    """Nothing is asked about candidates that may stand in no pair: it costs."""
+    config = world.config.judge
+    texts_PC = [
+        [text if ok else None for text, ok in zip(*row)] for row in zip(candidates.texts_PC, valid(world, candidates))
+    ]
+    judged = judge.MODES[config.mode](
+        worlds.endpoint(world.config),
+        judge.Prices(config.price_in, config.price_out),
+        judge.template(config.template, config.mode),
+        [world.given.prompts[i].prompt for i in drawn],
+        texts_PC,
+        cache=pathlib.Path(config.cache or world.run.path / "judge.jsonl"),
+        label=f"iteration {t}: judge",
+    )
+    return Ranked(judged.rewards_PC, prob_PCC=judged.prob_PCC, told=judged.told)
 
 
-def _random(
-    world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Candidates
-) -> tuple[np.ndarray, float | None]:
-    return rewards.random(candidates, worlds.key(world, "reward", t)), None
+def _file(world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Candidates) -> Ranked:
+    return Ranked(world.given.imported.scores_PC[drawn])
 
 
-SOURCES: dict[str, Callable[..., tuple[np.ndarray, float | None]]] = {
+def _random(world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Candidates) -> Ranked:
+    return Ranked(rewards.random(candidates, worlds.key(world, "reward", t)))
+
+
+SOURCES: dict[str, Callable[..., Ranked]] = {
     "implicit": _implicit,
     "function": _function,
+    "judge": _judge,
     "file": _file,
     "random": _random,
 }

@@ -41,7 +41,8 @@ def judged(world: World, t: int, made: Made | None) -> np.ndarray | None:
 def write_pairs(
     world: World, t: int, chosen: Selection | None, made: Made | None, gold_F2: np.ndarray | None = None
 ) -> None:
-    """iterations/t/kept.parquet (every given pair with its verdict) and fresh.parquet (every fresh pair).
+    """iterations/t/kept.parquet (every given pair with its verdict), fresh.parquet (every fresh pair), and, of a source
+    that compares, probabilities.parquet (every two candidates).
 
     Args:
         gold_F2: of the fresh pairs (`judged`).
@@ -51,7 +52,7 @@ def write_pairs(
         columns = selection.columns(world.given.pairs, world.given.trees, chosen)
         _write_table(columns, folder / "kept.parquet")
     if made is not None:
-        candidates, fresh = made.candidates, made.fresh
+        candidates, fresh, prob_PCC = made.candidates, made.fresh, made.ranked.prob_PCC
         text = lambda p, c: candidates.texts_PC[p][c]
         picks = list(zip(fresh.prompt_F, *fresh.pair_F2.T)) if len(fresh.trees) else []
         columns = {
@@ -67,12 +68,26 @@ def write_pairs(
             "finished_chosen": [bool(candidates.finished_PC[p, c]) for p, c, _ in picks],
             "finished_rejected": [bool(candidates.finished_PC[p, r]) for p, _, r in picks],
             "kept": fresh.kept_F,
+            **({} if prob_PCC is None else {"probability": prob_PCC[fresh.prompt_F, *fresh.pair_F2.T]}),
             **({} if gold_F2 is None else {"gold_chosen": gold_F2[:, 0], "gold_rejected": gold_F2[:, 1]}),
             "prompt_tokens": [tree.prompt for tree in fresh.trees],
             "chosen_tokens": [tree.branches[0] for tree in fresh.trees],
             "rejected_tokens": [tree.branches[1] for tree in fresh.trees],
         }
         _write_table(columns, folder / "fresh.parquet")
+        if prob_PCC is not None:
+            _write_table(_probabilities(candidates, prob_PCC), folder / "probabilities.parquet")
+
+
+def _probabilities(candidates: Candidates, prob_PCC: np.ndarray) -> dict[str, Any]:
+    """Every two candidates of a prompt that were compared: the probability that the first is better than the second."""
+    found = np.argwhere(np.isfinite(prob_PCC) & np.triu(np.ones(prob_PCC.shape[1:], bool), 1))
+    return {
+        "prompt_id": [candidates.ids[p] for p, _, _ in found],
+        "first": found[:, 1],
+        "second": found[:, 2],
+        "probability": prob_PCC[tuple(found.T)],
+    }
 
 
 def _write_table(columns: dict[str, Any], path: pathlib.Path) -> None:
@@ -271,7 +286,8 @@ def _of_candidates(made: Made | None, gold_F2: np.ndarray | None) -> dict[str, A
         "sera/fresh_margin_mean": float(fresh.margin_F[fresh.kept_F].mean()) if kept else None,
         "sera/fresh_length_gap": float((length[:, 0] - length[:, 1])[fresh.kept_F].mean()) if kept else None,
         **_of_fresh_gold(fresh.kept_F, gold_F2),
-        **({} if made.kl is None else {"gen/kl": made.kl}),
+        **({} if made.ranked.kl is None else {"gen/kl": made.ranked.kl}),
+        **made.ranked.told,
     }
 
 

@@ -16,6 +16,7 @@ from sera_jax import (
     attention,
     bootstrap,
     data,
+    judge,
     losses,
     metrics,
     model,
@@ -43,6 +44,7 @@ from sera_jax.rows import Plan
 from sera_jax.run import Run
 
 KEYS = {"sft": 0, "sample": 1, "select": 2, "update": 3, "pairs": 4, "evaluate": 5, "reward": 6}  # folded into run.seed
+DECIDING = ("model", "mode", "template", "temperature", "max_tokens")  # keys of the judge that change its answers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +108,8 @@ def _read(config: TrainConfig, mesh: Mesh) -> _Files:
     given = load(config, start)
     check_scores(config, given.pairs)
     first = _first(config, start, mesh)
-    return _Files(start, given, first, _content(given, start, first))
+    asked = [judge.template(config.judge.template, config.judge.mode)] if judges(config) else []
+    return _Files(start, given, first, _content(given, start, first, asked))
 
 
 def prepare(config: TrainConfig) -> World:
@@ -196,7 +199,7 @@ def selector_of(config: TrainConfig, mesh: Mesh) -> Callable:
 
 
 def _check_early(config: TrainConfig) -> None:
-    """What would else be found after the first iteration: reward functions, ensemble weights.
+    """What would else be found after the first iteration: reward functions, the judge, ensemble weights.
 
     Raises:
         ValueError: as the rooms raise it.
@@ -206,6 +209,8 @@ def _check_early(config: TrainConfig) -> None:
         rewards.load_function(config.reward.function)
     if config.evaluate.function:
         rewards.load_function(config.evaluate.function)
+    if judges(config):
+        judge.ready(endpoint(config), config.judge.template, config.judge.mode)
     for t in range(1, config.loop.iterations):
         sera.ensemble_weights(t, config.reward.ensemble, config.reward.gamma)
 
@@ -430,8 +435,10 @@ def _first(config: TrainConfig, start: Folder, mesh: Mesh) -> Folder | None:
     return folder
 
 
-def _content(given: Given, start: Folder, first: Folder | None) -> str:
-    """Hash of what is behind the config's paths: the model, the data that decides the iterates."""
+def _content(given: Given, start: Folder, first: Folder | None, asked: Sequence[str]) -> str:
+    """Hash of what is behind the config's paths: the model, the data that decides the iterates, `asked`: the judge's
+    template.
+    """
     trees = (*given.trees, *given.held_out, *given.sft)
     branches = [branch_key(tree.prompt, branch).hex() for tree in trees for branch in tree.branches]
     prompts = [branch_key(tokens, ()).hex() for tokens in (*given.prompt_tokens, *given.eval_tokens)]
@@ -446,13 +453,15 @@ def _content(given: Given, start: Folder, first: Folder | None) -> str:
         told += [branch_key(prompt, ids).hex() for prompt, row in zip(made.prompts, made.tokens_PC) for ids in row]
         told += [repr(made.texts_PC), made.finished_PC.tobytes().hex()]
         told += [] if scores_PC is None else [scores_PC.tobytes().hex()]
-    return derived_tag(start.tag, *([first.tag] if first else []), *branches, *prompts, *told)
+    return derived_tag(start.tag, *([first.tag] if first else []), *branches, *prompts, *told, *asked)
 
 
 def _fingerprint(config: TrainConfig, content: str) -> str:
     """Of everything that decides what the iterates become: config, content, devices, versions of the numerics."""
     plain = dataclasses.asdict(config)
     del plain["run"], plain["evaluate"]
+    judged = plain.pop("judge")
+    plain |= {"judge": {key: judged[key] for key in DECIDING}} if judges(config) else {}
     devices = [str(d.device_kind) for d in jax.devices()]
     config_json = json.dumps(plain, sort_keys=True, default=list)
     several = [jax.process_count()] if jax.process_count() > 1 else []
@@ -487,6 +496,27 @@ def balance(config: TrainConfig, trees: Sequence[Tree]) -> str:
     return (
         f"{desirable} desirable and {other} undesirable examples, weights {loss.desirable_weight:g} and "
         f"{loss.undesirable_weight:g}: {balance:.3g} : 1 by weight (between 1 and 4/3 is advised)"
+    )
+
+
+def judges(config: TrainConfig) -> bool:
+    """Will a judge be asked?"""
+    return config.reward.source == "judge" and bootstraps(config)
+
+
+def endpoint(config: TrainConfig) -> judge.Endpoint:
+    """Whom to ask, and how patiently."""
+    asked = config.judge
+    return judge.Endpoint(
+        model=asked.model,
+        base_url=asked.base_url,
+        key_env=asked.key_env,
+        temperature=asked.temperature,
+        max_tokens=asked.max_tokens,
+        timeout=asked.timeout,
+        retries=asked.retries,
+        concurrent=asked.concurrent,
+        per_minute=asked.per_minute,
     )
 
 
