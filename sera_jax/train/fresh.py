@@ -188,6 +188,15 @@ def _implicit(
     return rewards_PC, float(np.nanmean(logp_EPC[-1] - reference_PC)) if known else None
 
 
+def _model(
+    world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Candidates
+) -> tuple[np.ndarray, float | None]:
+    """Rewards of a reward model, which is in memory beside the policy while it ranks."""
+    trees, label = rewards.trees(candidates), f"iteration {t}: rewards of the reward model"
+    flat = policies.folder_rewards(world.ranker, trees, ledger=world.policies.ledger, label=label)
+    return rewards.on_grid(flat, candidates), None
+
+
 def _function(
     world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Candidates
 ) -> tuple[np.ndarray, float | None]:
@@ -214,6 +223,7 @@ def _random(
 
 SOURCES: dict[str, Callable[..., tuple[np.ndarray, float | None]]] = {
     "implicit": _implicit,
+    "model": _model,
     "function": _function,
     "file": _file,
     "random": _random,
