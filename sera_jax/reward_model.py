@@ -145,7 +145,7 @@ def _trained(config: RewardModelConfig, mesh: Mesh, opened: Opened, run: Run) ->
         key=sample.seeded(config.run.seed),
         mesh=mesh,
         frozen={},
-        validation=Validation(every, lambda params: _numbers(*measure(params))) if every else None,
+        validation=Validation(every, lambda params: measure(params)[0]) if every else None,
     )
     return _finish(config, opened, run, state.params, measure)
 
@@ -225,7 +225,9 @@ def _tokenised(config: RewardModelConfig, pairs: Sequence[Pair], start: Folder) 
 # --- what the held-out pairs say --------------------------------------------------------------------------------------
 
 
-def _measured(config: RewardModelConfig, mesh: Mesh, opened: Opened) -> Callable[[Any], tuple[Any, Calibration]]:
+def _measured(
+    config: RewardModelConfig, mesh: Mesh, opened: Opened
+) -> Callable[[Any], tuple[dict[str, float], Calibration]]:
     """params → (numbers of the held-out pairs, {} without any; their calibration)."""
     arch, held_out = opened.start.arch, opened.held_out
     trees, keys = held_out.trees, _loss_keys(config)
@@ -255,10 +257,6 @@ def _measured(config: RewardModelConfig, mesh: Mesh, opened: Opened) -> Callable
         }, calibrated
 
     return measure
-
-
-def _numbers(found: dict[str, float], _: Calibration) -> dict[str, float]:
-    return found
 
 
 def _finish(
@@ -304,7 +302,7 @@ def _finish(
     )
     if config.data.chat_template != "auto":
         template = pathlib.Path(config.data.chat_template).expanduser()
-        processes.once(lambda: shutil.copyfile(template, export / "chat_template.jinja") and None)
+        processes.once(lambda: str(shutil.copyfile(template, export / "chat_template.jinja")))
     text = json.dumps({**found, "calibration": bins}, indent=1) + "\n"
     processes.once(lambda: _write(run.path / "result.json", text))
     metrics.say(f"exported: {export}")

@@ -19,9 +19,7 @@ REWARD_MODELS = [file for file in FILES if re.search("^reward_loss:", file.read_
 @pytest.mark.parametrize("file", sorted(set(FILES) - set(SETS)), ids=lambda f: f.stem)
 def test_a_config_parses(file):
     record = configs.RewardModelConfig if file in REWARD_MODELS else configs.TrainConfig
-    config = configs.parse(
-        record, ["--config", str(file), "--model.path=model", "--data.pairs=[pairs.jsonl]"]
-    )
+    config = configs.parse(record, ["--config", str(file), "--model.path=model", "--data.pairs=[pairs.jsonl]"])
     assert config.run.dir.startswith("runs/")
 
 

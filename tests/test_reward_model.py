@@ -14,6 +14,7 @@ import safetensors.numpy
 from sera_jax import config as configs
 from sera_jax import data, hf, policies, programs, reward_model, score
 from sera_jax import mesh as meshes
+from sera_jax import run as runs
 from sera_jax import train as trainer
 from sera_jax.config import RewardModelConfig
 from sera_jax.ledger import Ledger
@@ -180,8 +181,9 @@ def test_an_export_is_a_start_and_scores_as_the_run_did(config_of, tmp_path):
     np.testing.assert_array_equal(np.asarray(opened.start.load()["score"]["head"]), stored["score.weight"])
     first = reward_model._opened(config, meshes.make(1, 1, 1))
     assert np.abs(of_pairs(opened) - of_pairs(first)).max() > 0.01  # it was trained
+    first_loss = [record["loss"] for record in lines(tmp_path / "run")][0]
     reward_model.train(again)
-    reward_model.train(config_of(f"--model.path={export}", "--model.weights=pretrained", run="more"))
+    assert lines(tmp_path / "again")[0]["loss"] < first_loss - 0.05  # it goes on where the other ended
 
 
 # --- ranking with one -------------------------------------------------------------------------------------------------
@@ -277,3 +279,8 @@ def test_padding_ends_no_response(pad, unk, bos, added, eos, want):
 def test_no_padding_at_all():
     with pytest.raises(ValueError, match=re.escape("special tokens <eos> all end responses (EOS ids 2); expected one")):
         data.padding_id(Special(2, 2, 2, {2: Added("<eos>")}), (2,))
+
+
+def test_a_full_disk_tells_where_a_reward_model_goes_on():
+    saved = 5, {"stage": "reward", "iteration": 0, "update": 5, "total": 9}
+    assert runs._goes_on(saved).endswith("the same command goes on behind update 5 of 9 of the reward model.")
