@@ -65,7 +65,7 @@ MARGIN_SCORES = (
     "alignment_potential",
 )  # built on the implicit reward of the policy
 RuleName = Literal["top_k", "bottom_k", "middle", "threshold", "all"]
-RewardName = Literal["implicit", "function", "judge", "file", "random"]
+RewardName = Literal["implicit", "model", "function", "judge", "file", "random"]
 BestName = Literal["accuracy", "loss"]
 PairRuleName = Literal["best_worst", "best_random", "random", "all_pairs"]
 TargetName = Literal["query", "key", "value", "out", "gate", "up", "down", "head"]
@@ -304,9 +304,12 @@ class RewardConfig:
     """Who ranks: margins of the given pairs, and candidates in bootstrapping.
 
     Args:
-        source: of the candidates' rewards: implicit = the policy's own (SeRA); function = a Python function; judge = a
-            language model (section judge); file = the scores that bootstrap.candidates_file brings; random = noise by
-            run.seed (what ranking gives at least). The given pairs are always scored by the implicit reward.
+        source: of the candidates' rewards: implicit = the policy's own (SeRA); model = a reward model (RLHF Workflow);
+            function = a Python function; judge = a language model (section judge); file = the scores that
+            bootstrap.candidates_file brings; random = noise by run.seed (what ranking gives at least). The given pairs
+            are always scored by the implicit reward.
+        model: Hugging Face folder of a reward model (…ForSequenceClassification with one label) with the policy's
+            tokens, as `sera_jax.reward_model` exports them; for source model.
         function: "module:function", called as function(prompt, response) -> float on texts.
         reference: of the policy that scores: initial, previous = the iterate before it, ema, none (see loss.reference).
         ensemble: over iterates (Eq. 7 of SeRA): two_term = (1-γ)·current + γ·previous, ema = recursive, mean = all
@@ -318,6 +321,7 @@ class RewardConfig:
     """
 
     source: RewardName = "implicit"
+    model: str = ""
     function: str = ""
     reference: Literal["initial", "previous", "ema", "none"] = "initial"
     ensemble: EnsembleName = "two_term"
@@ -646,6 +650,46 @@ class ReviewConfig:
     mesh: MeshConfig = MeshConfig()
 
 
+@dataclasses.dataclass(frozen=True)
+class RewardLossConfig:
+    """The Bradley-Terry loss of a reward model: -log σ(r_w - r_l + α(L_w - L_l) - m) + λ·(r_w + r_l)².
+
+    Args:
+        margin: m is so many times the gap of the annotator's scores (score_chosen, score_rejected); 0 = no margin.
+        center: λ, against rewards that drift together (TRL's center_rewards_coefficient, 0.01 where it is used).
+        length_alpha: α, of a label what a token of length explains; with more than 0 the reward likes length less.
+    """
+
+    margin: float = 0.0
+    center: float = 0.0
+    length_alpha: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardModelConfig:
+    """`python -m sera_jax.reward_model`: preference pairs in, a reward model out.
+
+    Args:
+        run: the run folder.
+        model: the checkpoint to start from: a policy, which gets a scalar head drawn from run.seed, or a reward model.
+        data: the pairs; a share of them (data.validation) is held out and measured on.
+        reward_loss: what is trained with.
+        epochs: passes over the pairs.
+        validate_every: updates between two checks on the held-out pairs; 0 = only at the end.
+        optimizer: of the updates.
+        mesh: devices by axis.
+    """
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    reward_loss: RewardLossConfig = RewardLossConfig()
+    epochs: int = 1
+    validate_every: int = 0
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5)
+    mesh: MeshConfig = MeshConfig()
+
+
 # (key, test of the value, what was expected); keys that a config lacks are passed over.
 _RANGES: tuple[tuple[str, Any, str], ...] = (
     ("loss.beta", lambda v: v > 0, "a number > 0"),
@@ -706,6 +750,11 @@ _RANGES: tuple[tuple[str, Any, str], ...] = (
     ("bootstrap.refill", lambda v: v >= 1, "at least 1"),
     ("data.limit", lambda v: v >= 0, "0 or more"),
     ("uninformative", lambda v: v >= 0, "a share >= 0"),
+    ("reward_loss.margin", lambda v: 0 <= v < math.inf, "a number >= 0"),
+    ("reward_loss.center", lambda v: 0 <= v < math.inf, "a number >= 0"),
+    ("reward_loss.length_alpha", lambda v: 0 <= v < math.inf, "a number >= 0"),
+    ("epochs", lambda v: v >= 1, "at least 1"),
+    ("validate_every", lambda v: v >= 0, "0 or more"),
     ("long", lambda v: v > 1, "a number > 1"),
     ("data.validation", lambda v: 0 <= v < 1, "a share in [0, 1)"),
     ("data.max_length", lambda v: v >= 2, "at least 2 tokens"),
@@ -793,7 +842,9 @@ def check(config: Any, where: str) -> None:
         _check_unpaired(config, where)
     if isinstance(config, TrainConfig):
         _check_train(config, where)
-    elif get(config, "data.check"):
+    elif isinstance(config, RewardModelConfig):
+        _check_reward_model(config, where)
+    if get(config, "data.check") and not isinstance(config, TrainConfig):
         raise ConfigError(f"{where}: data.check is True, but only sera_jax.train has this mode; leave it out.")
 
 
@@ -885,6 +936,26 @@ def _check_lora(config: TrainConfig, where: str) -> None:
             )
 
 
+def _check_room(config: TrainConfig | RewardModelConfig, where: str) -> None:
+    if config.data.max_prompt_length >= config.data.max_length:
+        raise ConfigError(
+            f"{where}: data.max_prompt_length is {config.data.max_prompt_length}, expected less than data.max_length "
+            f"({config.data.max_length}): a cut pair must keep room for its responses."
+        )
+
+
+def _check_reward_model(config: RewardModelConfig, where: str) -> None:
+    if not config.data.pairs:
+        raise ConfigError(f"{where}: data.pairs is empty, expected at least one file of preference pairs.")
+    if config.data.format == "unpaired":
+        raise ConfigError(
+            f"{where}: data.format is 'unpaired', but a reward model learns from pairs; use another form."
+        )
+    if config.validate_every and not config.data.validation:
+        raise ConfigError(f"{where}: validate_every needs held-out pairs: set data.validation to a share > 0.")
+    _check_room(config, where)
+
+
 def _check_train(config: TrainConfig, where: str) -> None:
     _check_lora(config, where)
     bootstrapping = config.bootstrap.fresh > 0 and config.loop.iterations >= config.bootstrap.from_iteration
@@ -904,10 +975,12 @@ def _check_train(config: TrainConfig, where: str) -> None:
             f"{where}: bootstrap.slots is {config.bootstrap.slots}, expected at least bootstrap.candidates "
             f"({config.bootstrap.candidates}): the candidates of a prompt are decoded side by side."
         )
-    if config.data.max_prompt_length >= config.data.max_length:
+    _check_room(config, where)
+    if (config.reward.source == "model") != bool(config.reward.model):
+        expected = "the folder of a reward model" if config.reward.source == "model" else "none; leave it out"
         raise ConfigError(
-            f"{where}: data.max_prompt_length is {config.data.max_prompt_length}, expected less than data.max_length "
-            f"({config.data.max_length}): a cut pair must keep room for its responses."
+            f"{where}: reward.model is {config.reward.model!r} with reward.source {config.reward.source!r}, expected "
+            f"{expected}."
         )
     if config.reward.source == "function" and ":" not in config.reward.function:
         raise ConfigError(f"{where}: reward.function is {config.reward.function!r}, expected 'module:function'.")
@@ -1019,7 +1092,7 @@ def parse(record: type, args: list[str] | None = None) -> Any:
     `record`, and checks it.
 
     Args:
-        record: TrainConfig, GenerateConfig, EvaluateDoorConfig or ReviewConfig.
+        record: TrainConfig, GenerateConfig, EvaluateDoorConfig, ReviewConfig or RewardModelConfig.
         args: command line; None = sys.argv.
 
     Raises:

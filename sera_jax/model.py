@@ -9,7 +9,8 @@ Outside, a model is a plain nested dict of arrays with the layers stacked on a l
 
 where a norm is {scale [D]} or {scale, bias [D]}, and an architecture has the parts that its `Arch` speaks of. A policy
 with LoRA has beside these (its base) adapters.{<target>.{a [in.., R], b [R, out..]}, head.{a [D, R], b [V, R]}}, those
-of layers stacked; without them the same weights are the base again, which is its reference.
+of layers stacked; without them the same weights are the base again, which is its reference. A reward model has in the
+place of the head score.head [1, D], whose product with a hidden state is a reward.
 
 Letters: B rows, L tokens, D width, N heads, K key/value heads, H head size, F hidden units, V vocabulary, R rank.
 """
@@ -82,6 +83,7 @@ class Arch:
     all layers all.
     score_scale: of q·k, None = 1/√H. score_cap, logit_cap: c·tanh(x/c) of scores, of logits; None = not.
     scaled_embedding: the embedding is multiplied by √D.
+    scored: a reward model: it has a scalar head, and none over the vocabulary.
     lora: the adapters that train in the place of all weights, None = all weights train. Of no config.json.
     unrolled: layers are written out one by one in place of a loop, for those who read compiled programs. Likewise.
     """
@@ -112,6 +114,7 @@ class Arch:
     score_cap: float | None = None
     logit_cap: float | None = None
     scaled_embedding: bool = False
+    scored: bool = False
     lora: Lora | None = None
     unrolled: bool = False
 
@@ -298,13 +301,20 @@ class _Decoder(nnx.Module):
         self.embed = _Weights(arch, rngs, **table)
         self.layers = nnx.vmap(lambda r: _Layer(arch, r))(rngs.split(arch.layers))
         self.final_norm = _Norm(arch, arch.width)
-        if bias or not arch.tied:
+        if arch.scored:
+            self.score = _Weights(arch, rngs, head=((1, arch.width), (None, None)))
+        elif bias or not arch.tied:
             self.head = _Weights(arch, rngs, **({} if arch.tied else table), **bias)
 
 
 def init(arch: Arch, key: jax.Array) -> dict:
     """Random float32 weights; call it under `jax.jit(..., out_shardings=...)` so that no whole copy ever exists."""
     return nnx.to_pure_dict(nnx.state(_Decoder(arch, nnx.Rngs(params=key)), nnx.Param))
+
+
+def with_score(params: dict, head_1D: jax.Array) -> dict:
+    """A policy's weights as those of a reward model with this head."""
+    return {**{name: part for name, part in params.items() if name != "head"}, "score": {"head": head_1D}}
 
 
 @functools.cache
@@ -536,6 +546,11 @@ def logits(arch: Arch, params: dict, hidden: jax.Array, dtype: Any) -> jax.Array
     if bias is not None:
         out += _along(bias.astype(dtype), out)
     return capped(out, arch.logit_cap)
+
+
+def reward(params: dict, hidden: jax.Array) -> jax.Array:
+    """float32 [...] of hidden states [..., D]: their product with the scalar head, in float32 on every device."""
+    return jnp.sum(hidden.astype(jnp.float32) * _along(params["score"]["head"][0], hidden), axis=-1)
 
 
 def capped(x: jax.Array, cap: float | None) -> jax.Array:

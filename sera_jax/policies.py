@@ -61,19 +61,21 @@ def open_folder(
     chat_template: str = "auto",
     seed: int | None = None,
     lora: Lora | None = None,
+    read: Callable[[str], Arch] = hf.read_arch,
 ) -> Folder:
     """Reads all but the weights.
 
     Args:
         compute: float32 or bfloat16; remat, head_chunk, attention: as programs.Compute. seed: draws the weights; None =
         read.
-        lora: of the policies that are to be trained from it.
+        lora: of the policies that are to be trained from it. read: folder → its architecture; refuses what it may not
+        be (hf.read_arch, read_reward_arch, read_any_arch).
 
     Raises:
         ValueError: no such folder, or one that cannot be used.
     """
     tokenizer = data.load_tokenizer(path, chat_template)
-    arch = hf.read_arch(path)
+    arch = read(path)
     dtype = jnp.dtype(compute if lora else "float32")
     if seed is None:
         content, load = file_tag(path), lambda: hf.load(path, arch, mesh, dtype=dtype)
@@ -94,6 +96,25 @@ def open_folder(
     )
 
 
+def with_score(folder: Folder, seed: int) -> Folder:
+    """The folder of a policy as that of a reward model whose scalar head is drawn from `seed`."""
+    key = lambda: jax.random.fold_in(jax.random.key(seed), 1 << 20)  # none that the weights are drawn from
+    arch = dataclasses.replace(folder.arch, scored=True)
+
+    def load() -> Any:
+        whole = meshes.put(key(), meshes.replicated(folder.mesh))
+        return model.with_score(folder.load(), programs.random_score(arch, folder.mesh)(whole))
+
+    return dataclasses.replace(folder, arch=arch, tag=derived_tag(folder.tag, "score", seed), load=load)
+
+
+def open_reward_model(path: str, mesh: Mesh, **of: Any) -> Folder:
+    """`open_folder` for a reward model to rank with: its weights come in the compute dtype."""
+    folder = open_folder(path, mesh, read=hf.read_reward_arch, **of)
+    load = lambda: hf.load(path, folder.arch, mesh, dtype=folder.compute.dtype)
+    return dataclasses.replace(folder, load=load)
+
+
 def same_tokens(one: Folder, other: Folder) -> bool:
     """Do their token ids mean the same?"""
     return one.tokenizer.get_vocab() == other.tokenizer.get_vocab() and one.eos_ids == other.eos_ids
@@ -106,6 +127,17 @@ def folder_logps(folder: Folder, trees: Sequence[Tree], *, ledger: Ledger, plan:
         scorer = programs.scorer(folder.arch, folder.mesh, folder.compute)
         return programs.score_rows(scorer, folder.load(), folder.mesh)
 
+    return score.set_logps(trees, tag=folder.tag, ledger=ledger, load=load, plan=plan, label=label)
+
+
+def folder_rewards(folder: Folder, trees: Sequence[Tree], *, ledger: Ledger, label: str) -> np.ndarray:
+    """float32 [F], by flat branch number: what a reward model says of every branch, through the ledger."""
+
+    def load() -> Callable[[Rows], np.ndarray]:
+        scorer = programs.reward_scorer(folder.arch, folder.mesh, folder.compute)
+        return programs.score_rows(scorer, folder.load(), folder.mesh)
+
+    plan = score.plan_for(trees, folder.arch, folder.mesh)
     return score.set_logps(trees, tag=folder.tag, ledger=ledger, load=load, plan=plan, label=label)
 
 

@@ -120,6 +120,14 @@ def random_params(arch: Arch, mesh: Mesh, dtype: Any = jnp.float32) -> Callable[
 
 
 @functools.cache
+def random_score(arch: Arch, mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    """key → a scalar head, float32 [1, D], from N(0, init_std²) as transformers draws it."""
+    return jax.jit(
+        lambda key: arch.init_std * jax.random.normal(key, (1, arch.width)), out_shardings=meshes.replicated(mesh)
+    )
+
+
+@functools.cache
 def random_adapters(arch: Arch, mesh: Mesh) -> Callable[[jax.Array], dict]:
     """key → float32 adapters that add nothing yet, on the training layout."""
     return jax.jit(lambda key: model.init_adapters(arch, key), out_shardings=trainable_shardings(arch, mesh))
@@ -221,6 +229,16 @@ def scorer(arch: Arch, mesh: Mesh, compute: Compute) -> Callable[[dict, Rows], j
     def run(params: dict, rows: Rows) -> jax.Array:
         how = {"dtype": compute.dtype, "chunk": compute.chunk, "backend": compute.attention}
         return score.row_logps(arch, params, rows, mesh=mesh, **how)[0]
+
+    return jax.jit(run, out_shardings=meshes.replicated(mesh))
+
+
+@functools.cache
+def reward_scorer(arch: Arch, mesh: Mesh, compute: Compute) -> Callable[[dict, Rows], jax.Array]:
+    """(params of a reward model, rows of one microbatch) → reward_BS float32, on every process."""
+
+    def run(params: dict, rows: Rows) -> jax.Array:
+        return score.row_rewards(arch, params, rows, mesh=mesh, dtype=compute.dtype, backend=compute.attention)[0]
 
     return jax.jit(run, out_shardings=meshes.replicated(mesh))
 
@@ -338,6 +356,40 @@ def sft_update(
         sums = outputs(trained, frozen, micro, key)
         nll_BS, tokens_BS, _ = losses.sft(sums.logp_BS, sums.length_BS)
         return jnp.sum(nll_BS), jnp.sum(tokens_BS), {}
+
+    return _update(arch, mesh, transform, functools.partial(step.gradients, loss_fn), schedule, moments)
+
+
+@_by_value
+def reward_update(
+    arch: Arch,
+    mesh: Mesh,
+    compute: Compute,
+    transform: optax.GradientTransformation,
+    loss_keys: dict[str, Any],
+    schedule: dict[str, Any],
+    *,
+    moments: str = "device",
+) -> Callable[[TrainState, dict, Batch, jax.Array, jax.Array], tuple[TrainState, dict]]:
+    """The same for a reward model (arch.scored): losses.bradley_terry with these keys, by the pairs' weights. What a
+    batch brings as reference_ABS are the annotator's scores."""
+
+    def loss_fn(trained: dict, frozen: dict, micro: Microbatch, key: jax.Array) -> tuple:
+        reward_BS, length_BS = score.row_rewards(
+            arch,
+            model.join(arch, trained, frozen),
+            micro.rows,
+            mesh=mesh,
+            dtype=compute.dtype,
+            remat=compute.remat,
+            backend=compute.attention,
+        )
+        by_example = lambda slots: slots.reshape(-1, 2)
+        reward_P2, length_P2, score_P2 = map(by_example, (reward_BS, length_BS, micro.reference_BS))
+        weight_P = by_example(micro.weight_BS)[:, 0]
+        loss_P = losses.bradley_terry(reward_P2, length_P2, score_P2, **loss_keys)
+        told = losses.reward_metrics(jax.lax.stop_gradient(reward_P2), weight_P)
+        return jnp.sum(jnp.where(weight_P > 0, weight_P * loss_P, 0)), jnp.sum(weight_P), told
 
     return _update(arch, mesh, transform, functools.partial(step.gradients, loss_fn), schedule, moments)
 

@@ -130,7 +130,8 @@ class Rows:
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """What one update consumes: `count` microbatches of rows (leading axis A, the rest of it padding) and,
-    slot by slot, the reference log-probs, the weights and the labels of the examples (`Tree.label`).
+    slot by slot, the reference log-probs (the annotator's scores, where a reward model trains), the weights and the
+    labels of the examples (`Tree.label`).
 
     rows: Rows with leading axis A; reference_ABS, weight_ABS, label_ABS: float32; count: int32 scalar.
     """

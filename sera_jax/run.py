@@ -77,8 +77,9 @@ class Checks:
 class Cursor:
     """How far a run is.
 
-    stage: "sft" or "update"; iteration: 0 in SFT; update: updates done in the stage, of `total`; count: updates of the
-    whole run, those that were left out by an early stop included; offset: bytes of metrics.jsonl. origins: of the run.
+    stage: "sft", "update" or "reward"; iteration: 0 but in "update"; update: updates done in the stage, of `total`;
+    count: updates of the whole run, those that were left out by an early stop included; offset: bytes of metrics.jsonl.
+    origins: of the run.
     """
 
     stage: str
@@ -303,7 +304,9 @@ def _goes_on(saved: tuple[int, dict[str, Any]] | None) -> str:
     if saved is None:
         return "No checkpoint was saved yet: the same command begins again."
     cursor = saved[1]
-    where = "the SFT stage" if cursor["stage"] == "sft" else f"iteration {cursor['iteration']}"
+    where = {"sft": "the SFT stage", "reward": "the reward model"}.get(
+        cursor["stage"], f"iteration {cursor['iteration']}"
+    )
     return (
         f"What was saved before is whole: the same command goes on behind update {cursor['update']} of "
         f"{cursor['total']} of {where}."
@@ -317,9 +320,9 @@ def _goes_on(saved: tuple[int, dict[str, Any]] | None) -> str:
 class Stage:
     """A stage's work: which examples each update takes, and what comes with them.
 
-    batches: int64 [batch] example numbers, one array an update. trees: the examples. reference_F: log-probs under the
-    loss's reference by flat branch number; weight_N: of the examples. plans: shapes of rows, of which each batch takes
-    one.
+    batches: int64 [batch] example numbers, one array an update. trees: the examples. reference_F: by flat branch
+    number, log-probs under the loss's reference, or, for a reward model, the annotator's scores; weight_N: of the
+    examples. plans: shapes of rows, of which each batch takes one.
     """
 
     name: str
@@ -411,7 +414,7 @@ def run_stage(
 
     done, checks = at.update, at.checks
     stream = zip(range(done, total), loaded(stage, mesh, done), strict=True)
-    label = "SFT" if stage.name == "sft" else f"iteration {stage.iteration}: updates"
+    label = {"sft": "SFT", "reward": "reward model"}.get(stage.name, f"iteration {stage.iteration}: updates")
     for index, (batch, fill) in metriclib.track(stream, total=total - done, label=label, unit="updates"):
         state, metrics = update(state, frozen, batch, total_array, fold(key, index))
         fills.append(fill)

@@ -1,4 +1,5 @@
 """log p(y|x) of the branches of packed rows under a policy, float32 whatever the compute dtype; and of a set of trees.
+Likewise the rewards of branches under a reward model.
 
 Logits exist only where a response token is predicted, and only for one chunk of them at a time: the head has its own
 backward pass, with the vocabulary split over (fsdp, tensor), so no array of [tokens, V] is ever whole or kept.
@@ -138,6 +139,29 @@ def _of_tokens(
     """float32 [B, M] each: log-prob of each response token of each row, and log Σ_v π(v)² where it was predicted (None
     unless asked for); arbitrary where slot_BM = S (no token).
     """
+    hidden_BLD = _hidden(arch, params, rows, mesh=mesh, dtype=dtype, remat=remat, backend=backend, key=key)
+    hidden_BMD = jnp.take_along_axis(hidden_BLD, rows.parent_BM[:, :, None], axis=1)
+    hidden_BMD, table_VD = model.head(arch, params, hidden_BMD, dtype, key)
+    bias_V = model.head_bias(arch, params)
+    head = Head(mesh, chunk, arch.logit_cap)
+    used_B = jnp.sum(rows.slot_BM < rows.example_BS.shape[1], axis=1, dtype=jnp.int32)
+    if collision:
+        return head_logps_and_collision(hidden_BMD, table_VD, bias_V, rows.target_BM, head, used_B)
+    return head_logps(hidden_BMD, table_VD, bias_V, rows.target_BM, head, used_B), None
+
+
+def _hidden(
+    arch: Arch,
+    params: dict,
+    rows: Rows,
+    *,
+    mesh: Mesh,
+    dtype: Any,
+    remat: str,
+    backend: str,
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """hidden_BLD in `dtype` of one microbatch of rows."""
     tree = rows.tree_BL, rows.branch_BL, rows.position_BL
     within_rows = attention.over_rows(backend, *tree, mesh=mesh, scale=arch.score_scale, cap=arch.score_cap)
 
@@ -156,14 +180,43 @@ def _of_tokens(
         placement=meshes.placement(mesh, "gather"),
         key=key,
     )
-    hidden_BMD = jnp.take_along_axis(hidden_BLD, rows.parent_BM[:, :, None], axis=1)
-    hidden_BMD, table_VD = model.head(arch, params, hidden_BMD, dtype, key)
-    bias_V = model.head_bias(arch, params)
-    head = Head(mesh, chunk, arch.logit_cap)
-    used_B = jnp.sum(rows.slot_BM < rows.example_BS.shape[1], axis=1, dtype=jnp.int32)
-    if collision:
-        return head_logps_and_collision(hidden_BMD, table_VD, bias_V, rows.target_BM, head, used_B)
-    return head_logps(hidden_BMD, table_VD, bias_V, rows.target_BM, head, used_B), None
+    return hidden_BLD
+
+
+# --- a reward model ---------------------------------------------------------------------------------------------------
+
+
+def row_rewards(
+    arch: Arch, params: dict, rows: Rows, *, mesh: Mesh, dtype: Any, remat: str = "none", backend: str = "auto"
+) -> tuple[jax.Array, jax.Array]:
+    """Reward and token count of every branch slot under a reward model (arch.scored).
+
+    The reward is read where the branch's last token stands (EOS, unless the response was cut), which has seen the
+    prompt and all of the branch; the arguments are as `row_logps` has them.
+
+    Returns:
+        reward_BS float32; length_BS float32, response tokens that a policy would predict. 0 in empty slots.
+    """
+    hidden_BLD = _hidden(arch, params, rows, mesh=mesh, dtype=dtype, remat=remat, backend=backend)
+    hidden_BSD = jnp.take_along_axis(hidden_BLD, last_tokens(rows)[:, :, None], axis=1)
+    reward_BS = jnp.where(rows.example_BS >= 0, model.reward(params, hidden_BSD), 0.0)
+    by_slot = jax.vmap(functools.partial(jax.ops.segment_sum, num_segments=rows.example_BS.shape[1]))
+    return reward_BS, by_slot(jnp.ones(rows.slot_BM.shape, jnp.float32), rows.slot_BM)
+
+
+def last_tokens(rows: Rows) -> jax.Array:
+    """int32 [B, S]: index in its row of the last token of each slot's branch, 0 in empty slots.
+
+    Not by the targets: a branch of one token is predicted by the prompt, wherever the branch lies, and without a prompt
+    by nothing. Branches lie in a row in the order of their slots, each in one piece.
+    """
+    slots = rows.example_BS.shape[1]
+    differs = lambda a: a != jnp.pad(a[:, :-1], ((0, 0), (1, 0)))
+    begins_BL = (rows.branch_BL > 0) & (differs(rows.tree_BL) | differs(rows.branch_BL))
+    slot_BL = jnp.where(rows.branch_BL > 0, jnp.cumsum(begins_BL, axis=1) - 1, slots)
+    index_BL = jnp.broadcast_to(jnp.arange(slot_BL.shape[1], dtype=jnp.int32)[None], slot_BL.shape)
+    last_BS = jax.vmap(functools.partial(jax.ops.segment_max, num_segments=slots))(index_BL, slot_BL)
+    return jnp.where(rows.example_BS >= 0, last_BS, 0)
 
 
 # --- the head ---------------------------------------------------------------------------------------------------------
@@ -411,6 +464,7 @@ def plan_of(lengths_N3: np.ndarray, arch: Arch, mesh: Mesh) -> Plan:
         lengths_N3,
         batch=batch,
         per_key=attention.per_key(mesh, arch.width),
+        device_tokens=attention.device_tokens(mesh),
         shards=meshes.row_shards(mesh),
     )
 

@@ -11,7 +11,7 @@ import yaml
 
 import sera_jax
 from sera_jax import attention, config, data, generate, losses, model, programs, step
-from sera_jax.config import ConfigError, GenerateConfig, ReviewConfig, TrainConfig
+from sera_jax.config import ConfigError, GenerateConfig, ReviewConfig, RewardModelConfig, TrainConfig
 from sera_jax.train import fresh, validate
 
 NEEDED = {"run": {"dir": "runs/a"}, "model": {"path": "models/m"}, "data": {"pairs": ["p.jsonl"]}}
@@ -36,6 +36,9 @@ def base(record: type):
         TrainConfig: lambda: TrainConfig(config.RunConfig("r"), mine, config.DataConfig(("p.jsonl",))),
         GenerateConfig: lambda: GenerateConfig(mine, ("p",), "o"),
         ReviewConfig: lambda: ReviewConfig("a", "b", config.DataConfig(("p.jsonl",)), "o"),
+        RewardModelConfig: lambda: RewardModelConfig(
+            config.RunConfig("r"), mine, config.DataConfig(("p.jsonl",), validation=0.1)
+        ),
     }[record]()
 
 
@@ -253,6 +256,11 @@ DOOR_RANGES = {
         "limit": NOT_NEGATIVE,
     },
     ReviewConfig: {"uninformative": ([-0.1], [0.0]), "long": ([1.0], [1.1])},
+    RewardModelConfig: {
+        **{f"reward_loss.{key}": ([-0.1, float("inf")], [0.0, 2.0]) for key in ("margin", "center", "length_alpha")},
+        "epochs": AT_LEAST_1,
+        "validate_every": NOT_NEGATIVE,
+    },
 }
 CASES = [(r, k, *v) for r, table in {TrainConfig: RANGES, **DOOR_RANGES}.items() for k, v in table.items()]
 
@@ -294,6 +302,14 @@ def test_every_range_is_tested():
         ),
         ({"evaluate.prompts": ("p",)}, "evaluate.function is '', expected 'module:function'"),
         ({"evaluate.function": "judge"}, "evaluate.function is 'judge', expected 'module:function'"),
+        (
+            {"reward.source": "model"},
+            "reward.model is '' with reward.source 'model', expected the folder of a reward model",
+        ),
+        (
+            {"reward.model": "a/export"},
+            "reward.model is 'a/export' with reward.source 'implicit', expected none; leave it out",
+        ),
         ({"reward.source": "file"}, "reward.source is 'file', expected bootstrap.candidates_file with the scores"),
         ({"loop.best": True}, "loop.best needs held-out pairs: set data.validation"),
         ({"loop.validate_every": 5}, "loop.validate_every needs held-out pairs: set data.validation"),
@@ -444,6 +460,7 @@ def test_combinations_that_cannot_run(changes, said):
         {"reward.source": "file", "bootstrap.fresh": 0.0},
         {"reward.source": "random", "bootstrap.from_iteration": 1},
         {"reward.source": "judge", "judge.model": "m", "bootstrap.from_iteration": 1},
+        {"reward.source": "model", "reward.model": "a/export", "bootstrap.from_iteration": 1},
         {"bootstrap.candidates_file": "c.jsonl", "bootstrap.candidates": 1, "bootstrap.slots": 1},
         {"loss.mix": {"ipo": 0.5}, "loss.normalisation": "mean"},
         {"loss.name": "exo_pair", "loss.label_smoothing": 1e-3},
@@ -479,6 +496,28 @@ def test_a_review_ranks_pairs():
     refused(
         changed(base(ReviewConfig), "loss.name", "kto"), "loss.name is 'kto', but a review ranks pairs; use 'kto_pa"
     )
+
+
+@pytest.mark.parametrize(
+    "key, value, said",
+    [
+        ("data.pairs", (), "data.pairs is empty, expected at least one file of preference pairs."),
+        (
+            "data.format",
+            "unpaired",
+            "data.format is 'unpaired', but a reward model learns from pairs; use another form",
+        ),
+        ("data.check", True, "data.check is True, but only sera_jax.train has this mode; leave it out."),
+        ("data.max_prompt_length", 1024, "data.max_prompt_length is 1024, expected less than data.max_length (1024)"),
+    ],
+)
+def test_a_reward_model_learns_from_pairs(key, value, said):
+    refused(changed(base(RewardModelConfig), key, value), said)
+
+
+def test_checks_of_a_reward_model_need_held_out_pairs():
+    record = changed(changed(base(RewardModelConfig), "validate_every", 5), "data.validation", 0.0)
+    refused(record, "validate_every needs held-out pairs: set data.validation to a share > 0.")
 
 
 def test_what_is_dumped_parses_to_the_same_config(tmp_path):

@@ -13,13 +13,13 @@ from sera_jax import config as configs
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
 SETS = [file for file in FILES if re.search("^arms:", file.read_text(encoding="utf-8"), re.M)]
+REWARD_MODELS = [file for file in FILES if re.search("^reward_loss:", file.read_text(encoding="utf-8"), re.M)]
 
 
 @pytest.mark.parametrize("file", sorted(set(FILES) - set(SETS)), ids=lambda f: f.stem)
 def test_a_config_parses(file):
-    config = configs.parse(
-        configs.TrainConfig, ["--config", str(file), "--model.path=model", "--data.pairs=[pairs.jsonl]"]
-    )
+    record = configs.RewardModelConfig if file in REWARD_MODELS else configs.TrainConfig
+    config = configs.parse(record, ["--config", str(file), "--model.path=model", "--data.pairs=[pairs.jsonl]"])
     assert config.run.dir.startswith("runs/")
 
 
@@ -46,7 +46,7 @@ def test_what_readme_names_exists():
     assert len(named) > 4
     assert not [name for name in named if not (ROOT / name).exists()]
     doors = set(re.findall(r"python -m sera_jax\.(\w+)", text))
-    assert doors >= {"train", "generate", "evaluate", "review", "report", "toyworld"}
+    assert doors >= {"train", "generate", "evaluate", "review", "report", "toyworld", "reward_model"}
     for door in doors:
         assert (ROOT / "sera_jax" / f"{door}.py").exists() or (ROOT / "sera_jax" / door / "__main__.py").exists()
 
@@ -79,6 +79,7 @@ def test_readme_has_a_line_for_every_knob_of_the_algorithm():
             ("select", "SelectConfig"),
             ("bootstrap", "BootstrapConfig"),
             ("loop", "LoopConfig"),
+            ("reward_loss", "RewardLossConfig"),
         )
     }
     missing = [

@@ -198,6 +198,27 @@ def test_no_config_and_no_json(tmp_path):
         hf.read_arch(tmp_path)
 
 
+def test_a_reward_model_of_every_family_is_written_and_read(tmp_path, one_device):
+    """The scalar head is one more tensor in the place of the head's; the rest lies as in a policy."""
+    for family in hf.FAMILIES:
+        tied = family == "LlamaForCausalLM"
+        keys = {"architectures": [family], "hidden_size": 32, "tie_word_embeddings": tied}
+        policy = hf.read_arch(write(tmp_path / family, **keys))
+        arch = dataclasses.replace(policy, scored=True)
+        params = jax.jit(lambda key, arch=arch: model.init(arch, key))(jax.random.key(0))
+        out = hf.save(tmp_path / f"{family}-out", arch, params, dtype=jnp.float32, extra={"pad_token_id": 3})
+        text = json.loads((out / "config.json").read_text())
+        assert text["architectures"] == [family.replace("CausalLM", "SequenceClassification")]
+        assert (text["pad_token_id"], text["id2label"]) == (3, {"0": "reward"})
+        assert hf.read_reward_arch(out) == hf.read_any_arch(out) == arch
+        stored = safetensors.numpy.load_file(out / "model.safetensors")
+        heads = {"lm_head.weight", "lm_head.bias", "embed_out.weight"}
+        assert set(stored) == set(layout.names(policy)) - heads | {"score.weight"}
+        np.testing.assert_array_equal(stored["score.weight"], params["score"]["head"])
+        again = hf.load(out, arch, one_device)
+        jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
 def test_a_written_config_reads_back_and_keeps_what_it_has_no_word_for(tmp_path):
     for family in hf.FAMILIES:
         plain = hf.read_arch(write(tmp_path / "plain", architectures=[family], hidden_size=32))

@@ -945,3 +945,54 @@ def test_wpo_is_cut_at_one_detached_and_finite_on_padding():
     np.testing.assert_allclose(losses.wpo(alignment, length), [1, np.exp(-1), 1], rtol=1e-6)
     gradient = jax.grad(lambda x: losses.wpo(x, length).sum())(jnp.asarray(alignment))
     assert not np.asarray(gradient).any()
+
+
+# --- a reward model ---------------------------------------------------------------------------------------------------
+
+REWARD = np.array([[0.7, -0.4], [-1.3, 0.2], [2.5, 2.5], [-30.0, 40.0], [40.0, -30.0]])
+SCORES = np.array([[4.0, 1.0], [3.0, 2.5], [2.0, 2.0], [5.0, 4.0], [1.0, 0.0]])
+TOKENS = np.array([[5, 9], [7, 7], [3, 1], [2, 8], [4, 4]])
+BRADLEY_TERRY = [
+    {},
+    {"margin": 0.3},
+    {"center": 0.01},
+    {"length_alpha": 0.05},
+    {"margin": 0.2, "center": 0.02, "length_alpha": 0.1},
+]
+
+
+def bradley_terry_64(reward_P2, margin=0.0, center=0.0, length_alpha=0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Loss [P] and its gradient by the rewards [P, 2], in float64."""
+    w, l = np.asarray(reward_P2, np.float64).T
+    z = w - l + length_alpha * (TOKENS[:, 0] - TOKENS[:, 1]) - margin * (SCORES[:, 0] - SCORES[:, 1])
+    by_z, by_sum = -1 / (1 + np.exp(z)), 2 * center * (w + l)
+    return np.logaddexp(0, -z) + center * (w + l) ** 2, np.stack((by_z + by_sum, -by_z + by_sum), axis=1)
+
+
+@pytest.mark.parametrize("keys", BRADLEY_TERRY, ids=lambda keys: "+".join(keys) or "plain")
+def test_bradley_terry_and_its_gradient_equal_float64(keys):
+    arrays = (jnp.asarray(TOKENS, jnp.float32), jnp.asarray(SCORES, jnp.float32))
+    loss = lambda reward_P2: losses.bradley_terry(reward_P2, *arrays, **keys)
+    reward_P2 = jnp.asarray(REWARD, jnp.float32)
+    want, gradient = bradley_terry_64(REWARD, **keys)
+    np.testing.assert_allclose(loss(reward_P2), want, rtol=2e-6, atol=1e-7)
+    got = jax.grad(lambda r: loss(r).sum())(reward_P2)
+    np.testing.assert_allclose(got, gradient, rtol=2e-6, atol=1e-7)
+    assert loss(reward_P2).dtype == jnp.float32
+
+
+def test_bradley_terry_of_two_numbers_by_hand():
+    """TRL's RewardTrainer: -log σ(1.5 - 0.5 - 0.25) + 0.01·(1.5 + 0.5)²."""
+    got = losses.bradley_terry(
+        jnp.array([[1.5, 0.5]]), jnp.zeros((1, 2)), jnp.array([[0.5, 0.0]]), margin=0.5, center=0.01
+    )
+    np.testing.assert_allclose(got, [np.log1p(np.exp(-0.75)) + 0.04], rtol=1e-6)
+
+
+def test_what_length_explains_teaches_the_reward_less():
+    """Of two pairs that the rewards see alike, the one whose longer response won has the smaller gradient."""
+    one = lambda length: jax.grad(lambda r: losses.bradley_terry(r, jnp.array([length]), None, length_alpha=0.1).sum())(
+        jnp.zeros((1, 2))
+    )
+    longer, shorter = -one([9.0, 2.0])[0, 0], -one([2.0, 9.0])[0, 0]
+    assert 0 < longer < 0.5 < shorter

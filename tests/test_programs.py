@@ -162,6 +162,63 @@ def test_any_split_of_a_batch_gives_the_same_update(name, layout):
         np.testing.assert_allclose(b, a, rtol=scale * 1e-6, atol=SCHEDULE["peak"] * scale * 5e-6 * largest)
 
 
+SCORED = dataclasses.replace(ARCH, scored=True)
+BRADLEY_TERRY = {"margin": 0.5, "center": 0.05, "length_alpha": 0.02}
+SCORE_F = np.arange(14, dtype=np.float32) % 5 / 4  # the annotator's
+
+
+@functools.cache
+def scored_params() -> dict:
+    return jax.device_get(jax.jit(lambda key: model.init(SCORED, key))(jax.random.key(1)))
+
+
+@functools.cache
+def reward_updated(layout: str, remat: str = "none") -> tuple[dict, dict]:
+    """(gradient, metrics) of one update of a reward model, on the host."""
+    devices, plan, how = LAYOUTS[layout]
+    mesh, compute = mesh_of(devices), dataclasses.replace(COMPUTE, remat=remat)
+    update = programs.reward_update(SCORED, mesh, compute, GRADIENT, BRADLEY_TERRY, SCHEDULE)
+    batch, _ = batch_of(TREES, plan, SCORE_F, WEIGHT_N, mesh, most=4 if devices == 1 else 1, how=how)
+    params = meshes.put(scored_params(), programs.param_shardings(SCORED, mesh))
+    state, metrics = update(programs.fresh_state(SCORED, mesh, GRADIENT)(params), {}, batch, *small(mesh))
+    return meshes.get((state.moments.trace, metrics))
+
+
+@pytest.mark.parametrize("layout, remat", [("one tree a row", "full"), ("eight devices", "full")])
+def test_any_split_of_a_batch_gives_the_same_update_of_a_reward_model(layout, remat):
+    grads, metrics = reward_updated("all in one row")
+    other_grads, other = reward_updated(layout, remat)
+    assert set(metrics) == set(other) >= {"loss", "rewards/margins", "rewards/accuracies", "grad_norm"}
+    for key in metrics:
+        np.testing.assert_allclose(other[key], metrics[key], rtol=1e-5, atol=1e-6, err_msg=key)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(other_grads)):
+        assert np.abs(a).max() > 0
+        np.testing.assert_allclose(b, a, atol=5e-6 * np.abs(a).max())
+
+
+def test_the_update_of_a_reward_model_follows_the_gradient_of_the_weighted_mean():
+    """Of losses written out here, of each branch in a row of its own."""
+    m, center, alpha = BRADLEY_TERRY.values()
+    rows = [rowlib.pack([Tree("", t.prompt, (b,))], Plan(48, 48, 1, 1)) for t in TREES for b in t.branches]
+    together = jax.tree.map(lambda *a: np.concatenate(a), *rows)
+    length_P2 = np.array([[len(b) for b in t.branches] for t in TREES])
+    score_P2 = SCORE_F.reshape(-1, 2)
+
+    def whole(params):
+        reward_BS, _ = score.row_rewards(SCORED, params, together, mesh=mesh_of(1), dtype=jnp.float32)
+        w, l = reward_BS.reshape(-1, 2).T
+        z = w - l + alpha * (length_P2[:, 0] - length_P2[:, 1]) - m * (score_P2[:, 0] - score_P2[:, 1])
+        return jnp.sum(WEIGHT_N * (jnp.log1p(jnp.exp(-z)) + center * (w + l) ** 2)) / WEIGHT_N.sum(), (w, l)
+
+    (loss, (w, l)), want = jax.jit(jax.value_and_grad(whole, has_aux=True))(scored_params())
+    grads, metrics = reward_updated("all in one row")
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["rewards/margins"], np.average(w - l, weights=WEIGHT_N), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(metrics["rewards/accuracies"], np.average(w > l, weights=WEIGHT_N), rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(grads)):
+        np.testing.assert_allclose(b, a, atol=1e-5 * np.abs(a).max())
+
+
 ALONE = Plan(48, 48, 2, 1)
 
 

@@ -31,10 +31,9 @@ def menagerie(seed: int = 0) -> list[Tree]:
     return [Tree(f"t{i}", ids(p), (ids(a), ids(b))) for i, (p, a, b) in enumerate(shapes)]
 
 
-def numpy_tokens(params, prompt, response) -> tuple[np.ndarray, np.ndarray]:
-    """log p of each token of a response, and log Σ p² where it is predicted; decoder written out in float64."""
+def numpy_hidden(params, ids) -> np.ndarray:
+    """The residual stream of a text after the final norm, [tokens, D]; decoder written out in float64."""
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
-    ids = np.concatenate((prompt, response))
     norm = lambda x, s: x / np.sqrt((x * x).mean(-1, keepdims=True) + ARCH.norm_eps) * s
     half = ARCH.head_dim // 2
     angle = np.arange(len(ids))[:, None, None] * (ARCH.rope_theta ** (-np.arange(half) / half))
@@ -58,7 +57,12 @@ def numpy_tokens(params, prompt, response) -> tuple[np.ndarray, np.ndarray]:
         y = norm(x, w["mlp_norm"]["scale"])
         gate = y @ w["mlp"]["gate"]
         x = x + (gate / (1 + np.exp(-gate)) * (y @ w["mlp"]["up"])) @ w["mlp"]["down"]
-    logits = norm(x, p["final_norm"]["scale"]) @ p["head"]["table"].T
+    return norm(x, p["final_norm"]["scale"])
+
+
+def numpy_tokens(params, prompt, response) -> tuple[np.ndarray, np.ndarray]:
+    """log p of each token of a response, and log Σ p² where it is predicted."""
+    logits = numpy_hidden(params, np.concatenate((prompt, response))) @ np.asarray(params["head"]["table"], float).T
     logits -= logits.max(-1, keepdims=True)
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     at = len(prompt) - 1 + np.arange(len(response))
@@ -331,3 +335,65 @@ def test_bfloat16_compute_keeps_float32_log_probs(params, one_device):
     got = rowlib.unpack(np.asarray(logp), packed.example_BS, len(exact))
     np.testing.assert_allclose(got, exact, rtol=0.05)
     assert np.unique(np.asarray(logp)[packed.example_BS >= 0].view(np.uint32) & 0xFFFF).size > 1
+
+
+# --- a reward model ---------------------------------------------------------------------------------------------------
+
+SCORED = dataclasses.replace(ARCH, scored=True)
+
+
+@pytest.fixture(scope="module")
+def scored_params():
+    return jax.device_get(jax.jit(lambda key: model.init(SCORED, key))(jax.random.key(3)))
+
+
+def without_prompts(seed: int = 0) -> list[Tree]:
+    """Trees of which some have no prompt; then a branch of one token is predicted by nothing."""
+    trees = menagerie(seed)
+    trees[2] = dataclasses.replace(trees[2], prompt=trees[2].prompt[:0])
+    trees[4] = dataclasses.replace(trees[4], prompt=trees[4].prompt[:0])
+    return trees
+
+
+def rewards(params, trees, plan, mesh, backend="auto") -> np.ndarray:
+    packed = rowlib.pack(trees, plan)
+    run = jax.jit(lambda p, r: score.row_rewards(SCORED, p, r, mesh=mesh, dtype=jnp.float32, backend=backend))
+    reward_BS, length_BS = run(params, meshes.put(packed, meshes.rows_sharding(mesh)))
+    assert reward_BS.dtype == length_BS.dtype == jnp.float32
+    empty = packed.example_BS < 0
+    assert empty.any() and not np.asarray(reward_BS)[empty].any() and not np.asarray(length_BS)[empty].any()
+    return rowlib.unpack(np.asarray(reward_BS), packed.example_BS, sum(len(t.branches) for t in trees))
+
+
+def test_rewards_equal_a_float64_decoder_at_the_last_token(scored_params, one_device):
+    """Packed, of unequal and one-token branches, with prompts and without, beside more than two branches."""
+    trees = [
+        *without_prompts(),
+        Tree("c", np.arange(4, dtype=np.int32), tuple(menagerie(1)[i].branches[0] for i in (0, 1, 3, 4))),
+    ]
+    got = rewards(scored_params, trees, Plan(128, 128, 8, 1), one_device)
+    head = np.asarray(scored_params["score"]["head"][0], np.float64)
+    want = [numpy_hidden(scored_params, np.concatenate((t.prompt, b)))[-1] @ head for t in trees for b in t.branches]
+    np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
+    assert np.std(want) > 0.1
+
+
+def test_last_tokens_are_counted_by_hand():
+    trees = without_prompts()
+    packed = rowlib.pack(trees, Plan(128, 128, 16, 1))
+    last_BS = np.asarray(score.last_tokens(packed))
+    flat = [branch for tree in trees for branch in tree.branches]
+    seen = set()
+    for row, slot in np.argwhere(packed.example_BS >= 0):
+        branch, end = flat[packed.example_BS[row, slot]], last_BS[row, slot]
+        np.testing.assert_array_equal(packed.tokens_BL[row, end + 1 - len(branch) : end + 1], branch)
+        assert packed.branch_BL[row, end] == 1 + packed.example_BS[row, slot] % 2
+        seen.add((row, end))
+    assert len(seen) == len(flat) and not last_BS[packed.example_BS < 0].any()
+
+
+def test_rewards_of_packed_rows_are_those_of_single_rows_on_any_mesh(scored_params, one_device, eight_devices):
+    trees = without_prompts(2)
+    alone = np.concatenate([rewards(scored_params, [t], Plan(128, 128, 4, 1), one_device) for t in trees])
+    for plan, mesh in ((Plan(128, 128, 16, 1), one_device), (Plan(128, 128, 8, 4), eight_devices)):
+        np.testing.assert_allclose(rewards(scored_params, trees, plan, mesh), alone, rtol=1e-5, atol=2e-6)

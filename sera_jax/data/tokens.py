@@ -108,6 +108,27 @@ def load_tokenizer(path: str, chat_template: str = "auto") -> Tokenizer:
     return tokenizer
 
 
+def padding_id(tokenizer: Tokenizer, eos_ids: Sequence[int]) -> int:
+    """An id that ends no response: to fill up a batch with for a reader who takes the last other id for the end of a
+    text. The tokeniser's padding if it is none of the EOS ids, else another special token, one for padding by its name
+    before <unk>, BOS and the others.
+
+    Raises:
+        ValueError: every special token ends responses.
+    """
+    special = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    named = [i for i, token in special.items() if "pad" in token.lower()]
+    known = (tokenizer.pad_token_id, *named, tokenizer.unk_token_id, tokenizer.bos_token_id, *special)
+    found = next((int(i) for i in known if i is not None and i not in eos_ids), None)
+    if found is None:
+        raise ValueError(
+            f"the tokeniser's special tokens {', '.join(special.values()) or '(none)'} all end responses (EOS ids "
+            f"{', '.join(map(str, eos_ids))}); expected one more, for padding: whoever scores a batch of texts looks "
+            "for the last token that is not padding. Add one to the tokeniser (and a row to the embedding)."
+        )
+    return found
+
+
 def eos_ids(path: str, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The ids that end a response, the one to append first: from generation_config.json (one or a list), else
     config.json, else the tokeniser. EOS may equal BOS (GPT-NeoX, stories260K).

@@ -10,10 +10,20 @@ newer versions only and writes a file from memory at once. Pickled checkpoints a
 """
 
 from sera_jax.hf.adapters import save_adapter
-from sera_jax.hf.config_json import read_arch, write_config
+from sera_jax.hf.config_json import read_any_arch, read_arch, read_reward_arch, write_config
 from sera_jax.hf.families import FAMILIES
 from sera_jax.hf.layout import DTYPES
 from sera_jax.hf.reading import load
 from sera_jax.hf.writing import save
 
-__all__ = ["DTYPES", "FAMILIES", "load", "read_arch", "save", "save_adapter", "write_config"]
+__all__ = [
+    "DTYPES",
+    "FAMILIES",
+    "load",
+    "read_any_arch",
+    "read_arch",
+    "read_reward_arch",
+    "save",
+    "save_adapter",
+    "write_config",
+]

@@ -12,19 +12,51 @@ import jax.numpy as jnp
 import numpy as np
 
 from sera_jax import model, processes, rope
-from sera_jax.hf.families import CAPS, FAMILIES, KEYS, Family
+from sera_jax.hf.families import CAPS, FAMILIES, KEYS, POLICY, REWARD_MODEL, Family
 from sera_jax.model import Arch
 
 
 def read_arch(path: str | os.PathLike[str]) -> Arch:
-    """The architecture in `path`/config.json.
+    """The architecture in `path`/config.json, of a policy.
 
     Raises:
         ValueError: no config.json, an architecture that is not in FAMILIES, a key that is missing or has a value that
-            this program does not compute (biases, rope scaling, an effective sliding window, ...).
+            this program does not compute (biases, rope scaling, an effective sliding window, ...); a reward model.
     """
+    arch = read_any_arch(path)
+    if arch.scored:
+        raise ValueError(
+            f"{pathlib.Path(path) / 'config.json'}: the architecture is {_name(arch)!r}, a reward model; expected "
+            f"{arch.family!r} or another policy, which has a head over the vocabulary."
+        )
+    return arch
+
+
+def read_reward_arch(path: str | os.PathLike[str]) -> Arch:
+    """The same of a reward model.
+
+    Raises:
+        ValueError: as `read_arch`, but for a policy; more than one label.
+    """
+    arch = read_any_arch(path)
+    if not arch.scored:
+        raise ValueError(
+            f"{pathlib.Path(path) / 'config.json'}: the architecture is {_name(arch)!r}, a policy; expected a reward "
+            f"model, {arch.family.removesuffix(POLICY) + REWARD_MODEL!r} with one label, say. Train one with "
+            "`python -m sera_jax.reward_model`."
+        )
+    return arch
+
+
+def read_any_arch(path: str | os.PathLike[str]) -> Arch:
+    """The same of either."""
     path = pathlib.Path(path)
     return arch_of(read_json(path / "config.json", "the config of a Hugging Face model folder"), path / "config.json")
+
+
+def _name(arch: Arch) -> str:
+    """What config.json calls the architecture."""
+    return arch.family.removesuffix(POLICY) + REWARD_MODEL if arch.scored else arch.family
 
 
 def write_config(
@@ -57,7 +89,7 @@ def write_config(
 
 
 def arch_of(config: Mapping[str, Any], where: pathlib.Path) -> Arch:
-    name = _architecture(config, where)
+    name, scored = _architecture(config, where)
     family = FAMILIES[name]
     for key, accepted in family.fixed.items():
         if config.get(key, accepted[0]) not in accepted:
@@ -111,6 +143,7 @@ def arch_of(config: Mapping[str, Any], where: pathlib.Path) -> Arch:
         mlp=read("intermediate_size", int),
         norm_eps=float(read(family.key("norm_eps"), float)),
         tied=read("tie_word_embeddings", bool),
+        scored=scored,
         init_std=float(read("initializer_range", float)),
         biases=family.biases(config),
         windows=_windows(config, family, layers, where),
@@ -119,12 +152,21 @@ def arch_of(config: Mapping[str, Any], where: pathlib.Path) -> Arch:
     )
 
 
-def _architecture(config: Mapping[str, Any], where: pathlib.Path) -> str:
+def _architecture(config: Mapping[str, Any], where: pathlib.Path) -> tuple[str, bool]:
+    """The row of FAMILIES, and whether it is a reward model of that family."""
     by_type = [name for name, family in FAMILIES.items() if family.model_type == config.get("model_type")]
     names = config.get("architectures") or by_type or [config.get("model_type")]
-    if names[0] not in FAMILIES:
+    policy = str(names[0]).removesuffix(REWARD_MODEL) + POLICY
+    scored = policy in FAMILIES and names[0].endswith(REWARD_MODEL)
+    if not scored and names[0] not in FAMILIES:
         raise ValueError(f"{where}: the architecture is {names[0]!r}, expected one of {', '.join(FAMILIES)}.")
-    return names[0]
+    if scored:
+        labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
+        if labels != 1:
+            raise ValueError(
+                f"{where}: {names[0]} has {labels} labels (id2label, num_labels), expected 1: a reward model."
+            )
+    return policy if scored else names[0], scored
 
 
 def _windows(config: Mapping[str, Any], family: Family, layers: int, where: pathlib.Path) -> tuple[int | None, ...]:
@@ -194,7 +236,11 @@ def config_text(arch: Arch, source: Any, dtype: Any, extra: Mapping[str, Any] | 
     config = dict(own)
     if source is not None:
         config = read_json(pathlib.Path(source) / "config.json", "the config of the source folder")
-    config["architectures"] = [arch.family]
+    config["architectures"] = [_name(arch)]
+    if arch.scored:
+        # transformers counts the labels here, two where nothing is said.
+        config |= {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+        config.pop("num_labels", None)
     config["model_type"] = family.model_type
     keys = {field: family.key(field) for field in KEYS} | {field: CAPS[field] for field in family.caps}
     config.update({key: getattr(arch, field) for field, key in keys.items() if key is not None})

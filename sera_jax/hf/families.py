@@ -1,7 +1,7 @@
 """The table of families: how models of each architecture are written in a Hugging Face folder.
 
 Letters of layouts are those of `model`: D width, N heads, K key/value heads, H head size, F hidden units, V
-vocabulary; 3 is the axis along which NeoX keeps queries, keys and values.
+vocabulary; 3 is the axis along which NeoX keeps queries, keys and values; 1 is that of a scalar head.
 """
 
 import dataclasses
@@ -108,6 +108,12 @@ def _norm(name: str, path: str, size: str = "D", has: Callable[[Arch], bool] | N
         Weight(f"{name}.bias", (*place, "bias"), size, size, has=lambda arch: here(arch) and arch.norm == "layer"),
     )
 
+
+SCORE = Weight("score.weight", ("score", "head"), "1,D", "1D")
+"""What a reward model has in the place of a head, in every family."""
+
+POLICY, REWARD_MODEL = "ForCausalLM", "ForSequenceClassification"
+"""What the names of their architectures end with; the rows of FAMILIES have that of the policy."""
 
 _LAYER = "model.layers.{}"
 _LLAMA_ATTENTION = (

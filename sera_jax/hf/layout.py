@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import ml_dtypes
 import numpy as np
 
-from sera_jax.hf.families import FAMILIES, Weight
+from sera_jax.hf.families import FAMILIES, SCORE, Weight
 from sera_jax.model import Arch
 
 DTYPES: Mapping[str, np.dtype] = {
@@ -21,11 +21,12 @@ DTYPES: Mapping[str, np.dtype] = {
 
 def weights_of(arch: Arch) -> list[Weight]:
     """The kinds of tensors that a model has."""
-    return [
+    kinds = [
         w
         for w in FAMILIES[arch.family].weights
         if not (arch.tied and w.path == ("head", "table")) and (w.has is None or w.has(arch))
     ]
+    return [*(w for w in kinds if w.path[0] != "head"), SCORE] if arch.scored else kinds
 
 
 def layer_names(weight: Weight, arch: Arch) -> list[str]:
@@ -49,7 +50,10 @@ def names(arch: Arch) -> dict[str, tuple[tuple[Weight, ...], int | None]]:
 
 
 def sizes_of(arch: Arch) -> dict[str, int]:
-    return dict(V=arch.vocab, D=arch.width, N=arch.heads, K=arch.kv_heads, H=arch.head_dim, F=arch.mlp) | {"3": 3}
+    return dict(V=arch.vocab, D=arch.width, N=arch.heads, K=arch.kv_heads, H=arch.head_dim, F=arch.mlp) | {
+        "3": 3,
+        "1": 1,
+    }
 
 
 def file_shape(weight: Weight, sizes: Mapping[str, int]) -> tuple[int, ...]:

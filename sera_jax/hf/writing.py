@@ -16,7 +16,7 @@ import numpy as np
 
 from sera_jax import disk, model, processes
 from sera_jax import mesh as meshes
-from sera_jax.hf.config_json import config_text
+from sera_jax.hf.config_json import config_text, read_json
 from sera_jax.hf.layout import DTYPES, file_shape, file_shapes, matches, names, sizes_of
 from sera_jax.model import Arch
 
@@ -37,6 +37,8 @@ def save(
     dtype: Any,
     max_shard_bytes: float = 5e9,
     card: Sequence[str] = (),
+    extra: Mapping[str, Any] | None = None,
+    tokenizer: Mapping[str, Any] | None = None,
 ) -> pathlib.Path:
     """Writes a folder that transformers, vLLM and `load` take as it is; an earlier one is replaced.
 
@@ -51,6 +53,7 @@ def save(
             config.json.
         max_shard_bytes: tensors of a file; a larger model gets several and an index.
         card: lines of README.md, the model card; none = no card.
+        extra: further keys of config.json, tokenizer: of the source's tokenizer_config.json; they win.
 
     Returns:
         The folder.
@@ -66,7 +69,7 @@ def save(
         if want.shape != leaf.shape:
             raise ValueError(f"a weight has shape {leaf.shape}, expected {want.shape} from {arch}.")
     _restored(path)
-    config, shapes = config_text(arch, source, dtype, None), file_shapes(arch)
+    config, shapes = config_text(arch, source, dtype, extra), file_shapes(arch)
     files = _shards(arch, dtype.itemsize, max_shard_bytes)
     with appearing(path) as partial:
         for file, held in files.items():
@@ -84,6 +87,10 @@ def save(
                 }
                 (partial / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
             copy_source(source, partial)
+            if tokenizer:
+                told = partial / "tokenizer_config.json"
+                before = read_json(told, "that of the source's tokenizer") if told.is_file() else {}
+                told.write_text(json.dumps({**before, **tokenizer}, indent=2) + "\n")
             if card:
                 (partial / "README.md").write_text("\n".join(card) + "\n")
             _synced(partial)

@@ -13,7 +13,8 @@ response of another example under the same prompt (the mismatch), and label_P (+
 Every loss names its own implicit reward, reward(logp, ref, length, *, beta, <own keys>), elementwise on any shape.
 Padding pairs (all zeros) give finite values and gradients; the caller weights them with 0.
 
-`implicit` has the rewards; `margins` has the losses of d, `apart` those of c and r each on its own.
+`implicit` has the rewards; `margins` has the losses of d, `apart` those of c and r each on its own. `bradley_terry`, of
+a reward model, is no row of the table: it takes rewards.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from sera_jax.losses.apart import apo_down, apo_zero, bco_pair, nca_pair, sppo_hard
+from sera_jax.losses.bradley_terry import bradley_terry
 from sera_jax.losses.coupled import aot, aot_unpaired, bco_pair_shift, kto, kto_pair, reference_point
 from sera_jax.losses.implicit import (
     DIVERGENCES,
@@ -51,6 +53,7 @@ __all__ = [
     "apo_zero",
     "bco_pair",
     "bco_pair_shift",
+    "bradley_terry",
     "cpo",
     "discopop",
     "dpo",
@@ -71,6 +74,7 @@ __all__ = [
     "per_token",
     "rdpo",
     "reference_point",
+    "reward_metrics",
     "robust_dpo",
     "sft",
     "sigmoid_norm",
@@ -227,18 +231,25 @@ def metrics(logp_P2, reward_P2, weight_P) -> dict[str, jax.Array]:
     Returns:
         float32 scalars; rewards/accuracies counts reward(chosen) > reward(rejected), strictly.
     """
-
-    def total(value_P):
-        return jnp.sum(jnp.where(weight_P > 0, weight_P * value_P, 0))
-
     return {
-        "rewards/chosen": total(reward_P2[..., 0]),
-        "rewards/rejected": total(reward_P2[..., 1]),
-        "rewards/margins": total(margin(reward_P2)),
-        "rewards/accuracies": total(reward_P2[..., 0] > reward_P2[..., 1]),
-        "logps/chosen": total(logp_P2[..., 0]),
-        "logps/rejected": total(logp_P2[..., 1]),
+        **reward_metrics(reward_P2, weight_P),
+        "logps/chosen": _total(logp_P2[..., 0], weight_P),
+        "logps/rejected": _total(logp_P2[..., 1], weight_P),
     }
+
+
+def reward_metrics(reward_P2, weight_P) -> dict[str, jax.Array]:
+    """Those of `metrics` that are of rewards."""
+    return {
+        "rewards/chosen": _total(reward_P2[..., 0], weight_P),
+        "rewards/rejected": _total(reward_P2[..., 1], weight_P),
+        "rewards/margins": _total(margin(reward_P2), weight_P),
+        "rewards/accuracies": _total(reward_P2[..., 0] > reward_P2[..., 1], weight_P),
+    }
+
+
+def _total(value_P, weight_P):
+    return jnp.sum(jnp.where(weight_P > 0, weight_P * value_P, 0))
 
 
 def unpaired_metrics(logp_P2, ref_P2, reward_P2, weight_P, label_P) -> dict[str, jax.Array]:

@@ -207,6 +207,13 @@ def _implicit(world: World, t: int, scored: Live, drawn: np.ndarray, candidates:
     return Ranked(rewards_PC, float(np.nanmean(logp_EPC[-1] - reference_PC)) if known else None)
 
 
+def _model(world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Candidates) -> Ranked:
+    """Rewards of a reward model, which is in memory beside the policy while it ranks."""
+    trees, label = rewards.trees(candidates), f"iteration {t}: rewards of the reward model"
+    flat = policies.folder_rewards(world.ranker, trees, ledger=world.policies.ledger, label=label)
+    return Ranked(rewards.on_grid(flat, candidates))
+
+
 def _function(world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Candidates) -> Ranked:
     function = rewards.load_function(world.config.reward.function)
     prompts = [world.given.prompts[i].prompt for i in drawn]
@@ -245,6 +252,7 @@ def _random(world: World, t: int, scored: Live, drawn: np.ndarray, candidates: C
 
 SOURCES: dict[str, Callable[..., Ranked]] = {
     "implicit": _implicit,
+    "model": _model,
     "function": _function,
     "judge": _judge,
     "file": _file,

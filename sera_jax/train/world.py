@@ -34,7 +34,7 @@ from sera_jax import mesh as meshes
 from sera_jax import rows as rowlib
 from sera_jax import run as runs
 from sera_jax.bootstrap import Imported
-from sera_jax.config import OptimizerConfig, TrainConfig
+from sera_jax.config import OptimizerConfig, RewardModelConfig, TrainConfig
 from sera_jax.ledger import Ledger, branch_key, derived_tag
 from sera_jax.losses import Loss
 from sera_jax.model import Arch, Lora
@@ -67,7 +67,7 @@ class Given:
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """What does not change while a run walks."""
+    """What does not change while a run walks. ranker: the reward model that ranks candidates, None = no such model."""
 
     config: TrainConfig
     run: Run
@@ -81,6 +81,7 @@ class World:
     select: Callable
     plans: tuple[Plan, ...]
     score_plan: Plan
+    ranker: Folder | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +91,7 @@ class _Files:
     start: Folder
     given: Given
     first: Folder | None
+    ranker: Folder | None
     content: str
 
 
@@ -107,9 +109,9 @@ def _read(config: TrainConfig, mesh: Mesh) -> _Files:
     )
     given = load(config, start)
     check_scores(config, given.pairs)
-    first = _first(config, start, mesh)
+    first, ranker = _first(config, start, mesh), _ranker(config, start, mesh)
     asked = [judge.template(config.judge.template, config.judge.mode)] if judges(config) else []
-    return _Files(start, given, first, _content(given, start, first, asked))
+    return _Files(start, given, first, ranker, _content(given, start, first, ranker, asked))
 
 
 def prepare(config: TrainConfig) -> World:
@@ -132,7 +134,7 @@ def prepare(config: TrainConfig) -> World:
     run = runs.open_run(
         configs.dump(config),
         content=content,
-        fingerprint=_fingerprint(config, content),
+        fingerprint=fingerprint(config, content),
         resume=config.run.resume,
         keep=config.run.keep_checkpoints,
         save_every=config.run.save_every,
@@ -173,6 +175,7 @@ def prepare(config: TrainConfig) -> World:
         ),
         plans=plans,
         score_plan=score_plan,
+        ranker=files.ranker,
     )
     _describe(world)
     return world
@@ -372,7 +375,7 @@ def read_texts(config: TrainConfig) -> tuple[list[data.Demonstration], data.Repo
     )
 
 
-def cutting(config: TrainConfig) -> dict[str, Any]:
+def cutting(config: TrainConfig | RewardModelConfig) -> dict[str, Any]:
     """Keywords of data.tokenise_pairs, data.tokenise_unpaired and data.tokenise_texts."""
     given = config.data
     return {
@@ -435,8 +438,27 @@ def _first(config: TrainConfig, start: Folder, mesh: Mesh) -> Folder | None:
     return folder
 
 
-def _content(given: Given, start: Folder, first: Folder | None, asked: Sequence[str]) -> str:
-    """Hash of what is behind the config's paths: the model, the data that decides the iterates, `asked`: the judge's
+def _ranker(config: TrainConfig, start: Folder, mesh: Mesh) -> Folder | None:
+    """The reward model that ranks candidates, if one does.
+
+    Raises:
+        ValueError: a folder of something else, or a reward model of other tokens than those of model.path.
+    """
+    if not config.reward.model:
+        return None
+    how = {"compute": config.model.compute, "attention": config.model.attention}
+    folder = policies.open_reward_model(config.reward.model, mesh, **how)
+    if not policies.same_tokens(folder, start):
+        raise ValueError(
+            f"reward.model: the tokeniser of {config.reward.model} differs from that of model.path "
+            f"{config.model.path}, expected the same vocabulary and EOS ids: it is given the sampled ids. Give a "
+            "reward model that was trained from a checkpoint with these tokens."
+        )
+    return folder
+
+
+def _content(given: Given, start: Folder, first: Folder | None, ranker: Folder | None, asked: Sequence[str]) -> str:
+    """Hash of what is behind the config's paths: the models, the data that decides the iterates, `asked`: the judge's
     template.
     """
     trees = (*given.trees, *given.held_out, *given.sft)
@@ -453,15 +475,15 @@ def _content(given: Given, start: Folder, first: Folder | None, asked: Sequence[
         told += [branch_key(prompt, ids).hex() for prompt, row in zip(made.prompts, made.tokens_PC) for ids in row]
         told += [repr(made.texts_PC), made.finished_PC.tobytes().hex()]
         told += [] if scores_PC is None else [scores_PC.tobytes().hex()]
-    return derived_tag(start.tag, *([first.tag] if first else []), *branches, *prompts, *told, *asked)
+    models = [folder.tag for folder in (start, first, ranker) if folder]
+    return derived_tag(*models, *branches, *prompts, *told, *asked)
 
 
-def _fingerprint(config: TrainConfig, content: str) -> str:
+def fingerprint(config: TrainConfig | RewardModelConfig, content: str) -> str:
     """Of everything that decides what the iterates become: config, content, devices, versions of the numerics."""
-    plain = dataclasses.asdict(config)
-    del plain["run"], plain["evaluate"]
-    judged = plain.pop("judge")
-    plain |= {"judge": {key: judged[key] for key in DECIDING}} if judges(config) else {}
+    plain = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("run", "evaluate")}
+    judged = plain.pop("judge", None)
+    plain |= {"judge": {key: judged[key] for key in DECIDING}} if judged and judges(config) else {}
     devices = [str(d.device_kind) for d in jax.devices()]
     config_json = json.dumps(plain, sort_keys=True, default=list)
     several = [jax.process_count()] if jax.process_count() > 1 else []
@@ -555,6 +577,7 @@ def update_plans(lengths_N3: np.ndarray, optimizer: OptimizerConfig, arch: Arch,
         lengths_N3,
         batch=optimizer.batch_size,
         per_key=attention.per_key(mesh, arch.width),
+        device_tokens=attention.device_tokens(mesh),
         shards=meshes.row_shards(mesh),
         row_tokens=optimizer.row_tokens,
         microbatch_rows=optimizer.microbatch_rows,

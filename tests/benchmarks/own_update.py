@@ -80,6 +80,7 @@ def main() -> None:
             lengths,
             batch=a.batch,
             per_key=attention.per_key(mesh, arch.width),
+            device_tokens=attention.device_tokens(mesh),
             shards=1,
             row_tokens=a.row_tokens,
             microbatch_rows=a.microbatch_rows,
