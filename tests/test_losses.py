@@ -951,7 +951,7 @@ def test_wpo_is_cut_at_one_detached_and_finite_on_padding():
 
 REWARD = np.array([[0.7, -0.4], [-1.3, 0.2], [2.5, 2.5], [-30.0, 40.0], [40.0, -30.0]])
 SCORES = np.array([[4.0, 1.0], [3.0, 2.5], [2.0, 2.0], [5.0, 4.0], [1.0, 0.0]])
-TOKENS = np.array([[5, 9], [7, 7], [3, 1], [2, 8], [4, 4]])
+REWARD_TOKENS = np.array([[5, 9], [7, 7], [3, 1], [2, 8], [4, 4]])
 BRADLEY_TERRY = [
     {},
     {"margin": 0.3},
@@ -964,14 +964,14 @@ BRADLEY_TERRY = [
 def bradley_terry_64(reward_P2, margin=0.0, center=0.0, length_alpha=0.0) -> tuple[np.ndarray, np.ndarray]:
     """Loss [P] and its gradient by the rewards [P, 2], in float64."""
     w, l = np.asarray(reward_P2, np.float64).T
-    z = w - l + length_alpha * (TOKENS[:, 0] - TOKENS[:, 1]) - margin * (SCORES[:, 0] - SCORES[:, 1])
+    z = w - l + length_alpha * (REWARD_TOKENS[:, 0] - REWARD_TOKENS[:, 1]) - margin * (SCORES[:, 0] - SCORES[:, 1])
     by_z, by_sum = -1 / (1 + np.exp(z)), 2 * center * (w + l)
     return np.logaddexp(0, -z) + center * (w + l) ** 2, np.stack((by_z + by_sum, -by_z + by_sum), axis=1)
 
 
 @pytest.mark.parametrize("keys", BRADLEY_TERRY, ids=lambda keys: "+".join(keys) or "plain")
 def test_bradley_terry_and_its_gradient_equal_float64(keys):
-    arrays = (jnp.asarray(TOKENS, jnp.float32), jnp.asarray(SCORES, jnp.float32))
+    arrays = (jnp.asarray(REWARD_TOKENS, jnp.float32), jnp.asarray(SCORES, jnp.float32))
     loss = lambda reward_P2: losses.bradley_terry(reward_P2, *arrays, **keys)
     reward_P2 = jnp.asarray(REWARD, jnp.float32)
     want, gradient = bradley_terry_64(REWARD, **keys)
