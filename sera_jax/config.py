@@ -70,6 +70,9 @@ RewardName = Literal["implicit", "model", "function", "judge", "file", "random"]
 BestName = Literal["accuracy", "loss"]
 PairRuleName = Literal["best_worst", "best_random", "random", "all_pairs"]
 TargetName = Literal["query", "key", "value", "out", "gate", "up", "down", "head"]
+AlgorithmName = Literal["none", "policy_gradient", "raft"]
+AdvantageName = Literal["leave_one_out", "group", "centred"]
+RatioName = Literal["token", "sequence"]
 FormatName = Literal[
     "auto", "explicit", "conversational", "hh", "implicit", "ultrafeedback", "ranked", "tldr", "alpaca_eval", "unpaired"
 ]
@@ -442,6 +445,47 @@ class BootstrapConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class OnPolicyConfig:
+    """Learning from the policy's own samples at once: the two-stage baseline of direct alignment.
+
+    An iteration is then `rounds` rounds, each of which samples bootstrap.candidates responses to some prompts from the
+    policy as it is, ranks them by reward.source (not the policy's own), and updates. Given pairs are only watched;
+    sections select and bootstrap (but for its sampling keys and `unfinished`), loop.epochs and loss (but for its
+    reference and the reward that is logged) are unread. KL is to loss.reference.
+
+    Args:
+        algorithm: none = the loop on pairs; policy_gradient; raft = supervised fine-tuning on each prompt's best
+            candidate (rejection sampling).
+        rounds: of an iteration.
+        prompts: of a round; drawn without replacement until all were used. An update takes optimizer.batch_size of
+            them, with all their candidates.
+        passes: over a round's prompts (TRL's num_iterations, PPO's epochs).
+        advantage: of a candidate: leave_one_out = its reward less the mean of the others' (RLOO); group = less the mean
+            of all, over their standard deviation (GRPO); centred = less the mean of all (Dr. GRPO).
+        ratio: π/π_old that is clipped: token = of each token (PPO, GRPO); sequence = of the response (TRL's RLOO).
+        average: of the loss: token = every token of an update weighs the same (TRL's dapo); sequence = every response
+            does (TRL's grpo; RLOO).
+        clip: ε, ratios are clipped to [1-ε, 1+ε_high].
+        clip_high: ε_high; none = ε.
+        kl: where it is: reward = subtracted from the reward, β·log π_old/π_ref of the response; loss = β·k3 of each
+            token is added to the loss.
+        beta: β, 0 = no KL.
+    """
+
+    algorithm: AlgorithmName = "none"
+    rounds: int = 50
+    prompts: int = 64
+    passes: int = 1
+    advantage: AdvantageName = "leave_one_out"
+    ratio: RatioName = "sequence"
+    average: Literal["token", "sequence"] = "sequence"
+    clip: float = 0.2
+    clip_high: float | None = None
+    kl: Literal["reward", "loss"] = "reward"
+    beta: float = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
 class LoopConfig:
     """The iterations.
 
@@ -530,6 +574,7 @@ class TrainConfig:
         judge: who it is, where a judge ranks.
         select: which of the given pairs stay.
         bootstrap: fresh pairs.
+        on_policy: policy gradients and rejection sampling in the place of pairs.
         optimizer: of the iterations.
         lora: adapters in the place of all weights.
         mesh: devices by axis.
@@ -546,6 +591,7 @@ class TrainConfig:
     judge: JudgeConfig = JudgeConfig()
     select: SelectConfig = SelectConfig()
     bootstrap: BootstrapConfig = BootstrapConfig()
+    on_policy: OnPolicyConfig = OnPolicyConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoraConfig = LoraConfig()
     mesh: MeshConfig = MeshConfig()
@@ -727,6 +773,12 @@ _RANGES: tuple[tuple[str, Any, str], ...] = (
     ("select.from_iteration", lambda v: v >= 1, "at least 1"),
     ("bootstrap.from_iteration", lambda v: v >= 1, "at least 1"),
     ("select.keep", lambda v: 0 <= v <= 1, "a share between 0 and 1"),
+    ("on_policy.rounds", lambda v: v >= 1, "at least 1"),
+    ("on_policy.prompts", lambda v: v >= 1, "at least 1"),
+    ("on_policy.passes", lambda v: v >= 1, "at least 1"),
+    ("on_policy.clip", lambda v: v > 0, "a number > 0"),
+    ("on_policy.clip_high", lambda v: v > 0, "a number > 0"),
+    ("on_policy.beta", lambda v: v >= 0, "a number >= 0"),
     ("bootstrap.fresh", lambda v: v >= 0, "a share >= 0"),
     ("bootstrap.prompts_per_iteration", lambda v: 0 < v <= 1, "a share in (0, 1]"),
     ("bootstrap.temperature", lambda v: v >= 0, "a number >= 0"),
@@ -960,11 +1012,16 @@ def _check_reward_model(config: RewardModelConfig, where: str) -> None:
 def _check_train(config: TrainConfig, where: str) -> None:
     _check_lora(config, where)
     bootstrapping = config.bootstrap.fresh > 0 and config.loop.iterations >= config.bootstrap.from_iteration
-    if not config.data.pairs and (config.loop.iterations or not config.sft.data):
+    on_policy = config.on_policy.algorithm != "none"
+    texts_alone = config.sft.data and not config.loop.iterations
+    prompts_alone = on_policy and config.data.prompts and (config.sft.data or not config.sft.epochs)
+    if not (config.data.pairs or texts_alone or prompts_alone):
         raise ConfigError(
             f"{where}: data.pairs is empty, expected at least one file of preference pairs. Only an SFT stage on its "
-            "own data (sft.data, loop.iterations 0) needs none."
+            "own data (sft.data, loop.iterations 0) needs none, and on_policy.algorithm with data.prompts."
         )
+    if on_policy:
+        _check_on_policy(config, where)
     sampling = bootstrapping and not config.bootstrap.candidates_file
     if sampling and config.bootstrap.candidates < 2:
         raise ConfigError(
@@ -1047,6 +1104,34 @@ def _check_train(config: TrainConfig, where: str) -> None:
     if selects and ranks and config.select.keep == 0 and config.bootstrap.fresh == 0:
         raise ConfigError(f"{where}: select.keep and bootstrap.fresh are both 0: nothing would be left to train on.")
     _check_references(config, where)
+
+
+def _check_on_policy(config: TrainConfig, where: str) -> None:
+    """What rounds of samples cannot do."""
+    name, on_policy, sampled = config.on_policy.algorithm, config.on_policy, config.bootstrap
+
+    def refuse(key: str, expected: str) -> None:
+        raise ConfigError(
+            f"{where}: {key} is {get(config, key)!r} with on_policy.algorithm {name!r}, expected {expected}."
+        )
+
+    if config.reward.source in ("implicit", "file"):
+        refuse("reward.source", "someone who ranks fresh samples and is not the policy: model, function or judge")
+    if sampled.candidates_file:
+        refuse("bootstrap.candidates_file", "none: candidates are the policy's own of that moment")
+    if sampled.candidates < 2:
+        refuse("bootstrap.candidates", "at least 2: a candidate is compared with the others of its prompt")
+    if sampled.slots < sampled.candidates:
+        refuse("bootstrap.slots", f"at least bootstrap.candidates ({sampled.candidates})")
+    if config.loop.first:
+        refuse("loop.first", "none")
+    for key in ("validate_every", "best"):
+        if getattr(config.loop, key):
+            refuse(f"loop.{key}", "none: the loss of held-out pairs is not what is trained with")
+    if on_policy.beta and (config.loss.reference == "none" or config.loss.name in REFERENCE_FREE):
+        refuse("on_policy.beta", "0, or a loss.name and loss.reference with a reference: there is no KL to nothing")
+    if name == "raft" and on_policy.kl == "loss" and on_policy.beta:
+        refuse("on_policy.kl", "'reward', or on_policy.beta 0: its loss is that of SFT")
 
 
 def _check_references(config: TrainConfig, where: str) -> None:

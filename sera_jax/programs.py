@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sera_jax import losses, model, sample, score, sera, step
+from sera_jax import losses, model, policy_gradient, sample, score, sera, step
 from sera_jax import mesh as meshes
 from sera_jax import rows as rowlib
 from sera_jax.losses import Loss
@@ -234,6 +234,17 @@ def scorer(arch: Arch, mesh: Mesh, compute: Compute) -> Callable[[dict, Rows], j
 
 
 @functools.cache
+def token_scorer(arch: Arch, mesh: Mesh, compute: Compute) -> Callable[[dict, Rows], jax.Array]:
+    """(params, rows of one microbatch) → logp_BM float32, of each response token, on every process."""
+
+    def run(params: dict, rows: Rows) -> jax.Array:
+        how = {"dtype": compute.dtype, "chunk": compute.chunk, "backend": compute.attention}
+        return score.row_token_logps(arch, params, rows, mesh=mesh, **how)
+
+    return jax.jit(run, out_shardings=meshes.replicated(mesh))
+
+
+@functools.cache
 def reward_scorer(arch: Arch, mesh: Mesh, compute: Compute) -> Callable[[dict, Rows], jax.Array]:
     """(params of a reward model, rows of one microbatch) → reward_BS float32, on every process."""
 
@@ -252,11 +263,12 @@ def abstract_rows(mesh: Mesh, plan: Plan) -> Rows:
 # --- updates ----------------------------------------------------------------------------------------------------------
 
 
-def batch_shardings(mesh: Mesh) -> Batch:
-    """Rows of each microbatch over (data, fsdp)."""
+def batch_shardings(mesh: Mesh, tokens: Sequence[str] = ()) -> Batch:
+    """Rows of each microbatch over (data, fsdp). tokens: names of what the batch brings for each token."""
     by_row = meshes.rows_sharding(mesh, axis=1)
     rows = Rows(*[by_row] * len(dataclasses.fields(Rows)))
-    return Batch(rows, reference_ABS=by_row, weight_ABS=by_row, target_ABS=by_row, count=meshes.replicated(mesh))
+    by_token = dict.fromkeys(tokens, by_row)
+    return Batch(rows, by_row, by_row, target_ABS=by_row, count=meshes.replicated(mesh), tokens=by_token)
 
 
 def abstract_batch(mesh: Mesh, plan: Plan, microbatches: int) -> Batch:
@@ -395,6 +407,43 @@ def reward_update(
     return _update(arch, mesh, transform, functools.partial(step.gradients, loss_fn), schedule, moments)
 
 
+@_by_value
+def policy_update(
+    arch: Arch,
+    mesh: Mesh,
+    compute: Compute,
+    transform: optax.GradientTransformation,
+    loss_keys: dict[str, Any],
+    schedule: dict[str, Any],
+    *,
+    tokens: tuple[str, ...],
+    moments: str = "device",
+) -> Callable[[TrainState, dict, Batch, jax.Array, jax.Array], tuple[TrainState, dict]]:
+    """The same for sampled candidates: policy_gradient.loss with these keys. What a batch brings as target_ABS are their
+    advantages, NaN for one that takes no part.
+
+    Args:
+        tokens: what it brings for each token: log-probs of "old", "reference", both or neither.
+    """
+
+    def loss_fn(trained: dict, frozen: dict, micro: Microbatch, key: jax.Array) -> tuple:
+        logp_BM = score.row_token_logps(
+            arch,
+            model.join(arch, trained, frozen),
+            micro.rows,
+            mesh=mesh,
+            dtype=compute.dtype,
+            remat=compute.remat,
+            chunk=compute.chunk,
+            backend=compute.attention,
+            key=key,
+        )
+        known = (micro.tokens.get(name) for name in ("old", "reference"))
+        return policy_gradient.loss(logp_BM, *known, micro.rows.slot_BM, micro.target_BS, **loss_keys)
+
+    return _update(arch, mesh, transform, functools.partial(step.gradients, loss_fn), schedule, moments, tokens)
+
+
 def _outputs(arch: Arch, mesh: Mesh, compute: Compute, **of: Any) -> Callable[..., SlotSums]:
     """(what trains, frozen weights, microbatch, key) → SlotSums. of: further keywords of score.slot_sums."""
 
@@ -416,7 +465,13 @@ def _outputs(arch: Arch, mesh: Mesh, compute: Compute, **of: Any) -> Callable[..
 
 
 def _update(
-    arch: Arch, mesh: Mesh, transform: Any, gradients: Callable, schedule: dict[str, Any], moments: str
+    arch: Arch,
+    mesh: Mesh,
+    transform: Any,
+    gradients: Callable,
+    schedule: dict[str, Any],
+    moments: str,
+    tokens: Sequence[str] = (),
 ) -> Callable:
     where, here = (state_shardings(arch, mesh, transform, memory) for memory in (moments, "device"))
 
@@ -433,7 +488,7 @@ def _update(
     whole = meshes.replicated(mesh)
     return jax.jit(
         update,
-        in_shardings=(where, frozen_shardings(arch, mesh), batch_shardings(mesh), whole, whole),
+        in_shardings=(where, frozen_shardings(arch, mesh), batch_shardings(mesh, tokens), whole, whole),
         out_shardings=(where, whole),
         donate_argnums=0,
     )

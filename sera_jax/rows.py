@@ -245,6 +245,25 @@ def unpack(values_BS: np.ndarray, example_BS: np.ndarray, count: int) -> np.ndar
     return out
 
 
+def spread_tokens(values_F: Sequence[np.ndarray], example_BS: np.ndarray, slot_BM: np.ndarray) -> np.ndarray:
+    """Values of each branch's predicted tokens, by flat branch number → targets of rows (any leading axes), float32; 0
+    where there is no token."""
+    out_BM = np.zeros(slot_BM.shape, np.float32)
+    for row in np.ndindex(slot_BM.shape[:-1]):
+        values = [values_F[branch] for branch in example_BS[row] if branch >= 0]  # targets stand slot by slot
+        out_BM[row][: sum(map(len, values))] = np.concatenate(values) if values else 0
+    return out_BM
+
+
+def unpack_tokens(values_BM: np.ndarray, example_BS: np.ndarray, slot_BM: np.ndarray, count: int) -> list[np.ndarray]:
+    """The inverse: float32 [tokens] of each of `count` flat branch numbers."""
+    out = [np.zeros(0, np.float32)] * count
+    for row in np.ndindex(slot_BM.shape[:-1]):
+        for slot in np.flatnonzero(example_BS[row] >= 0):
+            out[example_BS[row][slot]] = values_BM[row][slot_BM[row] == slot]
+    return out
+
+
 def fill(rows: Rows) -> Fill:
     """Useful and padded tokens of rows (any leading axes)."""
     return Fill(int((rows.tree_BL > 0).sum()), int(rows.tree_BL.size))

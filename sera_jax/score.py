@@ -123,6 +123,24 @@ def _shared(slot_BM: jax.Array, length_BS: jax.Array) -> jax.Array:
     return jnp.arange(slot_BM.shape[1])[None] < end_BM
 
 
+def row_token_logps(
+    arch: Arch,
+    params: dict,
+    rows: Rows,
+    *,
+    mesh: Mesh,
+    dtype: Any,
+    remat: str = "none",
+    chunk: int = 256,
+    backend: str = "auto",
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """float32 [B, M]: the log-prob of each response token of each row, arbitrary where slot_BM = S (no token); the
+    arguments are as `slot_sums` has them."""
+    how = {"mesh": mesh, "dtype": dtype, "remat": remat, "chunk": chunk, "backend": backend, "key": key}
+    return _of_tokens(arch, params, rows, collision=False, **how)[0]
+
+
 def _of_tokens(
     arch: Arch,
     params: dict,
@@ -528,10 +546,25 @@ def logps(trees: Sequence[Tree], run: Callable[[Rows], jax.Array], plan: Plan) -
     return _begun(trees, run, plan)()
 
 
+def token_logps(trees: Sequence[Tree], run: Callable[[Rows], jax.Array], plan: Plan) -> list[np.ndarray]:
+    """The same of each token that is predicted: float32 [tokens] of each branch, by flat branch number.
+
+    Args:
+        run: rows of one microbatch → logp_BM.
+    """
+    logp_A, stacked, branches = _dispatched(trees, run, plan)
+    return rowlib.unpack_tokens(np.stack(meshes.get(logp_A)), stacked.example_BS, stacked.slot_BM, branches)
+
+
 def _begun(trees: Sequence[Tree], run: Callable[[Rows], jax.Array], plan: Plan) -> Callable[[], np.ndarray]:
-    """The same, dispatched; to be waited for by calling what comes back."""
+    """`logps`, dispatched; to be waited for by calling what comes back."""
+    logp_A, stacked, branches = _dispatched(trees, run, plan)
+    return lambda: rowlib.unpack(np.stack(meshes.get(logp_A)), stacked.example_BS, branches)
+
+
+def _dispatched(trees: Sequence[Tree], run: Callable, plan: Plan) -> tuple[list[jax.Array], Rows, int]:
+    """What `run` gives of each microbatch, the rows [A, B, ...] on the host, the number of branches."""
     rows = rowlib.pack(trees, plan)
     stacked, count = rowlib.microbatches(rows, plan, len(rows.tokens_BL) // plan.rows)
     logp_A = [run(jax.tree.map(lambda a, i=i: a[i], stacked)) for i in range(count)]
-    branches = sum(len(tree.branches) for tree in trees)
-    return lambda: rowlib.unpack(np.stack(meshes.get(logp_A)), stacked.example_BS, branches)
+    return logp_A, stacked, sum(len(tree.branches) for tree in trees)

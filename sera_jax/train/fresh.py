@@ -71,14 +71,7 @@ def bootstrap_pairs(world: World, t: int, scored: Live) -> Made | None:
             path=worlds.folder(world, t) / "candidates.jsonl",
             label=f"iteration {t}: sampling {b.candidates} candidates a prompt",
         )
-    ranked = SOURCES[config.reward.source](world, t, scored, drawn, candidates)
-    rewards_PC = rewards.adjusted(
-        ranked.rewards_PC,
-        rewards.lengths(candidates),
-        penalty=config.reward.length_penalty,
-        normalise=config.reward.length_normalise,
-    )
-    rewards_PC = processes.once(lambda: rewards_PC)  # they decide what is trained on
+    ranked, rewards_PC = rewarded(world, t, scored, drawn, candidates)
     made = bootstrap.fresh_pairs(
         candidates,
         rewards_PC,
@@ -89,6 +82,21 @@ def bootstrap_pairs(world: World, t: int, scored: Live) -> Made | None:
         key=worlds.key(world, "pairs", t),
     )
     return Made(prompts, candidates, made, ranked)
+
+
+def rewarded(
+    world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Candidates
+) -> tuple[Ranked, np.ndarray]:
+    """What the run's source says of candidates, and their rewards [P, C] with the length's part."""
+    config = world.config.reward
+    ranked = SOURCES[config.source](world, t, scored, drawn, candidates)
+    rewards_PC = rewards.adjusted(
+        ranked.rewards_PC,
+        rewards.lengths(candidates),
+        penalty=config.length_penalty,
+        normalise=config.length_normalise,
+    )
+    return ranked, processes.once(lambda: rewards_PC)  # they decide what is trained on
 
 
 def valid(world: World, candidates: Candidates) -> np.ndarray:
@@ -127,7 +135,7 @@ def responses(
         shared = pathlib.Path(config.run.ledger) / "responses" / f"{said}.jsonl"
         processes.once(lambda: _copy(shared, path))
     made = bootstrap.sample_candidates(
-        _sampler(world, live, worlds.key(world, use, t), candidates, values),
+        sampler(world, live, worlds.key(world, use, t), candidates, values),
         prompts,
         tokens,
         lambda ids: world.policies.start.tokenizer.decode(ids, skip_special_tokens=True),
@@ -153,7 +161,7 @@ def _copy(source: pathlib.Path, to: pathlib.Path) -> None:
         os.replace(beside, to)
 
 
-def _sampler(
+def sampler(
     world: World, live: Live, key: jax.Array, candidates: int, values: BootstrapConfig | EvaluateConfig
 ) -> Callable:
     """Prompts on the host → candidates on the host (`bootstrap.sample_candidates`)."""

@@ -188,7 +188,7 @@ def updates_before(world: World, t: int) -> int:
     """Updates of the run before iteration t."""
     config = world.config
     sft = config.sft.epochs * -(-len(world.given.sft) // config.sft.optimizer.batch_size)
-    return sft + (t - 1) * config.loop.epochs * -(-len(world.given.trees) // config.optimizer.batch_size)
+    return sft + (t - 1) * worlds.updates_of_iteration(config, len(world.given.trees))
 
 
 def _earlier_fresh(world: World, t: int) -> list[Tree]:

@@ -127,10 +127,14 @@ def prepare(config: TrainConfig) -> World:
     transform = adam(config.optimizer, arch)
     # An SFT stage alone has no pairs; its trees then stand for them in plans that nothing runs by.
     trees = given.trees or given.sft
-    lengths_N3 = np.concatenate((rowlib.measure(trees), _largest_fresh(config, given)))
+    if on_policy(config):
+        lengths_N3 = sampled_lengths(config, given, 1 if config.on_policy.algorithm == "raft" else None)
+    else:
+        lengths_N3 = np.concatenate((rowlib.measure(trees), _largest_fresh(config, given)))
     plans = update_plans(lengths_N3, config.optimizer, arch, mesh)
     _check_stops(config, len(given.trees))
-    score_plan = score.plan_for([*trees, *given.held_out], arch, mesh)
+    watched = [*trees, *given.held_out]
+    score_plan = score.plan_for(watched, arch, mesh) if watched else plans[0]
     run = runs.open_run(
         configs.dump(config),
         content=content,
@@ -161,18 +165,7 @@ def prepare(config: TrainConfig) -> World:
         loss_keys=loss_keys,
         transform=transform,
         select=selector_of(config, mesh),
-        update=programs.preference_update(
-            arch,
-            mesh,
-            compute,
-            transform,
-            loss,
-            loss_keys,
-            schedule(config.optimizer),
-            ld_alpha=config.loss.ld_alpha,
-            weighting=losses.WEIGHTINGS[config.loss.weighting],
-            moments=config.optimizer.moments,
-        ),
+        update=update_of(config, arch, mesh, compute, transform),
         plans=plans,
         score_plan=score_plan,
         ranker=files.ranker,
@@ -193,6 +186,56 @@ def loss_of(config: TrainConfig) -> tuple[Loss, dict[str, Any]]:
     return loss, {"beta": config.loss.beta, **{key: getattr(config.loss, key) for key in loss.keys}}
 
 
+def update_of(
+    config: TrainConfig, arch: Arch, mesh: Mesh, compute: programs.Compute, transform: optax.GradientTransformation
+) -> Callable:
+    """The program of the iterations' updates (programs)."""
+    where, rate = (arch, mesh, compute, transform), schedule(config.optimizer)
+    asked, moments = config.on_policy, {"moments": config.optimizer.moments}
+    if asked.algorithm == "raft":
+        return programs.sft_update(*where, rate, **moments)
+    if asked.algorithm == "policy_gradient":
+        keys = {key: getattr(asked, key) for key in ("ratio", "average", "clip")}
+        keys["clip_high"] = asked.clip if asked.clip_high is None else asked.clip_high
+        keys["beta"] = asked.beta if asked.kl == "loss" else 0.0
+        return programs.policy_update(*where, keys, rate, tokens=token_names(config), **moments)
+    return programs.preference_update(
+        *where,
+        *loss_of(config),
+        rate,
+        ld_alpha=config.loss.ld_alpha,
+        weighting=losses.WEIGHTINGS[config.loss.weighting],
+        **moments,
+    )
+
+
+def token_names(config: TrainConfig) -> tuple[str, ...]:
+    """What policy gradients have to know of each token before an update: log-probs under the policy that sampled, where
+    it is not the one that is updated, and under the reference, where its KL is in the loss."""
+    asked = config.on_policy
+    if asked.algorithm != "policy_gradient":
+        return ()
+    names = (("old", updates_of_round(config) > 1), ("reference", asked.beta > 0 and asked.kl == "loss"))
+    return tuple(name for name, needed in names if needed)
+
+
+def on_policy(config: TrainConfig) -> bool:
+    """Do the iterations learn from samples at once?"""
+    return config.on_policy.algorithm != "none"
+
+
+def updates_of_round(config: TrainConfig) -> int:
+    """Updates of a round of samples."""
+    return config.on_policy.passes * -(-config.on_policy.prompts // config.optimizer.batch_size)
+
+
+def updates_of_iteration(config: TrainConfig, pairs: int) -> int:
+    """Updates of an iteration with so many given pairs."""
+    if on_policy(config):
+        return config.on_policy.rounds * updates_of_round(config)
+    return config.loop.epochs * -(-pairs // config.optimizer.batch_size)
+
+
 def selector_of(config: TrainConfig, mesh: Mesh) -> Callable:
     """The program that selects (programs.selector)."""
     select = config.select
@@ -207,8 +250,9 @@ def _check_early(config: TrainConfig) -> None:
     Raises:
         ValueError: as the rooms raise it.
     """
-    gaps = config.select.score == "reward_gap" and config.loop.iterations >= config.select.from_iteration
-    if gaps or (config.reward.source == "function" and bootstraps(config)):
+    selects = config.loop.iterations >= config.select.from_iteration and not on_policy(config)
+    gaps = config.select.score == "reward_gap" and selects
+    if gaps or (config.reward.source == "function" and ranks(config)):
         rewards.load_function(config.reward.function)
     if config.evaluate.function:
         rewards.load_function(config.evaluate.function)
@@ -220,7 +264,7 @@ def _check_early(config: TrainConfig) -> None:
 
 def _check_stops(config: TrainConfig, pairs: int) -> None:
     """Raises ValueError where loop.early_stop could never stop anything."""
-    updates = config.loop.epochs * -(-pairs // config.optimizer.batch_size)
+    updates = updates_of_iteration(config, pairs)
     if config.loop.early_stop and config.loop.iterations and config.loop.validate_every >= updates:
         raise ValueError(
             f"loop.validate_every is {config.loop.validate_every} with loop.early_stop {config.loop.early_stop}, "
@@ -230,7 +274,7 @@ def _check_stops(config: TrainConfig, pairs: int) -> None:
 
 def check_scores(config: TrainConfig, pairs: Sequence[Pair]) -> None:
     """Raises ValueError, naming the key and the first pair without, where a selection needs scores that are missing."""
-    if config.loop.iterations < config.select.from_iteration:
+    if config.loop.iterations < config.select.from_iteration or on_policy(config):
         return
     for signal, whose, columns, scores in (
         ("gap_N", "the annotator's", "score_chosen and score_rejected", lambda pair: pair.scores),
@@ -423,6 +467,28 @@ def _largest_fresh(config: TrainConfig, given: Given) -> np.ndarray:
     return np.array([[max(map(len, given.prompt_tokens)) + 2 * new, 2 * new, 2]])
 
 
+def sampled_lengths(config: TrainConfig, given: Given, branches: int | None = None) -> np.ndarray:
+    """int [n, 3], for plans: trees as the rounds may sample them, responses of all lengths alike, and the longest one.
+
+    Args:
+        branches: of a tree, None = all candidates.
+
+    Raises:
+        ValueError: fewer prompts than a round takes.
+    """
+    if len(given.prompts) < config.on_policy.prompts:
+        raise ValueError(
+            f"on_policy.prompts is {config.on_policy.prompts}, expected at most the {len(given.prompts)} prompts that "
+            "have a token: a round takes each once. Lower it, or see data.prompts."
+        )
+    new = config.bootstrap.max_new_tokens
+    count = branches or config.bootstrap.candidates
+    length_P = np.array([len(tokens) for tokens in given.prompt_tokens])
+    targets_P = count * (1 + (7919 * np.arange(len(length_P))) % new)  # 7919 is prime: in no order
+    known = np.stack((length_P + targets_P, targets_P, np.full_like(length_P, count)), axis=1)
+    return np.vstack((known, [length_P.max() + count * new, count * new, count]))
+
+
 def _first(config: TrainConfig, start: Folder, mesh: Mesh) -> Folder | None:
     """The folder that is iterate 1, if one is.
 
@@ -526,7 +592,7 @@ def balance(config: TrainConfig, trees: Sequence[Tree]) -> str:
 
 def judges(config: TrainConfig) -> bool:
     """Will a judge be asked?"""
-    return config.reward.source == "judge" and bootstraps(config)
+    return config.reward.source == "judge" and ranks(config)
 
 
 def endpoint(config: TrainConfig) -> judge.Endpoint:
@@ -547,7 +613,13 @@ def endpoint(config: TrainConfig) -> judge.Endpoint:
 
 def bootstraps(config: TrainConfig) -> bool:
     """Does any iteration make fresh pairs?"""
-    return config.bootstrap.fresh > 0 and config.loop.iterations >= config.bootstrap.from_iteration
+    makes = config.bootstrap.fresh > 0 and config.loop.iterations >= config.bootstrap.from_iteration
+    return makes and not on_policy(config)
+
+
+def ranks(config: TrainConfig) -> bool:
+    """Will candidates be ranked?"""
+    return bootstraps(config) or (on_policy(config) and config.loop.iterations > 0)
 
 
 @functools.cache
