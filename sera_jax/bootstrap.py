@@ -231,6 +231,17 @@ def take(candidates: Candidates, chosen_Q: np.ndarray) -> Candidates:
     )
 
 
+def picked(candidates: Candidates, chosen_P: np.ndarray) -> Candidates:
+    """One candidate of each prompt."""
+    pick = lambda values_PC: tuple((row[c],) for row, c in zip(values_PC, chosen_P))
+    return dataclasses.replace(
+        candidates,
+        texts_PC=pick(candidates.texts_PC),
+        tokens_PC=pick(candidates.tokens_PC),
+        finished_PC=np.take_along_axis(candidates.finished_PC, np.asarray(chosen_P)[:, None], axis=1),
+    )
+
+
 def _content(prompt: Text) -> str:
     return json.dumps(prompt, sort_keys=True, ensure_ascii=False)
 

@@ -608,6 +608,8 @@ class GenerateConfig:
         out: JSONL file to write, one line a prompt in their order: {"id", "prompt", "responses", "finished",
             "lengths"}, lengths in tokens. It appears when complete; an interrupted command goes on where it stopped.
         candidates: responses a prompt.
+        best_by: keep the best candidate of each prompt alone (best of n), by "module:function" or the folder of a
+            reward model with the policy's tokens; empty = keep all.
         temperature: 0 = greedy.
         top_k: 0 = off.
         top_p: 1 = off.
@@ -625,6 +627,7 @@ class GenerateConfig:
     prompts: tuple[str, ...]
     out: str
     candidates: int = 1
+    best_by: str = ""
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0

@@ -1,12 +1,13 @@
 """Policy gradients on arrays: advantages of sampled candidates, PPO's clipped ratio, RLOO, the KL to a reference.
 
-The maximised objective is E_π[r(x, y)] - β·KL(π ‖ π_ref), from samples of an earlier policy π_old (the one that sampled):
+What is maximised is E_π[r(x, y)] - β·KL(π ‖ π_ref), from samples of π_old, the policy as it was when it sampled:
 
     advantage  A of a candidate, from the rewards of all candidates of its prompt (ADVANTAGES)
     ratio      ρ = π/π_old, of each token (PPO, GRPO) or of the whole response (RLOO) (RATIOS)
     loss       -min(ρ·A, clip(ρ, 1-ε, 1+ε_high)·A), Schulman et al. 2017, eq. 7; with ρ = 1 its gradient is REINFORCE's
-    KL         in the reward, r - β·(log π_old(y|x) - log π_ref(y|x)), as in RLOO (Ahmadian et al. 2024); or in the loss,
-               β·k3 of each token, k3 = π_ref/π - log(π_ref/π) - 1 (Schulman 2020), as in GRPO (Shao et al. 2024, eq. 4)
+    KL         in the reward, r - β·(log π_old(y|x) - log π_ref(y|x)), as in RLOO (Ahmadian et al. 2024); or in the
+               loss, β·k3 of each token, k3 = π_ref/π - log(π_ref/π) - 1 (Schulman 2020), as in GRPO (Shao et al. 2024,
+               eq. 4)
 
 A candidate whose reward or advantage is NaN takes no part. RAFT (Dong et al. 2023) needs nothing of this but `best`.
 """
@@ -50,7 +51,7 @@ ADVANTAGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "group": group,
     "centred": centred,
 }
-"""float [P, C], NaN = takes no part → the same shape, NaN in the same places; 0 for a candidate alone with its prompt."""
+"""float [P, C], NaN = takes no part → the same, NaN in the same places; 0 for a candidate alone with its prompt."""
 
 
 def best(rewards_PC: np.ndarray) -> np.ndarray:
@@ -95,7 +96,7 @@ def loss(
             reference; read with beta > 0.
         advantage_BS: of each slot's response, NaN = takes no part.
         ratio: of RATIOS. average: token = every token weighs the same (TRL's dapo and bnpo); sequence = every response
-            does, its tokens share its weight (TRL's grpo). A ratio of sequences is the same at each token of a response.
+            does, its tokens share its weight (TRL's grpo). A ratio of sequences is alike at all tokens of a response.
         clip, clip_high: ε and ε_high; inf = not clipped. beta: of k3 in the loss.
     """
     slots = advantage_BS.shape[1]

@@ -419,8 +419,8 @@ def policy_update(
     tokens: tuple[str, ...],
     moments: str = "device",
 ) -> Callable[[TrainState, dict, Batch, jax.Array, jax.Array], tuple[TrainState, dict]]:
-    """The same for sampled candidates: policy_gradient.loss with these keys. What a batch brings as target_ABS are their
-    advantages, NaN for one that takes no part.
+    """The same for sampled candidates: policy_gradient.loss with these keys. What a batch brings as target_ABS are
+    their advantages, NaN for one that takes no part.
 
     Args:
         tokens: what it brings for each token: log-probs of "old", "reference", both or neither.

@@ -10,7 +10,7 @@ import sera_jax
 FLOORS = """
 0 records mesh processes metrics config disk calibration tree_kernel decode_kernel
 1 tree_loops draw rope rows step toyworld
-2 attention model data losses sera ledger checkpoint report
+2 attention model data losses policy_gradient sera ledger checkpoint report
 3 hf score sample
 4 rewards judge
 5 programs

@@ -1,4 +1,4 @@
-"""Advantages, PPO's clip, RLOO and the KL against float64 transcriptions, and against closed forms on a small bandit."""
+"""Advantages, PPO's clip, RLOO and KL against float64 transcriptions, and against closed forms on a small bandit."""
 
 import itertools
 import statistics

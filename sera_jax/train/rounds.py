@@ -1,7 +1,7 @@
 """Rounds of an iteration that learns from its own samples at once: sample → reward → update, again and again.
 
-Candidates, order and noise of a round depend on the run's seed, the iteration, the round, and on the policy as the round
-begins; a run goes on from the beginning of a round.
+Candidates, order and noise of a round depend on the run's seed, the iteration, the round, and on the policy as the
+round begins; a run goes on from the beginning of a round.
 """
 
 import pathlib
@@ -210,7 +210,7 @@ def _tell(
 def outcome(world: World, t: int) -> tuple[dict[str, Any], dict[str, int], Candidates]:
     """Measures for the summary of iteration t, tokens by what was done with them, the candidates of its last round.
 
-    labels: candidates that were ranked, repeated ones once. reward, reward_first: means of the last and the first round.
+    labels: candidates that were ranked, repeated ones once. reward, reward_first: means of last and first round.
     """
     count = world.config.on_policy.rounds
     told, tokens = processes.once(lambda: _counted(world, [_read(world, t, number) for number in range(count)]))
