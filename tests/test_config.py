@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 import sera_jax
-from sera_jax import attention, config, data, generate, losses, model, programs, step
+from sera_jax import attention, config, data, generate, losses, model, policy_gradient, programs, step
 from sera_jax.config import ConfigError, GenerateConfig, ReviewConfig, RewardModelConfig, TrainConfig
-from sera_jax.train import fresh, validate
+from sera_jax.train import fresh, rounds, validate
 
 NEEDED = {"run": {"dir": "runs/a"}, "model": {"path": "models/m"}, "data": {"pairs": ["p.jsonl"]}}
 RECORDS = [r for r in vars(config).values() if dataclasses.is_dataclass(r)]
@@ -179,6 +179,12 @@ RANGES = {
     "select.from_iteration": ([0], [2]),
     "bootstrap.from_iteration": ([0], [2]),
     "select.keep": SHARE,
+    "on_policy.rounds": AT_LEAST_1,
+    "on_policy.prompts": AT_LEAST_1,
+    "on_policy.passes": AT_LEAST_1,
+    "on_policy.clip": POSITIVE,
+    "on_policy.clip_high": POSITIVE,
+    "on_policy.beta": ([-0.1, float("nan")], [0.0]),
     "bootstrap.fresh": ([-0.1], [0.0, 2.0]),
     "bootstrap.prompts_per_iteration": ([0.0, 1.1], [1.0, 0.01]),
     "bootstrap.temperature": ([-0.1], [0.0]),
@@ -281,6 +287,8 @@ def test_every_range_is_tested():
 
 
 # --- combinations that cannot run -------------------------------------------------------------------------------------
+
+ON_POLICY = {"on_policy.algorithm": "policy_gradient", "reward.source": "function", "reward.function": "a:b"}
 
 
 @pytest.mark.parametrize(
@@ -428,6 +436,33 @@ def test_every_range_is_tested():
             {"select.score": "reward_gap"},
             "select.score is 'reward_gap' with reward.function '', expected 'module:function'",
         ),
+        (
+            {"on_policy.algorithm": "raft"},
+            "reward.source is 'implicit' with on_policy.algorithm 'raft', expected someone who ranks fresh samples",
+        ),
+        (ON_POLICY | {"data.pairs": ()}, "needs none, and on_policy.algorithm with data.prompts."),
+        (
+            ON_POLICY | {"data.pairs": (), "data.prompts": ("p",), "sft.epochs": 1},
+            "data.pairs is empty, expected at least one file",
+        ),
+        (
+            ON_POLICY | {"bootstrap.candidates_file": "c.jsonl"},
+            "bootstrap.candidates_file is 'c.jsonl' with on_policy.algorithm 'policy_gradient', expected none",
+        ),
+        (ON_POLICY | {"bootstrap.candidates": 1}, "bootstrap.candidates is 1 with on_policy.algorithm"),
+        (ON_POLICY | {"bootstrap.slots": 3}, "expected at least bootstrap.candidates (4)"),
+        (ON_POLICY | {"loop.first": "a/export"}, "loop.first is 'a/export' with on_policy.algorithm"),
+        (ON_POLICY | {"loop.best": True, "data.validation": 0.1}, "loop.best is True with on_policy.algorithm"),
+        (ON_POLICY | {"loop.validate_every": 2, "data.validation": 0.1}, "loop.validate_every is 2 with on_policy.alg"),
+        (
+            ON_POLICY | {"loss.reference": "none"},
+            "on_policy.beta is 0.05 with on_policy.algorithm 'policy_gradient'",
+        ),
+        (ON_POLICY | {"loss.name": "orpo"}, "there is no KL to nothing"),
+        (
+            ON_POLICY | {"on_policy.algorithm": "raft", "on_policy.kl": "loss"},
+            "on_policy.kl is 'loss' with on_policy.algorithm 'raft', expected 'reward', or on_policy.beta 0",
+        ),
     ],
 )
 def test_combinations_that_cannot_run(changes, said):
@@ -479,6 +514,10 @@ def test_combinations_that_cannot_run(changes, said):
         {"select.score": "reference_logp", "reward.reference": "none", "loop.iterations": 1},
         {"select.score": "loss", "loss.reference": "ema"},
         {"select.score": "reward_gap", "reward.function": "a:b"},
+        ON_POLICY,
+        ON_POLICY | {"data.pairs": (), "data.prompts": ("p",)},
+        ON_POLICY | {"loss.reference": "none", "on_policy.beta": 0.0},
+        ON_POLICY | {"on_policy.algorithm": "raft", "on_policy.kl": "loss", "on_policy.beta": 0.0},
         {"loss.ld_alpha": 0.0, "loss.weighting": "wpo", "loss.sft_weight": 0.1, "loss.mix": {"ipo": 0.5}},
     ],
 )
@@ -559,6 +598,9 @@ def test_names_are_those_of_the_tables():
     assert names(config.ModelConfig, "attention") == {"auto", *attention.ATTENTION}
     assert names(config.RewardConfig, "source") == set(fresh.SOURCES)
     assert names(config.LoopConfig, "best_by") == set(validate.BEST)
+    assert names(config.OnPolicyConfig, "algorithm") == {"none", *rounds.LEARN}
+    assert names(config.OnPolicyConfig, "advantage") == set(policy_gradient.ADVANTAGES)
+    assert names(config.OnPolicyConfig, "ratio") == set(policy_gradient.RATIOS)
 
 
 # --- nothing in a config is idle: types followed through the syntax trees ---------------------------------------------

@@ -63,6 +63,9 @@ def test_every_choice_of_a_key_is_in_readme():
         configs.FormatName,
         configs.RewardName,
         configs.BestName,
+        configs.AlgorithmName,
+        configs.AdvantageName,
+        configs.RatioName,
     ):
         missing = [name for name in typing.get_args(names) if f"`{name}`" not in text]
         assert not missing, missing
@@ -79,6 +82,7 @@ def test_readme_has_a_line_for_every_knob_of_the_algorithm():
             ("select", "SelectConfig"),
             ("bootstrap", "BootstrapConfig"),
             ("loop", "LoopConfig"),
+            ("on_policy", "OnPolicyConfig"),
             ("reward_loss", "RewardLossConfig"),
         )
     }

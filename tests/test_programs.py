@@ -236,14 +236,13 @@ SAMPLED = [dataclasses.replace(t, values=tuple(a.tolist())) for t, a in zip(TREE
 
 @functools.cache
 def known_tokens() -> dict[str, list[np.ndarray]]:
-    """By flat branch number, of each token: somewhat beside the policy's own log-probs, which differ from each other."""
+    """By flat branch number, of each token: somewhat beside the policy's own log-probs."""
     scorer, mesh, plan = programs.token_scorer(ARCH, mesh_of(1), COMPUTE), mesh_of(1), Plan(160, 160, 16, 2)
     params = meshes.put(host_params(), programs.param_shardings(ARCH, mesh))
     own_F = score.token_logps(TREES, programs.score_rows(scorer, params, mesh), plan)
     rng = np.random.default_rng(6)
-    return {
-        name: [(v + 0.3 * rng.normal(size=len(v))).astype(np.float32) for v in own_F] for name in ("old", "reference")
-    }
+    beside = lambda: [(logp + 0.3 * rng.normal(size=len(logp))).astype(np.float32) for logp in own_F]
+    return {"old": beside(), "reference": beside()}
 
 
 @functools.cache

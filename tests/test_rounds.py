@@ -106,10 +106,8 @@ def test_what_a_round_leaves(whole):
             table = pyarrow.parquet.read_table(f"{path}.parquet").to_pydict()
             sampled = [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
             sampled = {row["id"]: row["responses"] for row in sampled}
-            assert (
-                len(sampled) == 10
-                and [sampled[i][c % 4] for c, i in enumerate(table["prompt_id"])] == table["response"]
-            )
+            texts = [sampled[name][c % 4] for c, name in enumerate(table["prompt_id"])]
+            assert len(sampled) == 10 and texts == table["response"]
             assert table["reward"] == [count(text) for text in table["response"]]
             r_PC = np.array(table["reward"]).reshape(10, 4) - 0.05 * np.array(table["kl"]).reshape(10, 4)
             others = (r_PC.sum(axis=1, keepdims=True) - r_PC) / 3
@@ -193,14 +191,9 @@ def test_stopped_and_resumed_is_not_stopped(whole, tiny_config, monkeypatch, nam
 @pytest.mark.parametrize("flags", [RLOO, PPO, RAFT], ids=["rloo", "ppo", "raft"])
 def test_each_learns_without_given_pairs(tiny_config, flags):
     """More different words in a response, from prompts alone."""
-    flags = (
-        *flags,
-        "--data.pairs=[]",
-        "--loop.iterations=1",
-        "--on_policy.rounds=12",
-        "--optimizer.learning_rate=1e-2",
-    )
-    config = tiny_config(*ROUNDS, *flags, "--on_policy.prompts=20", "--optimizer.batch_size=20", run="learns")
+    more = ("--data.pairs=[]", "--loop.iterations=1", "--on_policy.rounds=12", "--on_policy.prompts=20")
+    more += ("--optimizer.batch_size=20", "--optimizer.learning_rate=1e-2")
+    config = tiny_config(*ROUNDS, *flags, *more, run="learns")
     trainer.train(config)
     told = summary(pathlib.Path(config.run.dir), 1)
     assert told["reward"] > told["reward_first"] + 0.5 and "gen/length_ratio" not in told

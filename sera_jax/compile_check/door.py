@@ -112,8 +112,8 @@ def check(config: TrainConfig, own: CompileCheckConfig) -> Found:
             raise ConfigError(f"{key} is {getattr(own, key)}, expected at least {least}.")
     if config.on_policy.algorithm != "none":
         raise ConfigError(
-            f"on_policy.algorithm is {config.on_policy.algorithm!r}, expected 'none': the programs of its rounds are not "
-            "checked yet."
+            f"on_policy.algorithm is {config.on_policy.algorithm!r}, expected 'none': the programs of its rounds are "
+            "not checked yet."
         )
     arch = cases.arch_of(config)
     if own.slices:

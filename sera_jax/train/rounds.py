@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from sera_jax import bootstrap, data, disk, policies, policy_gradient, processes, programs, rewards, score
+from sera_jax import bootstrap, data, disk, metrics, policies, policy_gradient, processes, programs, rewards, score
 from sera_jax.policies import Live, Name
 from sera_jax.records import Candidates, Tree
 from sera_jax.rows import Plan
@@ -33,8 +33,9 @@ def of_iteration(world: World, t: int) -> Rounds:
     def make(number: int, trained: Any) -> Stage:
         live = Live(Name("iterate", t - 1), policies.whole(where, trained))
         drawn = _drawn(world, t, number)
-        candidates = _candidates(world, t, number, drawn, live)
-        ranked, rewards_PC = fresh.rewarded(world, t, live, drawn, candidates)
+        with metrics.quiet():
+            candidates = _candidates(world, t, number, drawn, live)
+            _, rewards_PC = fresh.rewarded(world, t, live, drawn, candidates)
         rewards_PC = usable(candidates, rewards_PC, keep_unfinished=config.bootstrap.unfinished == "keep")
         if not np.isfinite(rewards_PC).any():
             raise ValueError(

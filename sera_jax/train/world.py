@@ -195,9 +195,13 @@ def update_of(
     if asked.algorithm == "raft":
         return programs.sft_update(*where, rate, **moments)
     if asked.algorithm == "policy_gradient":
-        keys = {key: getattr(asked, key) for key in ("ratio", "average", "clip")}
-        keys["clip_high"] = asked.clip if asked.clip_high is None else asked.clip_high
-        keys["beta"] = asked.beta if asked.kl == "loss" else 0.0
+        keys = {
+            "ratio": asked.ratio,
+            "average": asked.average,
+            "clip": asked.clip,
+            "clip_high": asked.clip if asked.clip_high is None else asked.clip_high,
+            "beta": asked.beta if asked.kl == "loss" else 0.0,
+        }
         return programs.policy_update(*where, keys, rate, tokens=token_names(config), **moments)
     return programs.preference_update(
         *where,
