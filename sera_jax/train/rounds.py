@@ -35,7 +35,7 @@ def of_iteration(world: World, t: int) -> Rounds:
         drawn = _drawn(world, t, number)
         with metrics.quiet():
             candidates = _candidates(world, t, number, drawn, live)
-            _, rewards_PC = fresh.rewarded(world, t, live, drawn, candidates)
+            ranked, rewards_PC = fresh.rewarded(world, t, live, drawn, candidates)
         rewards_PC = usable(candidates, rewards_PC, keep_unfinished=config.bootstrap.unfinished == "keep")
         if not np.isfinite(rewards_PC).any():
             raise ValueError(
@@ -50,7 +50,12 @@ def of_iteration(world: World, t: int) -> Rounds:
         if len(known) == 2:
             total = {name: np.array([v.sum() for v in values]) for name, values in known.items()}
             kl_PC = (total["old"] - total["reference"]).reshape(rewards_PC.shape)
-        return _stage(world, t, number, candidates, rewards_PC, known, kl_PC)
+        penalised_PC = rewards_PC
+        if config.on_policy.beta and config.on_policy.kl == "reward":
+            penalised_PC = rewards_PC - config.on_policy.beta * kl_PC
+        weight_PC = LEARN[config.on_policy.algorithm](config.on_policy.advantage, penalised_PC)
+        _tell(world, t, number, candidates, rewards_PC, weight_PC, kl_PC, ranked.told)
+        return _stage(world, t, number, candidates, weight_PC, known)
 
     return Rounds("update", t, config.on_policy.rounds, worlds.updates_of_round(config), make)
 
@@ -110,15 +115,11 @@ def _stage(
     t: int,
     number: int,
     candidates: Candidates,
-    rewards_PC: np.ndarray,
+    weight_PC: np.ndarray,
     known: dict[str, list],
-    kl_PC: np.ndarray | None,
 ) -> Stage:
-    """The updates of a round; its candidates and what became of them go to the log and to a file."""
+    """The updates of a round: passes over its prompts, an update over so many of them with what was sampled."""
     config, asked = world.config, world.config.on_policy
-    penalised_PC = rewards_PC - asked.beta * kl_PC if asked.kl == "reward" and asked.beta else rewards_PC
-    weight_PC = LEARN[asked.algorithm](asked.advantage, penalised_PC)
-    _tell(world, t, number, candidates, rewards_PC, weight_PC, kl_PC)
     told = zip(candidates.ids, candidates.prompts, candidates.tokens_PC, weight_PC)
     if asked.algorithm == "raft":
         trees = [Tree(*head, (ids[int(np.nanargmax(w))],)) for *head, ids, w in told if np.nansum(w) > 0]
@@ -172,6 +173,7 @@ def _tell(
     rewards_PC: np.ndarray,
     weight_PC: np.ndarray,
     kl_PC: np.ndarray | None,
+    told: dict[str, Any],
 ) -> None:
     """A line of the log under TRL's names, and rounds/NUMBER.parquet with a row for each candidate."""
     known_PC, length_PC = np.isfinite(rewards_PC), rewards.lengths(candidates)
@@ -187,6 +189,7 @@ def _tell(
             **({} if kl_PC is None else {"gen/kl": float(kl_PC.mean())}),
             "completions/mean_length": float(length_PC.mean()),
             "completions/clipped_ratio": 1 - float(candidates.finished_PC.mean()),
+            **told,
         }
     )
     count = rewards_PC.shape[1]
