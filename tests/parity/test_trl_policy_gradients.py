@@ -111,4 +111,4 @@ def test_group_advantages_by_trl_s_own_deviation():
     rewards[1, 2] = np.nan
     r = torch.tensor(rewards)
     want = (r - torch.nanmean(r, dim=1, keepdim=True)) / (nanstd(r, dim=1, keepdim=True) + 1e-4)
-    np.testing.assert_allclose(policy_gradient.group(rewards), want.numpy(), rtol=1e-12)
+    np.testing.assert_allclose(policy_gradient.group(rewards), want.numpy(), rtol=1e-6)  # its n / (n - 1) is float32
