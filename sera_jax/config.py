@@ -65,7 +65,8 @@ MARGIN_SCORES = (
     "alignment_potential",
 )  # built on the implicit reward of the policy
 RuleName = Literal["top_k", "bottom_k", "middle", "threshold", "all"]
-RewardName = Literal["implicit", "model", "function", "judge", "file", "random"]
+RewardName = Literal["implicit", "model", "function", "preference_function", "judge", "file", "random"]
+FUNCTION_SOURCES = ("function", "preference_function")  # of reward.function
 BestName = Literal["accuracy", "loss"]
 PairRuleName = Literal["best_worst", "best_random", "random", "all_pairs"]
 TargetName = Literal["query", "key", "value", "out", "gate", "up", "down", "head"]
@@ -305,12 +306,13 @@ class RewardConfig:
 
     Args:
         source: of the candidates' rewards: implicit = the policy's own (SeRA); model = a reward model (RLHF Workflow);
-            function = a Python function; judge = a language model (section judge); file = the scores that
-            bootstrap.candidates_file brings; random = noise by run.seed (what ranking gives at least). The given pairs
-            are always scored by the implicit reward.
+            function = a Python function; preference_function = one that compares two responses; judge = a language
+            model (section judge); file = the scores that bootstrap.candidates_file brings; random = noise by run.seed
+            (what ranking gives at least). The given pairs are always scored by the implicit reward.
         model: Hugging Face folder of a reward model (…ForSequenceClassification with one label) with the policy's
             tokens, as `sera_jax.reward_model` exports them; for source model.
-        function: "module:function", called as function(prompt, response) -> float on texts.
+        function: "module:function", called as function(prompt, response) -> float on texts; for source
+            preference_function as function(prompt, first, second) -> the probability that the first is the better one.
         reference: of the policy that scores: initial, previous = the iterate before it, ema, none (see loss.reference).
         ensemble: over iterates (Eq. 7 of SeRA): two_term = (1-γ)·current + γ·previous, ema = recursive, mean = all
         alike.
@@ -982,7 +984,7 @@ def _check_train(config: TrainConfig, where: str) -> None:
             f"{where}: reward.model is {config.reward.model!r} with reward.source {config.reward.source!r}, expected "
             f"{expected}."
         )
-    if config.reward.source == "function" and ":" not in config.reward.function:
+    if config.reward.source in FUNCTION_SOURCES and ":" not in config.reward.function:
         raise ConfigError(f"{where}: reward.function is {config.reward.function!r}, expected 'module:function'.")
     if config.reward.source == "file" and bootstrapping and not config.bootstrap.candidates_file:
         raise ConfigError(
@@ -1077,6 +1079,11 @@ def _check_references(config: TrainConfig, where: str) -> None:
         raise ConfigError(
             f"{where}: select.score is 'reward_gap' with reward.function {config.reward.function!r}, expected "
             "'module:function'."
+        )
+    if selects and config.select.score == "reward_gap" and config.reward.source == "preference_function":
+        raise ConfigError(
+            f"{where}: select.score is 'reward_gap' with reward.source 'preference_function', whose function compares "
+            "two responses, expected one that scores each. Use another score, or reward.source 'function'."
         )
     moving = config.reward.reference in ("previous", "ema")
     if moving and config.loop.iterations > 2 and config.reward.ensemble != "current":

@@ -428,6 +428,14 @@ def test_every_range_is_tested():
             {"select.score": "reward_gap"},
             "select.score is 'reward_gap' with reward.function '', expected 'module:function'",
         ),
+        (
+            {"reward.source": "preference_function"},
+            "reward.function is '', expected 'module:function'",
+        ),
+        (
+            {"select.score": "reward_gap", "reward.source": "preference_function", "reward.function": "a:b"},
+            "select.score is 'reward_gap' with reward.source 'preference_function', whose function compares two",
+        ),
     ],
 )
 def test_combinations_that_cannot_run(changes, said):

@@ -377,6 +377,19 @@ def test_sources_of_rewards(base, made, tmp_path):
     assert 0 < noise.fresh.reward_F2.min() < noise.fresh.reward_F2.max() < 1
 
 
+def test_a_source_that_compares(base, made, tmp_path):
+    """Every two candidates once; a reward is the mean probability over the others, whichever circle they go in."""
+    keys = {"reward__source": "preference_function", "reward__function": "tiny_reward:longer"}
+    got = sampled(base, made, tmp_path, bootstrap__fresh=9.0, **keys)
+    length = np.array([[len(text.split()) for text in row] for row in got.candidates.texts_PC], np.float64)
+    want = 0.5 + np.sign(length[:, :, None] - length[:, None]) / 4
+    np.testing.assert_allclose(got.ranked.prob_PCC, want, atol=1e-7)
+    mean = (want.sum(2) - 0.5) / (length.shape[1] - 1)
+    for p, pair, reward in zip(got.fresh.prompt_F, got.fresh.pair_F2, got.fresh.reward_F2):
+        np.testing.assert_allclose(reward, mean[p, pair], atol=1e-6)
+    assert len(got.fresh.trees) > 10
+
+
 def test_replay(base, made, tmp_path):
     """Fresh pairs of iteration 2 that were kept train again in iteration 3, and only with replay."""
     world = turned(base, tmp_path, bootstrap__unfinished="keep")

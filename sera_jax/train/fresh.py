@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from sera_jax import bootstrap, disk, judge, policies, processes, programs, rewards, sample, score
+from sera_jax import bootstrap, disk, judge, nash, policies, processes, programs, rewards, sample, score
 from sera_jax.bootstrap import Fresh
 from sera_jax.config import BootstrapConfig, EvaluateConfig
 from sera_jax.ledger import branch_key, derived_tag
@@ -217,11 +217,23 @@ def _model(world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Ca
 def _function(world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Candidates) -> Ranked:
     function = rewards.load_function(world.config.reward.function)
     prompts = [world.given.prompts[i].prompt for i in drawn]
-    texts_PC = [
+    return Ranked(rewards.by_function(function, prompts, _texts(candidates), f"iteration {t}: reward function"))
+
+
+def _texts(candidates: Candidates) -> list[list[str | None]]:
+    """[P, C]: texts of the candidates, None for empty ones."""
+    return [
         [text if len(ids) else None for text, ids in zip(*row)]
         for row in zip(candidates.texts_PC, candidates.tokens_PC)
     ]
-    return Ranked(rewards.by_function(function, prompts, texts_PC, f"iteration {t}: reward function"))
+
+
+def _preference_function(world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Candidates) -> Ranked:
+    """Probabilities of a Python function; a candidate's reward is its mean over the others."""
+    function = rewards.load_function(world.config.reward.function)
+    prompts = [world.given.prompts[i].prompt for i in drawn]
+    prob_PCC = rewards.by_preference(function, prompts, _texts(candidates), f"iteration {t}: preference function")
+    return Ranked(nash.win_rewards(prob_PCC), prob_PCC=prob_PCC)
 
 
 def _judge(world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Candidates) -> Ranked:
@@ -254,6 +266,7 @@ SOURCES: dict[str, Callable[..., Ranked]] = {
     "implicit": _implicit,
     "model": _model,
     "function": _function,
+    "preference_function": _preference_function,
     "judge": _judge,
     "file": _file,
     "random": _random,

@@ -208,7 +208,7 @@ def _check_early(config: TrainConfig) -> None:
         ValueError: as the rooms raise it.
     """
     gaps = config.select.score == "reward_gap" and config.loop.iterations >= config.select.from_iteration
-    if gaps or (config.reward.source == "function" and bootstraps(config)):
+    if gaps or (config.reward.source in configs.FUNCTION_SOURCES and bootstraps(config)):
         rewards.load_function(config.reward.function)
     if config.evaluate.function:
         rewards.load_function(config.evaluate.function)

@@ -1,0 +1,144 @@
+"""Games with a circle: closed forms, the solver against its own definition, and which iterations get there."""
+
+import functools
+
+import numpy as np
+import pytest
+
+from sera_jax import nash
+
+REFERENCE = np.array([0.6, 0.25, 0.15])
+TAU = 0.1
+
+
+def circle(a: float, b: float, c: float) -> np.ndarray:
+    """0 beats 2 by a, 1 beats 0 by b, 2 beats 1 by c: without a reference its Nash policy is (c, a, b)/(a+b+c)."""
+    return 0.5 + np.array([[0, -b, a], [b, 0, -c], [-a, c, 0]])
+
+
+GAME = circle(0.4, 0.2, 0.3)
+
+
+def walk(step, times: int, policy_N=REFERENCE) -> list[np.ndarray]:
+    found = [policy_N]
+    for _ in range(times):
+        found.append(step(found[-1]))
+    return found
+
+
+def test_the_nash_policy_without_a_reference_is_known():
+    """And the regularised one goes there with τ, from the reference itself where τ is large."""
+    known = np.array([0.3, 0.4, 0.2]) / 0.9
+    np.testing.assert_allclose(nash.win_rates(GAME, known), 0.5, atol=1e-15)
+    assert nash.exploitability(GAME, known, REFERENCE, 0.0) < 1e-15
+    far = [nash.total_variation(nash.nash(GAME, REFERENCE, tau), known) for tau in (0.2, 0.1, 0.05, 0.02)]
+    assert (np.diff(far) < 0).all() and far[-1] < 0.035
+    assert nash.total_variation(nash.nash(GAME, REFERENCE, 100.0), REFERENCE) < 1e-3
+
+
+@pytest.mark.parametrize("tau", [0.05, 0.1, 0.5])
+def test_nobody_beats_the_nash_policy(tau):
+    """No policy out of many, also those close by, does better than ½ against it in the regularised game; it is its own
+    best response."""
+    found = nash.nash(GAME, REFERENCE, tau)
+    np.testing.assert_allclose(nash.best_response(GAME, found, REFERENCE, tau), found, atol=1e-6)
+
+    def value(one, other):
+        return one @ GAME @ other - tau * nash.kl(one, REFERENCE) + tau * nash.kl(other, REFERENCE)
+
+    rng = np.random.default_rng(0)
+    near = [nash.normalised(np.log(found) + 0.01 * noise) for noise in rng.normal(size=(300, 3))]
+    others = [*rng.dirichlet(np.ones(3), 300), *near]
+    assert max(value(other, found) for other in others) < 0.5
+    for policy in others[:30]:  # the definition of exploitability
+        best = nash.best_response(GAME, policy, REFERENCE, tau)
+        assert nash.exploitability(GAME, policy, REFERENCE, tau) == pytest.approx(value(best, policy) - 0.5, abs=1e-12)
+        assert value(best, policy) >= max(value(other, policy) for other in others)
+
+
+def test_where_rewards_explain_preferences_nash_is_the_policy_of_the_rewards():
+    """Of P = ½ + r_i - r_j, the best response to anybody is μ·exp(r/τ): RLHF's own optimum."""
+    reward = np.array([0.1, 0.0, -0.2])
+    linear = 0.5 + reward[:, None] - reward[None]
+    want = nash.normalised(np.log(REFERENCE) + reward / TAU)
+    np.testing.assert_allclose(nash.nash(linear, REFERENCE, TAU), want, atol=1e-7)
+    np.testing.assert_allclose(nash.best_response(linear, REFERENCE, REFERENCE, TAU), want, atol=1e-12)
+
+
+def test_bradley_terry_finds_rewards_where_there_are_some_and_not_where_there_is_a_circle():
+    reward = np.array([0.7, -0.2, 0.4])
+    reward = reward - reward @ REFERENCE
+    prob = 1 / (1 + np.exp(reward[None] - reward[:, None]))
+    np.testing.assert_allclose(nash.bradley_terry(prob, REFERENCE), reward, atol=1e-9)
+    fitted = nash.bradley_terry(GAME, REFERENCE)
+    weight = np.outer(REFERENCE, REFERENCE)
+
+    def likelihood(r):
+        return np.sum(weight * GAME * -np.log1p(np.exp(r[None] - r[:, None])))
+
+    rng = np.random.default_rng(1)
+    assert all(likelihood(fitted) > likelihood(fitted + 0.01 * rng.normal(size=3)) for _ in range(100))
+    policy = nash.normalised(np.log(REFERENCE) + fitted / TAU)  # what DPO goes to with these rewards
+    found = nash.nash(GAME, REFERENCE, TAU)
+    assert nash.total_variation(policy, found) > 0.4
+    assert nash.exploitability(GAME, policy, REFERENCE, TAU) > 0.02
+
+
+def test_multiplicative_weights_by_hand_and_on_average():
+    """One step by hand; the last iterate turns round the Nash policy and outwards, the average approaches it."""
+    got = nash.sppo_step(GAME, np.array([0.5, 0.25, 0.25]), 2.0)
+    win = np.array([0.25 + 0.075 + 0.225, 0.35 + 0.125 + 0.05, 0.05 + 0.2 + 0.125])
+    want = np.array([0.5, 0.25, 0.25]) * np.exp(2 * win)
+    np.testing.assert_allclose(got, want / want.sum(), rtol=1e-14)
+    known = np.array([3, 4, 2]) / 9
+    seen = walk(lambda policy: nash.sppo_step(GAME, policy, 0.5), 2000)
+    far = [nash.kl(known, policy) for policy in seen]
+    assert far[-1] > 10 * far[0] > 0  # (Bailey & Piliouras 2018)
+    assert nash.total_variation(np.mean(seen, axis=0), known) < 0.05 < nash.total_variation(REFERENCE, known)
+
+
+def test_best_responses_go_round_and_nash_md_arrives():
+    """Self-play that takes each round to its end does not converge where τ is small; Nash-MD does, to its fixed point,
+    which is near the Nash policy for a small step and whose mixture is the Nash policy of τ/(1-α)."""
+    found = nash.nash(GAME, REFERENCE, TAU)
+    round_ = walk(lambda policy: nash.best_response(GAME, policy, REFERENCE, TAU), 300)
+    assert min(nash.total_variation(policy, found) for policy in round_[200:]) > 0.1
+    bias = []
+    for alpha in (0.25, 0.125, 0.0625):
+        stays = nash.fixed_mixture(GAME, REFERENCE, TAU, alpha)
+        last = walk(functools.partial(nash.nash_md_step, GAME, reference_N=REFERENCE, eta=alpha / TAU, tau=TAU), 400)[
+            -1
+        ]
+        np.testing.assert_allclose(last, stays, atol=1e-6)
+        mixed = nash.mixture(stays, REFERENCE, alpha)
+        np.testing.assert_allclose(mixed, nash.nash(GAME, REFERENCE, TAU / (1 - alpha)), atol=1e-6)
+        bias.append(nash.total_variation(stays, found))
+    assert bias[0] < 0.05 and (np.diff(bias) < 0).all() and bias[2] < bias[0] / 3
+
+
+def test_mixtures_are_geometric():
+    one, other = np.array([0.2, 0.8]), np.array([0.6, 0.4])
+    want = np.array([0.2**0.75 * 0.6**0.25, 0.8**0.75 * 0.4**0.25])
+    np.testing.assert_allclose(nash.mixture(one, other, 0.25), want / want.sum(), rtol=1e-14)
+    np.testing.assert_allclose(nash.mixture(one, other, 0.0), one, rtol=1e-14)
+    np.testing.assert_allclose(nash.mixture(one, other, 1.0), other, rtol=1e-14)
+
+
+def test_games_that_are_none():
+    with pytest.raises(ValueError, match="tau is 0, expected more than 0"):
+        nash.nash(GAME, REFERENCE, 0)
+    with pytest.raises(ValueError, match=r"P\[i, j\] \+ P\[j, i\] is not 1 everywhere"):
+        nash.nash(GAME**2, REFERENCE, TAU)
+    with pytest.raises(ValueError, match="3 steps were not enough for tau 0.1; raise most, or tau"):
+        nash.nash(GAME, REFERENCE, TAU, most=3)
+
+
+def test_rewards_of_wins():
+    """Over the others alone; a candidate that is not there counts nowhere; alone it has one half."""
+    nan = np.nan
+    three = [[0.5, 0.9, 0.2], [0.1, 0.5, 0.6], [0.8, 0.4, 0.5]]
+    two = [[0.5, nan, 0.3], [nan, nan, nan], [0.7, nan, 0.5]]
+    one = [[nan] * 3, [nan, 0.5, nan], [nan] * 3]
+    got = nash.win_rewards(np.array([three, two, one]))
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, [[0.55, 0.35, 0.6], [0.3, nan, 0.7], [nan, 0.5, nan]], rtol=1e-6)
