@@ -23,6 +23,10 @@ LossName = Literal[
     "discopop",
     "slic",
     "ipo",
+    "ipo_soft",
+    "rpo_bwd_kl",
+    "rpo_fwd_kl",
+    "rpo_sq",
     "sigmoid_norm",
     "dpop",
     "rdpo",
@@ -249,7 +253,8 @@ class LossConfig:
 
     Args:
         name: of the loss.
-        beta: β > 0 (τ of ipo, 1/η of sppo_hard and sppo, λ of orpo; slic_hf has it in its implicit reward only).
+        beta: β > 0 (τ of ipo and ipo_soft, 1/η of sppo_hard and sppo, λ of orpo; slic_hf has it in its implicit reward
+            only).
         label_smoothing: ε in [0, 0.5), the share of labels that are taken for wrong: dpo (cDPO), robust_dpo, exo_pair
             (which needs more than 0: 1e-3 in its paper), aot, aot_unpaired, simpo, alphapo, cpo.
         f_divergence: from the reference, in the place of the log-ratio (f-DPO): dpo, robust_dpo, exo_pair, discopop,
@@ -261,6 +266,7 @@ class LossConfig:
         alphapo_alpha: alphapo only: α of its reward, 0 is SimPO's.
         discopop_tau: discopop only: τ in (0, 1].
         dpop_lambda: dpop only: λ >= 0, against chosen responses that fall below the reference.
+        reward_scale: rpo_bwd_kl, rpo_fwd_kl and rpo_sq only: of the gaps of known rewards (NeMo's gt_reward_scale).
         rdpo_alpha: rdpo only: α >= 0, reward that a token of length explains.
         slic_delta: slic_hf only: δ > 0, the margin of log-probs that is enough, in nats.
         slic_lambda: slic_hf only: λ >= 0, weight of the negative log-prob (a sum) of the chosen response.
@@ -289,6 +295,7 @@ class LossConfig:
     alphapo_alpha: float = 0.25
     discopop_tau: float = 0.05
     dpop_lambda: float = 50.0
+    reward_scale: float = 1.0
     rdpo_alpha: float = 0.05
     slic_delta: float = 1.0
     slic_lambda: float = 0.1
@@ -707,6 +714,7 @@ _RANGES: tuple[tuple[str, Any, str], ...] = (
     ("loss.alphapo_alpha", math.isfinite, "a finite number"),
     ("loss.discopop_tau", lambda v: 0 < v <= 1, "0 < τ <= 1"),
     ("loss.dpop_lambda", lambda v: v >= 0, "a number >= 0"),
+    ("loss.reward_scale", lambda v: 0 < v < math.inf, "a number > 0"),
     ("loss.rdpo_alpha", lambda v: v >= 0, "a number >= 0"),
     ("loss.slic_delta", lambda v: v > 0, "a number > 0"),
     ("loss.slic_lambda", lambda v: v >= 0, "a number >= 0"),
@@ -806,6 +814,7 @@ _LOSS_KEYS = (
     ("alphapo_alpha", ("alphapo",)),
     ("discopop_tau", ("discopop",)),
     ("dpop_lambda", ("dpop",)),
+    ("reward_scale", ("rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq")),
     ("rdpo_alpha", ("rdpo",)),
     ("slic_delta", ("slic_hf",)),
     ("slic_lambda", ("slic_hf",)),

@@ -84,6 +84,7 @@ def bootstrap_pairs(world: World, t: int, scored: Live) -> Made | None:
         rewards_PC,
         valid(world, candidates),
         ranked.prob_PCC,
+        said(world, candidates),
         rule=b.pair_rule,
         keep=round(b.fresh * len(given.trees)),
         key=worlds.key(world, "pairs", t),
@@ -91,9 +92,14 @@ def bootstrap_pairs(world: World, t: int, scored: Live) -> Made | None:
     return Made(prompts, candidates, made, ranked)
 
 
+def said(world: World, candidates: Candidates) -> np.ndarray:
+    """int32 [P, C]: how often the policy said what a candidate says, at the first of those that say it; 0 elsewhere."""
+    return bootstrap.copies(candidates, keep_unfinished=world.config.bootstrap.unfinished == "keep")
+
+
 def valid(world: World, candidates: Candidates) -> np.ndarray:
     """bool [P, C]: which candidates may stand in a pair."""
-    return bootstrap.valid(candidates, keep_unfinished=world.config.bootstrap.unfinished == "keep")
+    return said(world, candidates) > 0
 
 
 def responses(
