@@ -232,6 +232,18 @@ def take(candidates: Candidates, chosen_Q: np.ndarray) -> Candidates:
     )
 
 
+def joined(one: Candidates, other: Candidates) -> Candidates:
+    """The candidates of the same prompts by two samplers, side by side."""
+    both = lambda a, b: tuple((*x, *y) for x, y in zip(a, b, strict=True))
+    return Candidates(
+        ids=one.ids,
+        prompts=one.prompts,
+        texts_PC=both(one.texts_PC, other.texts_PC),
+        tokens_PC=both(one.tokens_PC, other.tokens_PC),
+        finished_PC=np.concatenate((one.finished_PC, other.finished_PC), axis=1),
+    )
+
+
 def _content(prompt: Text) -> str:
     return json.dumps(prompt, sort_keys=True, ensure_ascii=False)
 
@@ -292,10 +304,12 @@ def fresh_pairs(
     )
     prompt_F, q_F = np.nonzero(ok_PQ)
     pair_F2 = pair_PQ2[prompt_F, q_F]
-    reward_F2 = rewards_PC[prompt_F[:, None], pair_F2].astype(np.float32)
-    margin_F = reward_F2[:, 0] - reward_F2[:, 1]
     known = jnp.asarray(rewards_PC), jnp.asarray(valid_PC)
     win_PC = np.asarray(sera.win_rates(*known, prob_PCC, against_PC), np.float32)
+    met_F = np.isfinite(win_PC[prompt_F[:, None], pair_F2]).all(axis=1)  # an opponent
+    prompt_F, pair_F2 = prompt_F[met_F], pair_F2[met_F]
+    reward_F2 = rewards_PC[prompt_F[:, None], pair_F2].astype(np.float32)
+    margin_F = reward_F2[:, 0] - reward_F2[:, 1]
     first_F = np.asarray(sera.probabilities(known[0], prob_PCC), np.float32)[prompt_F, *pair_F2.T]
     kept_F = np.zeros(len(prompt_F), bool)
     if len(prompt_F):

@@ -427,6 +427,10 @@ class BootstrapConfig:
             lengths. A prompt's candidates then read its cache one by one, and that of all the batch's prompts is kept.
         pair_rule: how a prompt's candidates become pairs.
         unfinished: drop = a candidate that did not reach EOS takes no part; keep = it does.
+        mixture: α of Nash-MD: responses of the geometric mixture π^(1-α)·π_0^α of the policy and the initial one, token
+            by token; 0 = off. Both are in memory while it samples.
+        mixture_of: opponents = C more responses a prompt, which stand in no pair but are whom the candidates' wins are
+            against (Nash-MD, with loss sppo); candidates = the candidates themselves (IPO-MD, with loss ipo_soft).
         replay: also train on the fresh pairs of earlier iterations.
         candidates_file: JSONL of candidates in the place of sampling, as `sera_jax.generate` writes it: {"prompt",
             "responses"} and, for each response, "finished" (default: all), "rewards" or "scores" (reward.source file).
@@ -446,6 +450,8 @@ class BootstrapConfig:
     refill: int = 1
     pair_rule: PairRuleName = "best_worst"
     unfinished: Literal["drop", "keep"] = "drop"
+    mixture: float = 0.0
+    mixture_of: Literal["opponents", "candidates"] = "opponents"
     replay: bool = False
     candidates_file: str = ""
 
@@ -741,6 +747,7 @@ _RANGES: tuple[tuple[str, Any, str], ...] = (
     ("bootstrap.prompts_per_iteration", lambda v: 0 < v <= 1, "a share in (0, 1]"),
     ("bootstrap.temperature", lambda v: v >= 0, "a number >= 0"),
     ("bootstrap.top_p", lambda v: 0 < v <= 1, "a share in (0, 1]"),
+    ("bootstrap.mixture", lambda v: 0 <= v <= 1, "0 <= α <= 1"),
     ("bootstrap.min_p", lambda v: 0 <= v < 1, "0 <= min_p < 1"),
     ("bootstrap.max_new_tokens", lambda v: v >= 1, "at least 1"),
     ("bootstrap.top_k", lambda v: v >= 0, "0 or more"),
@@ -986,6 +993,16 @@ def _check_train(config: TrainConfig, where: str) -> None:
         raise ConfigError(
             f"{where}: bootstrap.slots is {config.bootstrap.slots}, expected at least bootstrap.candidates "
             f"({config.bootstrap.candidates}): the candidates of a prompt are decoded side by side."
+        )
+    if config.bootstrap.mixture and config.bootstrap.candidates_file:
+        raise ConfigError(
+            f"{where}: bootstrap.mixture is {config.bootstrap.mixture} with bootstrap.candidates_file, expected "
+            "candidates that the run samples itself. Leave one of them out."
+        )
+    if config.bootstrap.mixture_of != "opponents" and not config.bootstrap.mixture:
+        raise ConfigError(
+            f"{where}: bootstrap.mixture_of is {config.bootstrap.mixture_of!r} with bootstrap.mixture 0, so that there "
+            "is no mixture; set bootstrap.mixture, or leave it out."
         )
     _check_room(config, where)
     if (config.reward.source == "model") != bool(config.reward.model):

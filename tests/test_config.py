@@ -431,6 +431,14 @@ def test_every_range_is_tested():
             "select.score is 'reward_gap' with reward.function '', expected 'module:function'",
         ),
         (
+            {"bootstrap.mixture": 0.1, "bootstrap.candidates_file": "c.jsonl"},
+            "bootstrap.mixture is 0.1 with bootstrap.candidates_file, expected candidates that the run samples itself",
+        ),
+        (
+            {"bootstrap.mixture_of": "candidates"},
+            "bootstrap.mixture_of is 'candidates' with bootstrap.mixture 0, so that there is no mixture",
+        ),
+        (
             {"reward.source": "preference_function"},
             "reward.function is '', expected 'module:function'",
         ),

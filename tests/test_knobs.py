@@ -390,6 +390,36 @@ def test_a_source_that_compares(base, made, tmp_path):
     assert len(got.fresh.trees) > 10
 
 
+def test_a_mixture_with_the_initial_policy(base, made, tmp_path):
+    """As opponents: they stand in no pair, and wins are against them alone. As candidates: they are of the mixture."""
+    keys = {"bootstrap__fresh": 9.0, "bootstrap__candidates": 3}
+    keys |= {"reward__source": "preference_function", "reward__function": "tiny_reward:longer"}
+    plain = sampled(base, made, tmp_path / "plain", **keys)
+    got = sampled(base, made, tmp_path / "against", **keys, bootstrap__mixture=0.5)
+    assert got.candidates.texts_PC == plain.candidates.texts_PC and plain.opponents is None
+    assert got.opponents.finished_PC.shape == (20, 3) and got.ranked.prob_PCC.shape == (20, 6, 6)
+    words = lambda texts: np.array([[len(text.split()) for text in row] for row in texts], np.float64)
+    own, other = words(got.candidates.texts_PC), words(got.opponents.texts_PC)
+    there = np.array([[len(ids) > 0 for ids in row] for row in got.opponents.tokens_PC])
+    win = 0.5 + np.sign(own[:, :, None] - other[:, None]) / 4
+    win = (win * there[:, None]).sum(2) / there.sum(1, keepdims=True)
+    assert len(got.fresh.trees) > 5
+    for p, pair, told in zip(got.fresh.prompt_F, got.fresh.pair_F2, got.fresh.win_F2):
+        assert max(pair) < 3
+        np.testing.assert_allclose(told, win[p, pair], atol=1e-6)
+    mixed = sampled(base, made, tmp_path / "of", **keys, bootstrap__mixture=0.5, bootstrap__mixture_of="candidates")
+    assert mixed.opponents is None and mixed.candidates.texts_PC != plain.candidates.texts_PC
+    live = scored(made, 1)
+    under = {t: fresh.candidate_logps(base, Name("iterate", t), mixed.candidates, live) for t in (0, 1)}
+    of_plain = {t: fresh.candidate_logps(base, Name("iterate", t), plain.candidates, live) for t in (0, 1)}
+    drift = lambda logps: np.nanmean(logps[1] - logps[0])  # KL to the initial policy, of the policy's own samples
+    assert drift(under) < drift(of_plain)
+    whole = sampled(base, made, tmp_path / "start", **keys, bootstrap__mixture=1.0, bootstrap__mixture_of="candidates")
+    initial = Live(Name("iterate", 0), policies.params(base.policies, Name("iterate", 0)))
+    world = turned(base, tmp_path / "initial", **keys)
+    assert fresh.bootstrap_pairs(world, 2, initial).candidates.texts_PC == whole.candidates.texts_PC
+
+
 def test_replay(base, made, tmp_path):
     """Fresh pairs of iteration 2 that were kept train again in iteration 3, and only with replay."""
     world = turned(base, tmp_path, bootstrap__unfinished="keep")

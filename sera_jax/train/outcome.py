@@ -176,15 +176,19 @@ def _flops(
     earlier = set().union(*(_scores_of(world, s) for s in range(1, t)))
     size = {False: _tokens(world.given.trees, False), True: _tokens(world.given.trees, True)}
     scored = sum(size[shared] for _, shared in _scores_of(world, t) - earlier)
-    sampled = 0
+    decoded = 0
     if made is not None:
         candidates = rewards.trees(made.candidates)
         sampled = sum(tree.length for tree in candidates)
+        opposed = sum(tree.length for tree in rewards.trees(made.opponents)) if made.opponents else 0
+        # A mixture takes two passes for a token; before any update it is one of equals, and none.
+        twice = 0 if config.bootstrap.mixture == 0 or t == 1 else opposed if made.opponents else sampled
+        decoded = sampled + opposed + twice
         known: set[Name | None] = set()
         if config.reward.source == "implicit":
             scorer = Live(Name("iterate", t - 1), None)
             known = {*ensemble(world, scorer)[0], reward_reference(world, scorer)} - {None}
-            scored += sampled * len(known)
+            scored += (sampled + opposed) * len(known)
         kept = [tree for tree, kept in zip(made.fresh.trees, made.fresh.kept_F) if kept]
         if world.loss.reference:
             scored += _tokens(kept, False) * (loss_reference(world, t) not in known)
@@ -192,7 +196,7 @@ def _flops(
     return {
         "flops/train": float(update * sum(trained[batch].sum() for batch in batches)),
         "flops/score": float(forward * scored),
-        "flops/sample": float(forward * sampled),
+        "flops/sample": float(forward * decoded),
     }
 
 

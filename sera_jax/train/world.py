@@ -43,7 +43,8 @@ from sera_jax.records import Pair, Prompt, Tree, Unpaired
 from sera_jax.rows import Plan
 from sera_jax.run import Run
 
-KEYS = {"sft": 0, "sample": 1, "select": 2, "update": 3, "pairs": 4, "evaluate": 5, "reward": 6}  # folded into run.seed
+# Folded into run.seed.
+KEYS = {"sft": 0, "sample": 1, "select": 2, "update": 3, "pairs": 4, "evaluate": 5, "reward": 6, "opponents": 7}
 DECIDING = ("model", "mode", "template", "temperature", "max_tokens")  # keys of the judge that change its answers
 
 
