@@ -1,11 +1,14 @@
-"""Games with a circle: closed forms, the solver against its own definition, and which iterations get there."""
+"""Games with a circle: closed forms, the solver against its own definition, which iterations get there; self-play of the
+table's own losses on a policy of three numbers, with exact expectations."""
 
 import functools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sera_jax import nash
+from sera_jax import losses, nash
 
 REFERENCE = np.array([0.6, 0.25, 0.15])
 TAU = 0.1
@@ -142,3 +145,111 @@ def test_rewards_of_wins():
     got = nash.win_rewards(np.array([three, two, one]))
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, [[0.55, 0.35, 0.6], [0.3, nan, 0.7], [nan, 0.5, nan]], rtol=1e-6)
+
+
+# --- self-play with the losses of table, on a softmax of three logits, all pairs by their probability ---------------
+
+FIRST, SECOND = map(np.ravel, np.meshgrid(np.arange(3), np.arange(3), indexing="ij"))
+PAIRS = np.stack([FIRST, SECOND], axis=1)  # [9, 2]
+REWARD = nash.bradley_terry(GAME, REFERENCE)
+
+
+def against(policy_N, alpha=0.0):
+    """P(y, π) of both sides of every pair; alpha: of the mixture with the reference instead."""
+    other = jax.nn.softmax((1 - alpha) * jnp.log(policy_N) + alpha * jnp.log(jnp.asarray(REFERENCE, jnp.float32)))
+    return (jnp.asarray(GAME, jnp.float32) @ other)[PAIRS]
+
+
+PREFERRED = np.stack([GAME[FIRST, SECOND], GAME[SECOND, FIRST]], axis=1).astype(np.float32)
+BETTER = np.where((REWARD[FIRST] >= REWARD[SECOND])[:, None], PAIRS, PAIRS[:, ::-1])
+# Method → (loss, pairs, what it is told when π_t plays itself).
+SELF_PLAY = {
+    "sppo": (losses.sppo, PAIRS, lambda policy_N: (against(policy_N),)),
+    "ipo": (losses.ipo_soft, PAIRS, lambda policy_N: (jnp.asarray(PREFERRED),)),
+    "nash_md": (losses.sppo, PAIRS, lambda policy_N: (against(policy_N, 0.25),)),
+    "dpo": (losses.dpo, BETTER, lambda policy_N: ()),
+}
+
+
+def slope(method, logits_N, played_N):
+    """Gradient by the logits of the expected loss on pairs of samples of `played`, at β = TAU."""
+    loss, pairs, told = SELF_PLAY[method]
+
+    def expected(logits_N):
+        logp_P2 = jax.nn.log_softmax(logits_N)[pairs]
+        ref_P2 = jnp.asarray(np.log(REFERENCE), jnp.float32)[pairs]
+        loss_P = loss(logp_P2, ref_P2, jnp.ones_like(ref_P2), *told(played_N), beta=TAU)
+        return jnp.sum(played_N[FIRST] * played_N[SECOND] * loss_P)
+
+    return jax.grad(expected)(logits_N)
+
+
+def transcription(method, logits_N, played_N):
+    """The same in float64, from the papers: Σ over pairs of 2·(residual)·(gradient of what it is the residual of)."""
+    policy = nash.normalised(logits_N)
+    ratio = np.log(policy / REFERENCE)
+    of_log = np.eye(3) - policy  # row y: ∂ log π(y) / ∂ logits
+    total = np.zeros(3)
+    for i in range(3):
+        for j in range(3):
+            weight = played_N[i] * played_N[j]
+            if method == "ipo":
+                for label, chance in ((1, GAME[i, j]), (-1, GAME[j, i])):  # IPO, the label drawn
+                    residual = label * (ratio[i] - ratio[j]) - 1 / (2 * TAU)
+                    total += weight * chance * 2 * residual * label * (of_log[i] - of_log[j])
+                continue
+            opponent = nash.mixture(played_N, REFERENCE, 0.25) if method == "nash_md" else played_N
+            for y in (i, j):
+                total += weight * 2 * (ratio[y] - (GAME[y] @ opponent - 0.5) / TAU) * of_log[y]
+    return total
+
+
+@pytest.mark.parametrize("method", ["sppo", "ipo", "nash_md"])
+def test_self_play_updates_equal_their_transcription(method):
+    """Ten updates of one round by each, from the same logits."""
+    rng = np.random.default_rng(3)
+    played = rng.dirichlet(np.ones(3) * 3)
+    mine, want = jnp.asarray(np.log(played), jnp.float32), np.log(played)
+    for _ in range(10):
+        mine = mine - 0.01 * slope(method, mine, jnp.asarray(played, jnp.float32))
+        want = want - 0.01 * transcription(method, want, played)
+        np.testing.assert_allclose(mine, want, rtol=2e-5, atol=2e-5)
+    assert np.abs(want - np.log(played)).max() > 0.1
+
+
+def self_play(method, rounds, updates, rate):
+    """Policies after each round of `updates` gradient steps, [rounds + 1, 3]."""
+
+    def of_round(logits_N, _):
+        played_N = jax.nn.softmax(logits_N)
+        step = lambda _, logits_N: logits_N - rate * slope(method, logits_N, played_N)
+        return jax.lax.fori_loop(0, updates, step, logits_N), played_N
+
+    begin = jnp.asarray(np.log(REFERENCE), jnp.float32)
+    return np.asarray(jax.jit(lambda: jax.lax.scan(of_round, begin, length=rounds + 1))()[1], np.float64)
+
+
+def test_a_round_of_ipo_to_its_end_is_a_best_response():
+    got = self_play("ipo", 1, 4000, 0.05)[-1]
+    np.testing.assert_allclose(got, nash.best_response(GAME, REFERENCE, REFERENCE, TAU), atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["sppo", "ipo", "nash_md"])
+def test_self_play_in_small_rounds_approaches_the_nash_policy(method):
+    """SPPO and IPO that of β, Nash-MD its fixed point beside it."""
+    known = nash.nash(GAME, REFERENCE, TAU)
+    there = nash.fixed_mixture(GAME, REFERENCE, TAU, 0.25) if method == "nash_md" else known
+    seen = self_play(method, 3000, 2, 0.02)
+    assert nash.total_variation(seen[0], there) > 0.15
+    assert nash.total_variation(seen[-1], there) < 2e-3
+    assert nash.total_variation(seen[-1], known) < 0.04
+    assert (
+        nash.exploitability(GAME, seen[-1], REFERENCE, TAU) < 0.004 < nash.exploitability(GAME, seen[0], REFERENCE, TAU)
+    )
+
+
+def test_dpo_on_bradley_terry_rewards_does_not():
+    """It goes to the move of the highest reward, further the longer it trains."""
+    known = nash.nash(GAME, REFERENCE, TAU)
+    far = [nash.total_variation(policy, known) for policy in self_play("dpo", 3000, 2, 0.5)]
+    assert min(far[-1000:]) > 0.3 and far[-1] > far[0] + 0.1
