@@ -185,6 +185,7 @@ RANGES = {
     "bootstrap.temperature": ([-0.1], [0.0]),
     "bootstrap.top_k": NOT_NEGATIVE,
     "bootstrap.top_p": ([0.0, 1.1], [1.0]),
+    "bootstrap.mixture": ([-0.1, 1.5], [0.0, 1.0]),
     "bootstrap.min_p": ([-0.1, 1.0], [0.0]),
     "bootstrap.max_new_tokens": AT_LEAST_1,
     "evaluate.temperature": ([-0.1], [0.0]),

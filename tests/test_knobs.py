@@ -390,6 +390,21 @@ def test_a_source_that_compares(base, made, tmp_path):
     assert len(got.fresh.trees) > 10
 
 
+@pytest.mark.parametrize("loss, column", [("sppo", "win"), ("ipo_soft", "preference"), ("rpo_sq", "reward")])
+def test_what_losses_are_told_of_fresh_pairs(base, made, tmp_path, loss, column):
+    """In the iteration that makes them, and from its file in a later one."""
+    keys = {"bootstrap__unfinished": "keep", "bootstrap__replay": True, "loss__name": loss}
+    world = turned(base, tmp_path, **keys)
+    made_ = fresh.bootstrap_pairs(world, 2, scored(made, 1))
+    outcome.write_pairs(world, 2, None, made_)
+    want = getattr(made_.fresh, f"{column}_F2")[made_.fresh.kept_F]
+    now = update.training_set(world, 2, scored(made, 1), None, made_).trees[N:]
+    later = update.training_set(world, 3, scored(made, 2), None, None).trees[N:]
+    assert len(want) > 5 and len(now) == len(later) == len(want)
+    for trees in (now, later):
+        np.testing.assert_allclose([tree.values for tree in trees], want, rtol=1e-6)
+
+
 def test_a_mixture_with_the_initial_policy(base, made, tmp_path):
     """As opponents: they stand in no pair, and wins are against them alone. As candidates: they are of the mixture."""
     keys = {"bootstrap__fresh": 9.0, "bootstrap__candidates": 3}

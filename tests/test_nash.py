@@ -1,5 +1,5 @@
-"""Games with a circle: closed forms, the solver against its own definition, which iterations get there; self-play of the
-table's own losses on a policy of three numbers, with exact expectations."""
+"""Games with a circle: closed forms, the solver against its own definition, which iterations get there; self-play of
+the table's own losses on a policy of three numbers, with exact expectations."""
 
 import functools
 
@@ -147,7 +147,7 @@ def test_rewards_of_wins():
     np.testing.assert_allclose(got, [[0.55, 0.35, 0.6], [0.3, nan, 0.7], [nan, 0.5, nan]], rtol=1e-6)
 
 
-# --- self-play with the losses of table, on a softmax of three logits, all pairs by their probability ---------------
+# --- self-play with losses of the table, on a softmax of three logits, all pairs by their probability ---------------
 
 FIRST, SECOND = map(np.ravel, np.meshgrid(np.arange(3), np.arange(3), indexing="ij"))
 PAIRS = np.stack([FIRST, SECOND], axis=1)  # [9, 2]
@@ -214,7 +214,7 @@ def test_self_play_updates_equal_their_transcription(method):
         mine = mine - 0.01 * slope(method, mine, jnp.asarray(played, jnp.float32))
         want = want - 0.01 * transcription(method, want, played)
         np.testing.assert_allclose(mine, want, rtol=2e-5, atol=2e-5)
-    assert np.abs(want - np.log(played)).max() > 0.1
+    assert np.abs(want - np.log(played)).max() > 0.05
 
 
 def self_play(method, rounds, updates, rate):
@@ -242,7 +242,7 @@ def test_self_play_in_small_rounds_approaches_the_nash_policy(method):
     seen = self_play(method, 3000, 2, 0.02)
     assert nash.total_variation(seen[0], there) > 0.15
     assert nash.total_variation(seen[-1], there) < 2e-3
-    assert nash.total_variation(seen[-1], known) < 0.04
+    assert nash.total_variation(seen[-1], known) < 0.05
     assert (
         nash.exploitability(GAME, seen[-1], REFERENCE, TAU) < 0.004 < nash.exploitability(GAME, seen[0], REFERENCE, TAU)
     )
