@@ -4,7 +4,7 @@ A prompt is answered by `rock`, `paper` or `scissors` and two more words, which 
 with probability 0.9, paper rock with 0.7, scissors paper with 0.8; of two alike neither is better; anything else loses
 with 0.9. Without a reference the Nash policy is (3, 4, 2)/9; no reward explains all three probabilities.
 
-    python configs/nash_game.py OUT_DIR --seed 0       # model, demonstrations.jsonl, pairs.jsonl
+    python configs/nash_game.py OUT_DIR --seed 0       # model, demonstrations, pairs, scored .jsonl
 """
 
 import argparse
@@ -23,6 +23,7 @@ PROB = np.array(
 )  # last: the rest
 SHOWN = np.array([0.6, 0.25, 0.15])  # how often demonstrations play each
 REWARD = dict(zip(MOVES, nash.bradley_terry(PROB[:3, :3], SHOWN)))
+SCORES = dict(zip(MOVES, (0.0, 0.1, -0.1)))  # of another annotator, who scores moves: for losses that are told gaps
 PROMPTS, DEMONSTRATIONS = 128, 1536
 FILLERS = tuple(f"w{i}" for i in range(16))
 ROUNDS = tuple(f"r{i}" for i in range(16))
@@ -51,7 +52,8 @@ def prompts() -> list[str]:
 
 
 def write(out: pathlib.Path, seed: int) -> None:
-    """A Llama without weights, demonstrations for its SFT stage, and pairs, of which runs take the prompts alone."""
+    """A Llama without weights, demonstrations for its SFT stage, pairs, of which self-play takes the prompts alone, and
+    pairs of two moves with their scores."""
     out.mkdir(parents=True, exist_ok=True)
     vocabulary = {word: i for i, word in enumerate((*SPECIALS, *MOVES, *ROUNDS, *FILLERS))}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -81,6 +83,13 @@ def write(out: pathlib.Path, seed: int) -> None:
         "demonstrations": [{"prompt": asked[i % PROMPTS], "completion": said()} for i in range(DEMONSTRATIONS)],
         "pairs": [{"prompt": prompt, "chosen": " rock w0 w0", "rejected": " rock w1 w1"} for prompt in asked],
     }
+    best_first = lambda: sorted(rng.choice(MOVES, 2, replace=False), key=SCORES.get, reverse=True)
+    scored = [(prompt, *best_first(), *rng.choice(FILLERS, 2)) for prompt in asked for _ in range(4)]
+    rows["scored"] = [
+        {"prompt": prompt, "chosen": f" {best} {one} {other}", "rejected": f" {worst} {one} {other}"}
+        | {"score_chosen": SCORES[best], "score_rejected": SCORES[worst]}
+        for prompt, best, worst, one, other in scored
+    ]
     for name, lines in rows.items():
         (out / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 

@@ -1,6 +1,6 @@
 """Self-play in a game of preferences that go in a circle (configs/nash_game.py): who gets to the Nash policy?
 
-    python launch/nash.py [--out runs/nash] [--seeds 5] [--iterations 20] [--only sppo nash_md]
+    python launch/nash.py [--out runs/nash] [--seeds 5] [--iterations 40] [--only sppo nash_md]
 
 Each seed draws a model and has it learn from demonstrations; from there every method runs by its own config and the
 game's. Each iterate's policy over the moves is read off its log-probs, prompt by prompt, and held against the prompt's
@@ -38,6 +38,12 @@ METHODS = {
     "Nash-MD": ("nash_md", MANY),
     "DPO on Bradley-Terry": ("sppo", [*OF_REWARDS, "--loss.reference=initial", "--bootstrap.fresh=1"]),
 }
+# On given pairs with scores, whose optimum is known, too: π_0·exp(score/β).
+SCORED = ["--data.pairs=[{folder}/scored.jsonl]", "--bootstrap.fresh=0", "--select.keep=1", "--reward.source=implicit"]
+GAPS = {
+    loss: ("rpo", [*SCORED, "--reward.function=", f"--loss.name={loss}"])
+    for loss in ("dpo", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq")
+}
 
 
 def started(folder: pathlib.Path, seed: int) -> None:
@@ -68,6 +74,16 @@ def iterates(config: TrainConfig) -> np.ndarray:
         runs.close(world.run)
 
 
+def of_scores(policy_TPN: np.ndarray, beta: float) -> dict[str, list[float]]:
+    """By iterate, means over prompts: total variation to π_0·exp(score/β), the moves alone; shares."""
+    moves_TPN = policy_TPN[..., :-1] / policy_TPN[..., :-1].sum(-1, keepdims=True)
+    score_N = np.array(list(nash_game.SCORES.values()))
+    best = [nash.normalised(np.log(first) + score_N / beta) for first in moves_TPN[0]]
+    far = lambda row: float(np.mean([nash.total_variation(p, goal) for p, goal in zip(row, best)]))
+    shares = [*moves_TPN.mean(1).tolist(), np.mean(best, axis=0).tolist()]
+    return {"tv": [far(row) for row in moves_TPN], "shares": shares}
+
+
 def measured(policy_TPN: np.ndarray, beta: float) -> dict[str, list[float]]:
     """By iterate, means over prompts: total variation to the Nash policy, exploitability with and without β; shares."""
     games = [(nash.nash(nash_game.PROB, first, beta), first) for first in policy_TPN[0]]
@@ -76,6 +92,7 @@ def measured(policy_TPN: np.ndarray, beta: float) -> dict[str, list[float]]:
         "tv": mean(lambda p, found, first: nash.total_variation(p, found)),
         "exploitability": mean(lambda p, found, first: nash.exploitability(nash_game.PROB, p, first, beta)),
         "plain": mean(lambda p, found, first: nash.exploitability(nash_game.PROB, p, first, 0.0)),
+        "mean_tv": float(np.mean([nash.total_variation(p, found) for p, (found, _) in zip(policy_TPN.mean(0), games)])),
         "shares": policy_TPN.mean(1).tolist(),
         "nash": np.mean([found for found, _ in games], axis=0).tolist(),
     }
@@ -85,8 +102,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/nash"))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--iterations", type=int, default=20)
-    parser.add_argument("--only", nargs="*", default=list(METHODS))
+    parser.add_argument("--iterations", type=int, default=40)
+    parser.add_argument("--only", nargs="*", default=[*METHODS, *GAPS])
     arguments = parser.parse_args()
     found: dict[str, list] = {name: [] for name in arguments.only}
     for seed in range(arguments.seeds):
@@ -94,42 +111,62 @@ def main() -> None:
         if not (folder / "start" / "result.json").is_file():
             started(folder, seed)
         for name in arguments.only:
-            file, flags = METHODS[name]
+            file, flags = (METHODS | GAPS)[name]
             short = "".join(c if c.isalnum() else "_" for c in name)
-            flags = [f"--config=configs/{file}.yaml", "--config=configs/nash_game.yaml", *flags]
+            own = [flag.format(folder=folder) for flag in flags]
+            flags = [f"--config=configs/{file}.yaml", "--config=configs/nash_game.yaml"]
             flags += [f"--run.dir={folder}/{short}", f"--run.seed={seed}", f"--model.path={folder}/start/export"]
             flags += [f"--data.pairs=[{folder}/pairs.jsonl]", f"--loop.iterations={arguments.iterations}"]
-            config = configs.parse(TrainConfig, flags)
+            config = configs.parse(TrainConfig, [*flags, *own])
             kept = folder / f"{short}.json"
             if not kept.is_file():
                 train(config)
                 kept.write_text(json.dumps(iterates(config).tolist()))
             # All are held against the game of the same β, also those whose own is another.
-            found[name].append(measured(np.array(json.loads(kept.read_text())), beta=0.1))
+            measure = measured if name in METHODS else of_scores
+            found[name].append(measure(np.array(json.loads(kept.read_text())), beta=0.1))
     (arguments.out / "nash.json").write_text(json.dumps(found))
-    told = table(found)
+    played, scored = ({n: s for n, s in found.items() if n in some} for some in (METHODS, GAPS))
+    told = (table(played) if played else "") + (table_of_scores(scored) if scored else "")
     (arguments.out / "table.md").write_text(told)
     print(told)
-    figure(found, arguments.out / "nash.png")
+    if played:
+        figure(played, arguments.out / "nash.png")
+
+
+def cell(values: list[float]) -> str:
+    """Mean over seeds ± 1.96 standard errors."""
+    spread = 1.96 * np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+    return f"{np.mean(values):.3f} ± {spread:.3f}"
+
+
+def shares_of(rows: list[list[float]]) -> str:
+    return " / ".join(f"{x:.2f}" for x in np.mean(rows, axis=0)[:3])
+
+
+def table_of_scores(found: dict[str, list]) -> str:
+    """Total variation to the optimum at a quarter of the iterations and at the end."""
+    lines = ["\n| | TV, a quarter of the way | at the end | rock / paper / scissors |", "|---|---|---|---|"]
+    for name, seeds in found.items():
+        early, late = (cell([s["tv"][at] for s in seeds]) for at in (len(seeds[0]["tv"]) // 4, -1))
+        lines.append(f"| {name} | {early} | {late} | {shares_of([s['shares'][-2] for s in seeds])} |")
+    lines.append(f"| π_0·exp(score/β) | 0 | 0 | {shares_of([s['shares'][-1] for s in next(iter(found.values()))])} |")
+    return "\n".join(lines) + "\n"
 
 
 def table(found: dict[str, list]) -> str:
-    """Means over seeds ± 1.96 standard errors, of the initial policy, of the last iterate, and over the last five."""
-
-    def cell(values: list[float]) -> str:
-        spread = 1.96 * np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-        return f"{np.mean(values):.3f} ± {spread:.3f}"
-
-    lines = ["| | TV to Nash | of the last five iterates | exploitability, β | without | rock / paper / scissors |"]
-    lines.append("|" + "---|" * 6)
+    """Of the initial policy and of each method's last iterate."""
+    columns = ("", "TV to Nash", "mean of the last five", "TV of the mean iterate", "exploitability, β", "without")
+    lines = [f"| {' | '.join(columns)} | rock / paper / scissors |", "|" + "---|" * 7]
     rows = [("start", next(iter(found.values())), 0), *((name, seeds, -1) for name, seeds in found.items())]
     for label, seeds, at in rows:
-        shares = " / ".join(f"{x:.2f}" for x in np.mean([s["shares"][at] for s in seeds], axis=0)[:3])
-        late = cell([np.mean(s["tv"][-5:]) for s in seeds]) if at else ""
+        shares = shares_of([s["shares"][at] for s in seeds])
+        late = [[np.mean(s["tv"][-5:]) for s in seeds], [s["mean_tv"] for s in seeds]]
+        late = " | ".join(map(cell, late)) if at else " | "
         cells = [cell([s[key][at] for s in seeds]) for key in ("tv", "exploitability", "plain")]
         lines.append(f"| {label} | {cells[0]} | {late} | {cells[1]} | {cells[2]} | {shares} |")
-    shares = " / ".join(f"{x:.2f}" for x in np.mean([s["nash"] for s in next(iter(found.values()))], axis=0)[:3])
-    lines.append(f"| Nash, β 0.1 | 0 | 0 | 0 | | {shares} |")
+    shares = shares_of([s["nash"] for s in next(iter(found.values()))])
+    lines.append(f"| Nash, β 0.1 | 0 | | | 0 | | {shares} |")
     return "\n".join(lines) + "\n"
 
 

@@ -415,7 +415,7 @@ def test_a_mixture_with_the_initial_policy(base, made, tmp_path):
     assert got.opponents.finished_PC.shape == (20, 3) and got.ranked.prob_PCC.shape == (20, 6, 6)
     words = lambda texts: np.array([[len(text.split()) for text in row] for row in texts], np.float64)
     own, other = words(got.candidates.texts_PC), words(got.opponents.texts_PC)
-    there = np.array([[len(ids) > 0 for ids in row] for row in got.opponents.tokens_PC])
+    there = np.array([[text.strip() != "" for text in row] for row in got.opponents.texts_PC])
     win = 0.5 + np.sign(own[:, :, None] - other[:, None]) / 4
     win = (win * there[:, None]).sum(2) / there.sum(1, keepdims=True)
     assert len(got.fresh.trees) > 5
