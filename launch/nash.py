@@ -40,6 +40,7 @@ METHODS = {
 }
 # On given pairs with scores, whose optimum is known, too: π_0·exp(score/β).
 SCORED = ["--data.pairs=[{folder}/scored.jsonl]", "--bootstrap.fresh=0", "--select.keep=1", "--reward.source=implicit"]
+SCORED += ["--loop.iterations=8", "--optimizer.learning_rate=5e-4"]
 GAPS = {
     loss: ("rpo", [*SCORED, "--reward.function=", f"--loss.name={loss}"])
     for loss in ("dpo", "rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq")
