@@ -2,6 +2,9 @@
 the table's own losses on a policy of three numbers, with exact expectations."""
 
 import functools
+import importlib.util
+import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -253,3 +256,52 @@ def test_dpo_on_bradley_terry_rewards_does_not():
     known = nash.nash(GAME, REFERENCE, TAU)
     far = [nash.total_variation(policy, known) for policy in self_play("dpo", 3000, 2, 0.5)]
     assert min(far[-1000:]) > 0.3 and far[-1] > far[0] + 0.1
+
+
+# --- the game of launch/nash.py ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def driver():
+    path = pathlib.Path(__file__).parents[1] / "launch" / "nash.py"
+    spec = importlib.util.spec_from_file_location("launch_nash", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_game_of_words_is_this_one(driver, tmp_path):
+    game = driver.nash_game
+    np.testing.assert_allclose(game.PROB[:3, :3], GAME, atol=1e-15)
+    said = ["rock w0 w1", "paper w1", "scissors", "w3 rock", ""]
+    assert [game.move(text) for text in said] == [0, 1, 2, 3, 3]
+    for one in said:
+        assert [game.prefer("p", one, other) + game.prefer("p", other, one) for other in said] == [1.0] * 5
+    assert game.prefer("p", said[0], said[2]) == 0.9 and game.prefer("p", said[1], said[4]) == 0.9
+    fitted = [game.fitted("p", text) for text in said]
+    assert np.argsort(fitted[:4]).tolist() == [3, 2, 0, 1] and fitted[3] == fitted[4]  # paper is highest
+    game.write(tmp_path, 0)
+    rows = {f.stem: [json.loads(x) for x in f.read_text().splitlines()] for f in tmp_path.glob("*.jsonl")}
+    moves = [game.move(row["completion"]) for row in rows["demonstrations"]]
+    np.testing.assert_allclose(np.bincount(moves) / len(moves), REFERENCE, atol=0.04)
+    assert len({row["prompt"] for row in rows["pairs"]}) == len(rows["pairs"]) == 128
+    assert all(row["score_chosen"] > row["score_rejected"] for row in rows["scored"])
+    assert all(game.SCORES[row["chosen"].split()[0]] == row["score_chosen"] for row in rows["scored"])
+
+
+def test_what_the_driver_measures(driver, tmp_path):
+    """Nothing at the Nash policy and at the optimum of the scores, of each prompt's own game; something elsewhere."""
+    rng = np.random.default_rng(0)
+    start = rng.dirichlet([30, 12, 7, 1], size=5)
+    best = np.array([nash.nash(driver.nash_game.PROB, first, 0.1) for first in start])
+    got = driver.measured(np.array([start, best]), 0.1)
+    assert got["tv"][0] > 0.1 and got["tv"][1] < 1e-9 and got["exploitability"][1] < 1e-9 < got["exploitability"][0]
+    np.testing.assert_allclose(got["nash"], best.mean(0))
+    assert got["mean_tv"] == pytest.approx(got["tv"][0] / 2)
+    optimum = start * np.exp(np.array([0.0, 1.0, -1.0, 5.0]))  # what else is said has no score
+    scored = driver.of_scores(np.array([start, optimum / optimum.sum(1, keepdims=True)]), 0.1)
+    assert scored["tv"][0] > 0.1 and scored["tv"][1] < 1e-9
+    told = driver.table({"one": [got, got]}) + driver.table_of_scores({"two": [scored]})
+    assert "| start | " in told and f"| one | {0:.3f} ± {0:.3f} |" in told and "| two | " in told
+    driver.figure({"one": [got, got]}, tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 1000

@@ -84,7 +84,8 @@ def write_pairs(
 
 
 def _probabilities(candidates: Candidates, prob_PCC: np.ndarray) -> dict[str, Any]:
-    """Every two candidates of a prompt that were compared: the probability that the first is better than the second."""
+    """Every two candidates of a prompt that were compared: the probability that the first is better than the second.
+    Opponents are counted behind the candidates."""
     found = np.argwhere(np.isfinite(prob_PCC) & np.triu(np.ones(prob_PCC.shape[1:], bool), 1))
     return {
         "prompt_id": [candidates.ids[p] for p, _, _ in found],
