@@ -103,11 +103,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/nash"))
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first", type=int, default=0, help="number of the first seed: several commands may share OUT")
     parser.add_argument("--iterations", type=int, default=40)
     parser.add_argument("--only", nargs="*", default=[*METHODS, *GAPS])
     arguments = parser.parse_args()
     found: dict[str, list] = {name: [] for name in arguments.only}
-    for seed in range(arguments.seeds):
+    for seed in range(arguments.first, arguments.first + arguments.seeds):
         folder = arguments.out / str(seed)
         if not (folder / "start" / "result.json").is_file():
             started(folder, seed)
