@@ -21,7 +21,7 @@ class Fresh:
 
     trees: prompt, (chosen, rejected) with the sampled ids. pair_F2: candidate numbers (chosen, rejected); prompt_F:
     index into the candidates. reward_F2, margin_F float32. win_F2 float32: mean probability of beating the prompt's
-    other candidates. kept_F bool: among the K̃ of the largest margin.
+    other candidates; preference_F2 float32: the other one of the pair. kept_F bool: among the K̃ of the largest margin.
     """
 
     trees: tuple[Tree, ...]
@@ -30,6 +30,7 @@ class Fresh:
     reward_F2: np.ndarray
     margin_F: np.ndarray
     win_F2: np.ndarray
+    preference_F2: np.ndarray
     kept_F: np.ndarray
 
 
@@ -242,21 +243,43 @@ def picked(candidates: Candidates, chosen_P: np.ndarray) -> Candidates:
     )
 
 
+def joined(one: Candidates, other: Candidates) -> Candidates:
+    """The candidates of the same prompts by two samplers, side by side."""
+    both = lambda a, b: tuple((*x, *y) for x, y in zip(a, b, strict=True))
+    return Candidates(
+        ids=one.ids,
+        prompts=one.prompts,
+        texts_PC=both(one.texts_PC, other.texts_PC),
+        tokens_PC=both(one.tokens_PC, other.tokens_PC),
+        finished_PC=np.concatenate((one.finished_PC, other.finished_PC), axis=1),
+    )
+
+
 def _content(prompt: Text) -> str:
     return json.dumps(prompt, sort_keys=True, ensure_ascii=False)
 
 
+def copies(candidates: Candidates, *, keep_unfinished: bool, draws: int = 0) -> np.ndarray:
+    """int32 [P, C]: how many of a prompt's candidates say the same, at the first of them; 0 at the others, and at those
+    that may stand in no pair: empty, or unfinished unless told otherwise.
+
+    Args:
+        draws: so many candidates in a row are looked at by themselves, those of several samplers; 0 = all.
+    """
+    out = np.zeros(candidates.finished_PC.shape, np.int32)
+    for p, tokens in enumerate(candidates.tokens_PC):
+        first: dict[tuple[int, bytes], int] = {}
+        for c, ids in enumerate(tokens):
+            place = first.setdefault((c // draws if draws else 0, ids.tobytes()), c)
+            usable = len(ids) > 0 and candidates.texts_PC[p][c].strip() != ""
+            usable &= keep_unfinished or bool(candidates.finished_PC[p, place])
+            out[p, place] += usable
+    return out
+
+
 def valid(candidates: Candidates, *, keep_unfinished: bool) -> np.ndarray:
     """bool [P, C]: which candidates may stand in a pair: not empty, not repeated, finished unless told otherwise."""
-    out = np.zeros(candidates.finished_PC.shape, bool)
-    for p, tokens in enumerate(candidates.tokens_PC):
-        seen: set[bytes] = set()
-        for c, ids in enumerate(tokens):
-            text = ids.tobytes()
-            usable = len(ids) > 0 and candidates.texts_PC[p][c].strip() != "" and text not in seen
-            out[p, c] = usable and (keep_unfinished or bool(candidates.finished_PC[p, c]))
-            seen.add(text)
-    return out
+    return copies(candidates, keep_unfinished=keep_unfinished) > 0
 
 
 def fresh_pairs(
@@ -264,6 +287,7 @@ def fresh_pairs(
     rewards_PC: np.ndarray,
     valid_PC: np.ndarray,
     prob_PCC: np.ndarray | None = None,
+    against_PC: np.ndarray | None = None,
     *,
     rule: str,
     keep: int,
@@ -272,7 +296,8 @@ def fresh_pairs(
     """Candidates and their rewards → pairs by a rule of sera.PAIR_RULES, of which the K̃ largest margins are kept.
 
     Args:
-        prob_PCC: probabilities that one candidate is better than another, of a source that compares (`sera.win_rates`).
+        prob_PCC: probabilities that one candidate is better than another, of a source that compares; against_PC: whom
+            they win against (`sera.win_rates`).
         keep: K̃; fewer pairs than that are all kept. key: of the iteration, for the rules that draw.
 
     Raises:
@@ -290,9 +315,13 @@ def fresh_pairs(
     )
     prompt_F, q_F = np.nonzero(ok_PQ)
     pair_F2 = pair_PQ2[prompt_F, q_F]
+    known = jnp.asarray(rewards_PC), jnp.asarray(valid_PC)
+    win_PC = np.asarray(sera.win_rates(*known, prob_PCC, against_PC), np.float32)
+    met_F = np.isfinite(win_PC[prompt_F[:, None], pair_F2]).all(axis=1)  # an opponent
+    prompt_F, pair_F2 = prompt_F[met_F], pair_F2[met_F]
     reward_F2 = rewards_PC[prompt_F[:, None], pair_F2].astype(np.float32)
     margin_F = reward_F2[:, 0] - reward_F2[:, 1]
-    win_PC = np.asarray(sera.win_rates(jnp.asarray(rewards_PC), jnp.asarray(valid_PC), prob_PCC), np.float32)
+    first_F = np.asarray(sera.probabilities(known[0], prob_PCC), np.float32)[prompt_F, *pair_F2.T]
     kept_F = np.zeros(len(prompt_F), bool)
     if len(prompt_F):
         one_group = jnp.zeros(len(prompt_F), jnp.int32)
@@ -305,4 +334,13 @@ def fresh_pairs(
         )
         for p, (chosen, rejected) in zip(prompt_F, pair_F2)
     )
-    return Fresh(trees, prompt_F, pair_F2, reward_F2, margin_F, win_PC[prompt_F[:, None], pair_F2], kept_F)
+    return Fresh(
+        trees,
+        prompt_F,
+        pair_F2,
+        reward_F2,
+        margin_F,
+        win_F2=win_PC[prompt_F[:, None], pair_F2],
+        preference_F2=np.stack([first_F, 1 - first_F], axis=1),
+        kept_F=kept_F,
+    )

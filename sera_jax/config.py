@@ -23,6 +23,10 @@ LossName = Literal[
     "discopop",
     "slic",
     "ipo",
+    "ipo_soft",
+    "rpo_bwd_kl",
+    "rpo_fwd_kl",
+    "rpo_sq",
     "sigmoid_norm",
     "dpop",
     "rdpo",
@@ -66,7 +70,8 @@ MARGIN_SCORES = (
     "alignment_potential",
 )  # built on the implicit reward of the policy
 RuleName = Literal["top_k", "bottom_k", "middle", "threshold", "all"]
-RewardName = Literal["implicit", "model", "function", "judge", "file", "random"]
+RewardName = Literal["implicit", "model", "function", "preference_function", "judge", "file", "random"]
+FUNCTION_SOURCES = ("function", "preference_function")  # of reward.function
 BestName = Literal["accuracy", "loss"]
 PairRuleName = Literal["best_worst", "best_random", "random", "all_pairs"]
 TargetName = Literal["query", "key", "value", "out", "gate", "up", "down", "head"]
@@ -251,7 +256,8 @@ class LossConfig:
 
     Args:
         name: of the loss.
-        beta: β > 0 (τ of ipo, 1/η of sppo_hard and sppo, λ of orpo; slic_hf has it in its implicit reward only).
+        beta: β > 0 (τ of ipo and ipo_soft, 1/η of sppo_hard and sppo, λ of orpo; slic_hf has it in its implicit reward
+            only).
         label_smoothing: ε in [0, 0.5), the share of labels that are taken for wrong: dpo (cDPO), robust_dpo, exo_pair
             (which needs more than 0: 1e-3 in its paper), aot, aot_unpaired, simpo, alphapo, cpo.
         f_divergence: from the reference, in the place of the log-ratio (f-DPO): dpo, robust_dpo, exo_pair, discopop,
@@ -263,6 +269,7 @@ class LossConfig:
         alphapo_alpha: alphapo only: α of its reward, 0 is SimPO's.
         discopop_tau: discopop only: τ in (0, 1].
         dpop_lambda: dpop only: λ >= 0, against chosen responses that fall below the reference.
+        reward_scale: rpo_bwd_kl, rpo_fwd_kl and rpo_sq only: of the gaps of known rewards (NeMo's gt_reward_scale).
         rdpo_alpha: rdpo only: α >= 0, reward that a token of length explains.
         slic_delta: slic_hf only: δ > 0, the margin of log-probs that is enough, in nats.
         slic_lambda: slic_hf only: λ >= 0, weight of the negative log-prob (a sum) of the chosen response.
@@ -291,6 +298,7 @@ class LossConfig:
     alphapo_alpha: float = 0.25
     discopop_tau: float = 0.05
     dpop_lambda: float = 50.0
+    reward_scale: float = 1.0
     rdpo_alpha: float = 0.05
     slic_delta: float = 1.0
     slic_lambda: float = 0.1
@@ -309,12 +317,13 @@ class RewardConfig:
 
     Args:
         source: of the candidates' rewards: implicit = the policy's own (SeRA); model = a reward model (RLHF Workflow);
-            function = a Python function; judge = a language model (section judge); file = the scores that
-            bootstrap.candidates_file brings; random = noise by run.seed (what ranking gives at least). The given pairs
-            are always scored by the implicit reward.
+            function = a Python function; preference_function = one that compares two responses; judge = a language
+            model (section judge); file = the scores that bootstrap.candidates_file brings; random = noise by run.seed
+            (what ranking gives at least). The given pairs are always scored by the implicit reward.
         model: Hugging Face folder of a reward model (…ForSequenceClassification with one label) with the policy's
             tokens, as `sera_jax.reward_model` exports them; for source model.
-        function: "module:function", called as function(prompt, response) -> float on texts.
+        function: "module:function", called as function(prompt, response) -> float on texts; for source
+            preference_function as function(prompt, first, second) -> the probability that the first is the better one.
         reference: of the policy that scores: initial, previous = the iterate before it, ema, none (see loss.reference).
         ensemble: over iterates (Eq. 7 of SeRA): two_term = (1-γ)·current + γ·previous, ema = recursive, mean = all
         alike.
@@ -421,6 +430,10 @@ class BootstrapConfig:
             lengths. A prompt's candidates then read its cache one by one, and that of all the batch's prompts is kept.
         pair_rule: how a prompt's candidates become pairs.
         unfinished: drop = a candidate that did not reach EOS takes no part; keep = it does.
+        mixture: α of Nash-MD: responses of the geometric mixture π^(1-α)·π_0^α of the policy and the initial one, token
+            by token; 0 = off. Both are in memory while it samples.
+        mixture_of: opponents = C more responses a prompt, which stand in no pair but are whom the candidates' wins are
+            against (Nash-MD, with loss sppo); candidates = the candidates themselves (IPO-MD, with loss ipo_soft).
         replay: also train on the fresh pairs of earlier iterations.
         candidates_file: JSONL of candidates in the place of sampling, as `sera_jax.generate` writes it: {"prompt",
             "responses"} and, for each response, "finished" (default: all), "rewards" or "scores" (reward.source file).
@@ -440,6 +453,8 @@ class BootstrapConfig:
     refill: int = 1
     pair_rule: PairRuleName = "best_worst"
     unfinished: Literal["drop", "keep"] = "drop"
+    mixture: float = 0.0
+    mixture_of: Literal["opponents", "candidates"] = "opponents"
     replay: bool = False
     candidates_file: str = ""
 
@@ -754,6 +769,7 @@ _RANGES: tuple[tuple[str, Any, str], ...] = (
     ("loss.alphapo_alpha", math.isfinite, "a finite number"),
     ("loss.discopop_tau", lambda v: 0 < v <= 1, "0 < τ <= 1"),
     ("loss.dpop_lambda", lambda v: v >= 0, "a number >= 0"),
+    ("loss.reward_scale", lambda v: 0 < v < math.inf, "a number > 0"),
     ("loss.rdpo_alpha", lambda v: v >= 0, "a number >= 0"),
     ("loss.slic_delta", lambda v: v > 0, "a number > 0"),
     ("loss.slic_lambda", lambda v: v >= 0, "a number >= 0"),
@@ -786,6 +802,7 @@ _RANGES: tuple[tuple[str, Any, str], ...] = (
     ("bootstrap.prompts_per_iteration", lambda v: 0 < v <= 1, "a share in (0, 1]"),
     ("bootstrap.temperature", lambda v: v >= 0, "a number >= 0"),
     ("bootstrap.top_p", lambda v: 0 < v <= 1, "a share in (0, 1]"),
+    ("bootstrap.mixture", lambda v: 0 <= v <= 1, "0 <= α <= 1"),
     ("bootstrap.min_p", lambda v: 0 <= v < 1, "0 <= min_p < 1"),
     ("bootstrap.max_new_tokens", lambda v: v >= 1, "at least 1"),
     ("bootstrap.top_k", lambda v: v >= 0, "0 or more"),
@@ -859,6 +876,7 @@ _LOSS_KEYS = (
     ("alphapo_alpha", ("alphapo",)),
     ("discopop_tau", ("discopop",)),
     ("dpop_lambda", ("dpop",)),
+    ("reward_scale", ("rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq")),
     ("rdpo_alpha", ("rdpo",)),
     ("slic_delta", ("slic_hf",)),
     ("slic_lambda", ("slic_hf",)),
@@ -1036,6 +1054,16 @@ def _check_train(config: TrainConfig, where: str) -> None:
             f"{where}: bootstrap.slots is {config.bootstrap.slots}, expected at least bootstrap.candidates "
             f"({config.bootstrap.candidates}): the candidates of a prompt are decoded side by side."
         )
+    if config.bootstrap.mixture and config.bootstrap.candidates_file:
+        raise ConfigError(
+            f"{where}: bootstrap.mixture is {config.bootstrap.mixture} with bootstrap.candidates_file, expected "
+            "candidates that the run samples itself. Leave one of them out."
+        )
+    if config.bootstrap.mixture_of != "opponents" and not config.bootstrap.mixture:
+        raise ConfigError(
+            f"{where}: bootstrap.mixture_of is {config.bootstrap.mixture_of!r} with bootstrap.mixture 0, so that there "
+            "is no mixture; set bootstrap.mixture, or leave it out."
+        )
     _check_room(config, where)
     if (config.reward.source == "model") != bool(config.reward.model):
         expected = "the folder of a reward model" if config.reward.source == "model" else "none; leave it out"
@@ -1043,7 +1071,7 @@ def _check_train(config: TrainConfig, where: str) -> None:
             f"{where}: reward.model is {config.reward.model!r} with reward.source {config.reward.source!r}, expected "
             f"{expected}."
         )
-    if config.reward.source == "function" and ":" not in config.reward.function:
+    if config.reward.source in FUNCTION_SOURCES and ":" not in config.reward.function:
         raise ConfigError(f"{where}: reward.function is {config.reward.function!r}, expected 'module:function'.")
     if config.reward.source == "file" and bootstrapping and not config.bootstrap.candidates_file:
         raise ConfigError(
@@ -1166,6 +1194,11 @@ def _check_references(config: TrainConfig, where: str) -> None:
         raise ConfigError(
             f"{where}: select.score is 'reward_gap' with reward.function {config.reward.function!r}, expected "
             "'module:function'."
+        )
+    if selects and config.select.score == "reward_gap" and config.reward.source == "preference_function":
+        raise ConfigError(
+            f"{where}: select.score is 'reward_gap' with reward.source 'preference_function', whose function compares "
+            "two responses, expected one that scores each. Use another score, or reward.source 'function'."
         )
     moving = config.reward.reference in ("previous", "ema")
     if moving and config.loop.iterations > 2 and config.reward.ensemble != "current":

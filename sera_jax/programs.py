@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -507,8 +508,8 @@ def prefiller(arch: Arch, mesh: Mesh, compute: Compute) -> Callable[[dict, jax.A
 def decoder(
     arch: Arch, mesh: Mesh, compute: Compute, *, candidates: int, max_new_tokens: int, slots: int | None = None
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """(decode weights, Prefilled, hash_P2, key, Sampling[, limit_PC]) → (tokens_PCT, finished_PC) on every process;
-    keywords as in sample.decode."""
+    """(decode weights, Prefilled, hash_P2, key, Sampling[, limit_PC[, Beside]]) → (tokens_PCT, finished_PC) on every
+    process; keywords as in sample.decode."""
     how = {"candidates": candidates, "max_new_tokens": max_new_tokens, "slots": slots}
     run = functools.partial(sample.decode, arch, **how, mesh=mesh, dtype=compute.dtype, backend=compute.attention)
     return jax.jit(run, out_shardings=(meshes.replicated(mesh),) * 2)
@@ -648,17 +649,22 @@ def sample_prompts(
     sampling: Sampling,
     mesh: Mesh,
     limit_PC: Any = None,
+    beside: tuple[dict, float] | None = None,
 ) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
     """A sampler bound to (decode-layout) weights: padded prompts on the host → tokens_PCT, finished_PC on the host
-    (`sample.run_batches`). limit_PC: of every batch, as in sample.decode."""
+    (`sample.run_batches`). limit_PC: of every batch, as in sample.decode. beside: weights and α of a mixture's
+    second model, None = no mixture."""
     whole = meshes.replicated(mesh)
     values, key = meshes.put(sampling, whole), meshes.put(key, whole)
-    limits = () if limit_PC is None else (meshes.put(limit_PC, by_prompt(mesh, limit_PC.shape)),)
+    limit = None if limit_PC is None else meshes.put(limit_PC, by_prompt(mesh, limit_PC.shape))
+    alpha = None if beside is None else meshes.put(np.float32(beside[1]), whole)
 
     def run(*prompts: Any) -> tuple[Any, Any]:
         tokens_PJ, length_P, hash_P2 = (meshes.put(array, by_prompt(mesh, array.shape)) for array in prompts)
-        start = prefill(weights, tokens_PJ, length_P)
-        return meshes.get(decode(weights, start, hash_P2, key, values, *limits))
+        start, other = prefill(weights, tokens_PJ, length_P), None
+        if beside is not None:
+            other = sample.Beside(beside[0], prefill(beside[0], tokens_PJ, length_P), alpha)
+        return meshes.get(decode(weights, start, hash_P2, key, values, limit, other))
 
     return run
 
@@ -679,18 +685,21 @@ def sampler(
     candidates: int,
     max_new_tokens: int,
     slots: int,
+    beside: tuple[Callable[[], dict], float] | None = None,
 ) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
     """`sample_prompts` with weights that nobody needs before the first prompt: `load` (→ weights on the training
-    layout) is called then, once, and they move to the decode layout."""
+    layout) is called then, once, and they move to the decode layout; those of `beside` after them."""
     bound: list[Callable] = []
 
     def run(*prompts: Any) -> tuple[Any, Any]:
         if not bound:
-            weights = to_decode(arch, mesh, compute.dtype)(load())
+            moved = to_decode(arch, mesh, compute.dtype)
+            weights = moved(load())
+            other = None if beside is None else (moved(beside[0]()), beside[1])
             prefill = prefiller(arch, mesh, compute)
             many = {"candidates": candidates, "max_new_tokens": max_new_tokens, "slots": slots}
             decode = decoder(arch, mesh, compute, **many)
-            bound.append(sample_prompts(prefill, decode, weights, key, sampling, mesh))
+            bound.append(sample_prompts(prefill, decode, weights, key, sampling, mesh, beside=other))
         return bound[0](*prompts)
 
     return run

@@ -399,24 +399,31 @@ def check_finite(bad: np.ndarray, ids: Sequence[str], what: str) -> None:
 # --- Win rates: how a candidate stands among those of its prompt ------------------------------------------------------
 
 
-def win_rates(rewards_PC, valid_PC, prob_PCC=None):
+def probabilities(rewards_PC, prob_PCC=None):
+    """P(i > j) -> float32 [P, C, C]: those of a source that compares, else Bradley-Terry's σ(r_i - r_j)."""
+    return jax.nn.sigmoid(rewards_PC[:, :, None] - rewards_PC[:, None, :]) if prob_PCC is None else prob_PCC
+
+
+def win_rates(rewards_PC, valid_PC, prob_PCC=None, against_PC=None):
     """Mean probability of beating the prompt's other valid candidates -> float32 [P, C].
 
     It is P(y > π | x) of the policy that sampled them, estimated as in SPPO (Wu et al. 2024, sec. 4.2), but without the
-    candidate itself.
+    candidate itself; with other opponents than the candidates, P(y > π' | x) of who sampled those.
 
     Args:
         rewards_PC: Bradley-Terry rewards: P(i > j) = σ(r_i - r_j) where nothing better is known.
         prob_PCC: P(i > j), need not be transitive; NaN = not compared, which is left out.
+        against_PC: int, how many opponents say what a candidate says; None = each valid candidate is one. A candidate
+            that is one of them itself does not count, but others that say the same do: against those it has 0.5.
 
     Returns:
         NaN for a candidate that is not valid, or that no other one was compared with.
     """
-    if prob_PCC is None:
-        prob_PCC = jax.nn.sigmoid(rewards_PC[:, :, None] - rewards_PC[:, None, :])
-    others_PCC = valid_PC[:, :, None] & valid_PC[:, None, :] & ~jnp.eye(valid_PC.shape[1], dtype=bool)[None]
-    others_PCC &= ~jnp.isnan(prob_PCC)
-    return jnp.sum(jnp.where(others_PCC, prob_PCC, 0), axis=2) / jnp.sum(others_PCC, axis=2)
+    prob_PCC, itself_CC = probabilities(rewards_PC, prob_PCC), jnp.eye(valid_PC.shape[1], dtype=jnp.int32)
+    against_PC = valid_PC.astype(jnp.int32) if against_PC is None else against_PC
+    others_PCC = jnp.maximum(against_PC[:, None, :] - itself_CC[None], 0)
+    others_PCC = jnp.where(valid_PC[:, :, None] & ~jnp.isnan(prob_PCC), others_PCC, 0)
+    return jnp.sum(jnp.where(others_PCC > 0, others_PCC * prob_PCC, 0), axis=2) / jnp.sum(others_PCC, axis=2)
 
 
 # --- Pair rules: a prompt's candidates become pairs -------------------------------------------------------------------

@@ -154,6 +154,7 @@ RANGES = {
     "loss.discopop_tau": ([0.0, 1.1], [1e-3, 1.0]),
     "loss.dpop_lambda": ([-1.0], [0.0, 500.0]),
     "loss.rdpo_alpha": ([-0.1], [0.0]),
+    "loss.reward_scale": ([0.0, float("inf")], [2.0]),
     "loss.slic_delta": POSITIVE,
     "loss.slic_lambda": ([-0.1], [0.0]),
     "loss.sft_weight": ([-0.1], [0.0]),
@@ -190,6 +191,7 @@ RANGES = {
     "bootstrap.temperature": ([-0.1], [0.0]),
     "bootstrap.top_k": NOT_NEGATIVE,
     "bootstrap.top_p": ([0.0, 1.1], [1.0]),
+    "bootstrap.mixture": ([-0.1, 1.5], [0.0, 1.0]),
     "bootstrap.min_p": ([-0.1, 1.0], [0.0]),
     "bootstrap.max_new_tokens": AT_LEAST_1,
     "evaluate.temperature": ([-0.1], [0.0]),
@@ -243,6 +245,7 @@ OWNERS = {
     "loss.discopop_tau": {"loss.name": "discopop"},
     "loss.dpop_lambda": {"loss.name": "dpop"},
     "loss.rdpo_alpha": {"loss.name": "rdpo"},
+    "loss.reward_scale": {"loss.name": "rpo_sq"},
     "loss.slic_delta": {"loss.name": "slic_hf"},
     "loss.slic_lambda": {"loss.name": "slic_hf"},
     "loss.desirable_weight": {"loss.name": "kto", "loop.iterations": 1},
@@ -462,6 +465,22 @@ ON_POLICY = {"on_policy.algorithm": "policy_gradient", "reward.source": "functio
         (
             ON_POLICY | {"on_policy.algorithm": "raft", "on_policy.kl": "loss"},
             "on_policy.kl is 'loss' with on_policy.algorithm 'raft', expected 'reward', or on_policy.beta 0",
+        ),
+        (
+            {"bootstrap.mixture": 0.1, "bootstrap.candidates_file": "c.jsonl"},
+            "bootstrap.mixture is 0.1 with bootstrap.candidates_file, expected candidates that the run samples itself",
+        ),
+        (
+            {"bootstrap.mixture_of": "candidates"},
+            "bootstrap.mixture_of is 'candidates' with bootstrap.mixture 0, so that there is no mixture",
+        ),
+        (
+            {"reward.source": "preference_function"},
+            "reward.function is '', expected 'module:function'",
+        ),
+        (
+            {"select.score": "reward_gap", "reward.source": "preference_function", "reward.function": "a:b"},
+            "select.score is 'reward_gap' with reward.source 'preference_function', whose function compares two",
         ),
     ],
 )

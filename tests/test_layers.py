@@ -8,7 +8,7 @@ import pytest
 import sera_jax
 
 FLOORS = """
-0 records mesh processes metrics config disk calibration tree_kernel decode_kernel
+0 records mesh processes metrics config disk calibration nash tree_kernel decode_kernel
 1 tree_loops draw rope rows step toyworld
 2 attention model data losses policy_gradient sera ledger checkpoint report
 3 hf score sample

@@ -38,7 +38,21 @@ from sera_jax.losses.implicit import (
     per_token,
     simpo_reward,
 )
-from sera_jax.losses.margins import discopop, dpo, dpop, exo_pair, ipo, rdpo, robust_dpo, sigmoid_norm, slic
+from sera_jax.losses.margins import (
+    discopop,
+    dpo,
+    dpop,
+    exo_pair,
+    ipo,
+    ipo_soft,
+    rdpo,
+    robust_dpo,
+    rpo_bwd_kl,
+    rpo_fwd_kl,
+    rpo_sq,
+    sigmoid_norm,
+    slic,
+)
 from sera_jax.losses.reference_free import alphapo, cpo, orpo, simpo, slic_hf
 
 __all__ = [
@@ -62,6 +76,7 @@ __all__ = [
     "exo_pair",
     "ipo",
     "ipo_reward",
+    "ipo_soft",
     "kto",
     "kto_pair",
     "log_ratio_per_token_reward",
@@ -77,6 +92,9 @@ __all__ = [
     "reference_point",
     "reward_metrics",
     "robust_dpo",
+    "rpo_bwd_kl",
+    "rpo_fwd_kl",
+    "rpo_sq",
     "sft",
     "sigmoid_norm",
     "simpo",
@@ -116,6 +134,7 @@ class Loss:
 TARGETS: dict[str, str] = {
     "label": "+1 desirable, -1 not",
     "win": "probability of beating another response of the policy that sampled it",
+    "preference": "probability of being preferred to the other response of its pair",
     "reward": "of whoever scored it, in its units",
 }
 """What a loss may be told of each response (`records.Tree.values`)."""
@@ -129,6 +148,7 @@ def told(loss: Loss, target_P2: jax.Array) -> tuple[jax.Array, ...]:
 _DIVERGENCE = ("f_divergence", "f_alpha")
 _DPO = ("label_smoothing", *_DIVERGENCE)
 _GAMMA = ("gamma", "gamma_beta_ratio", "label_smoothing")
+_RPO = ("reward_scale",)
 _KTO = ("desirable_weight", "undesirable_weight")
 
 LOSSES: dict[str, Loss] = {
@@ -138,6 +158,10 @@ LOSSES: dict[str, Loss] = {
     "discopop": Loss(discopop, log_ratio_reward, reference=True, coupled=False, keys=("discopop_tau", *_DIVERGENCE)),
     "slic": Loss(slic, log_ratio_reward, reference=True, coupled=False, keys=_DIVERGENCE),
     "ipo": Loss(ipo, ipo_reward, reference=True, coupled=False, keys=("normalisation", *_DIVERGENCE)),
+    "ipo_soft": Loss(ipo_soft, log_ratio_reward, reference=True, coupled=False, target="preference"),
+    "rpo_bwd_kl": Loss(rpo_bwd_kl, log_ratio_reward, reference=True, coupled=False, keys=_RPO, target="reward"),
+    "rpo_fwd_kl": Loss(rpo_fwd_kl, log_ratio_reward, reference=True, coupled=False, keys=_RPO, target="reward"),
+    "rpo_sq": Loss(rpo_sq, log_ratio_reward, reference=True, coupled=False, keys=_RPO, target="reward"),
     "sigmoid_norm": Loss(sigmoid_norm, log_ratio_per_token_reward, reference=True, coupled=False, keys=_DIVERGENCE),
     "dpop": Loss(dpop, log_ratio_reward, reference=True, coupled=False, keys=("dpop_lambda",)),
     "rdpo": Loss(rdpo, log_ratio_reward, reference=True, coupled=False, keys=("rdpo_alpha",)),

@@ -65,6 +65,8 @@ def write_pairs(
             "reward_rejected": fresh.reward_F2[:, 1],
             "win_chosen": fresh.win_F2[:, 0],
             "win_rejected": fresh.win_F2[:, 1],
+            "preference_chosen": fresh.preference_F2[:, 0],
+            "preference_rejected": fresh.preference_F2[:, 1],
             "length_chosen": [len(tree.branches[0]) for tree in fresh.trees],
             "length_rejected": [len(tree.branches[1]) for tree in fresh.trees],
             "finished_chosen": [bool(candidates.finished_PC[p, c]) for p, c, _ in picks],
@@ -82,7 +84,8 @@ def write_pairs(
 
 
 def _probabilities(candidates: Candidates, prob_PCC: np.ndarray) -> dict[str, Any]:
-    """Every two candidates of a prompt that were compared: the probability that the first is better than the second."""
+    """Every two candidates of a prompt that were compared: the probability that the first is better than the second.
+    Opponents are counted behind the candidates."""
     found = np.argwhere(np.isfinite(prob_PCC) & np.triu(np.ones(prob_PCC.shape[1:], bool), 1))
     return {
         "prompt_id": [candidates.ids[p] for p, _, _ in found],
@@ -172,15 +175,19 @@ def _flops(
     earlier = set().union(*(_scores_of(world, s) for s in range(1, t)))
     size = {False: _tokens(world.given.trees, False), True: _tokens(world.given.trees, True)}
     scored = sum(size[shared] for _, shared in _scores_of(world, t) - earlier)
-    sampled = 0
+    decoded = 0
     if made is not None:
         candidates = rewards.trees(made.candidates)
         sampled = sum(tree.length for tree in candidates)
+        opposed = sum(tree.length for tree in rewards.trees(made.opponents)) if made.opponents else 0
+        # A mixture takes two passes for a token; before any update it is one of equals, and none.
+        twice = 0 if config.bootstrap.mixture == 0 or t == 1 else opposed if made.opponents else sampled
+        decoded = sampled + opposed + twice
         known: set[Name | None] = set()
         if config.reward.source == "implicit":
             scorer = Live(Name("iterate", t - 1), None)
             known = {*ensemble(world, scorer)[0], reward_reference(world, scorer)} - {None}
-            scored += sampled * len(known)
+            scored += (sampled + opposed) * len(known)
         kept = [tree for tree, kept in zip(made.fresh.trees, made.fresh.kept_F) if kept]
         if world.loss.reference:
             scored += _tokens(kept, False) * (loss_reference(world, t) not in known)
@@ -188,7 +195,7 @@ def _flops(
     return {
         "flops/train": float(update * sum(trained[batch].sum() for batch in batches)),
         "flops/score": float(forward * scored),
-        "flops/sample": float(forward * sampled),
+        "flops/sample": float(forward * decoded),
     }
 
 

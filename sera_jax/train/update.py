@@ -157,7 +157,8 @@ def _kept(world: World, chosen: Selection | None) -> tuple[list[Tree], np.ndarra
     if config.select.unselected == "soft_weight":
         return list(given.trees), own_N * np.asarray(sera.soft_weight(chosen.score_N), np.float32)
     # A pair that is swapped takes its scores along; whoever is chosen then has won.
-    values = lambda tree: tree.values if world.loss.target == "win" else tree.values[::-1]
+    compared = world.loss.target in ("win", "preference")
+    values = lambda tree: tree.values if compared else tree.values[::-1]
     swapped = [
         tree if kept else dataclasses.replace(tree, branches=tree.branches[::-1], values=values(tree))
         for tree, kept in zip(given.trees, chosen.mask_N)
@@ -167,7 +168,7 @@ def _kept(world: World, chosen: Selection | None) -> tuple[list[Tree], np.ndarra
 
 def _fresh(world: World, fresh: Fresh) -> list[Tree]:
     """The fresh pairs an iteration trains on, with what the loss is told of them."""
-    told = {"win": fresh.win_F2, "reward": fresh.reward_F2}.get(world.loss.target)
+    told = getattr(fresh, f"{world.loss.target}_F2", None)
     values = [()] * len(fresh.trees) if told is None else map(tuple, told.tolist())
     return [
         dataclasses.replace(tree, values=value) for tree, value, kept in zip(fresh.trees, values, fresh.kept_F) if kept
@@ -194,8 +195,8 @@ def updates_before(world: World, t: int) -> int:
 def _earlier_fresh(world: World, t: int) -> list[Tree]:
     """The fresh pairs that iteration t trained on, with the ids that were sampled."""
     path = worlds.folder(world, t) / "fresh.parquet"
-    told = {"win": "win", "reward": "reward"}.get(world.loss.target)
-    values = [] if told is None else [f"{told}_chosen", f"{told}_rejected"]
+    told = world.loss.target
+    values = [f"{told}_chosen", f"{told}_rejected"] if told else []
     columns = ["id", "prompt_tokens", "chosen_tokens", "rejected_tokens", "kept", *values]
     read = lambda: pyarrow.parquet.read_table(path, columns=columns).to_pylist() if path.is_file() else []
     return [

@@ -43,7 +43,8 @@ from sera_jax.records import Pair, Prompt, Tree, Unpaired
 from sera_jax.rows import Plan
 from sera_jax.run import Run
 
-KEYS = {"sft": 0, "sample": 1, "select": 2, "update": 3, "pairs": 4, "evaluate": 5, "reward": 6}  # folded into run.seed
+# Folded into run.seed.
+KEYS = {"sft": 0, "sample": 1, "select": 2, "update": 3, "pairs": 4, "evaluate": 5, "reward": 6, "opponents": 7}
 DECIDING = ("model", "mode", "template", "temperature", "max_tokens")  # keys of the judge that change its answers
 
 
@@ -256,7 +257,7 @@ def _check_early(config: TrainConfig) -> None:
     """
     selects = config.loop.iterations >= config.select.from_iteration and not on_policy(config)
     gaps = config.select.score == "reward_gap" and selects
-    if gaps or (config.reward.source == "function" and ranks(config)):
+    if gaps or (config.reward.source in configs.FUNCTION_SOURCES and ranks(config)):
         rewards.load_function(config.reward.function)
     if config.evaluate.function:
         rewards.load_function(config.evaluate.function)
