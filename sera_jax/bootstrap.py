@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sera_jax import data, disk, metrics, processes, sample, sera
+from sera_jax import data, disk, explore, metrics, processes, sample, sera
 from sera_jax.data import Responses, order
 from sera_jax.records import Candidates, Prompt, Text, Tree
 
@@ -20,7 +20,8 @@ class Fresh:
     """Pairs made of candidates, best margins first cut off at K̃ or not (`kept`).
 
     trees: prompt, (chosen, rejected) with the sampled ids. pair_F2: candidate numbers (chosen, rejected); prompt_F:
-    index into the candidates. reward_F2, margin_F float32. kept_F bool: among the K̃ of the largest margin.
+    index into the candidates. reward_F2, margin_F float32. kept_F bool: among the K̃ of the largest margin, or, of the
+    rule `explore`, of the largest Γ, which is gamma_F, float32.
     """
 
     trees: tuple[Tree, ...]
@@ -29,6 +30,7 @@ class Fresh:
     reward_F2: np.ndarray
     margin_F: np.ndarray
     kept_F: np.ndarray
+    gamma_F: np.ndarray | None = None
 
 
 def prompts_of_iteration(count: int, share: float, *, seed: int, iteration: int) -> np.ndarray:
@@ -246,13 +248,26 @@ def valid(candidates: Candidates, *, keep_unfinished: bool) -> np.ndarray:
     return out
 
 
+PAIR_RULES: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {**sera.PAIR_RULES, "explore": explore.enhancer}
+"""Those of sera, and the one that takes Γ beside what they take."""
+
+
 def fresh_pairs(
-    candidates: Candidates, rewards_PC: np.ndarray, valid_PC: np.ndarray, *, rule: str, keep: int, key: jax.Array
+    candidates: Candidates,
+    rewards_PC: np.ndarray,
+    valid_PC: np.ndarray,
+    *,
+    rule: str,
+    keep: int,
+    key: jax.Array,
+    gamma_PC: np.ndarray | None = None,
+    eta: float = 0.0,
 ) -> Fresh:
-    """Candidates and their rewards → pairs by a rule of sera.PAIR_RULES, of which the K̃ largest margins are kept.
+    """Candidates and their rewards → pairs by a rule of PAIR_RULES, of which the K̃ largest margins are kept.
 
     Args:
         keep: K̃; fewer pairs than that are all kept. key: of the iteration, for the rules that draw.
+        gamma_PC, eta: for the rule `explore` alone (explore.enhancer), whose K̃ pairs are those of the largest Γ.
 
     Raises:
         ValueError: the reward of a valid candidate is not finite.
@@ -264,17 +279,20 @@ def fresh_pairs(
             f"candidate {c} of prompt {candidates.ids[p]!r} has reward {rewards_PC[p, c]}, expected a finite number "
             f"({len(bad)} of {int(valid_PC.sum())} candidates)."
         )
+    also = {} if gamma_PC is None else {"gamma_PC": jnp.asarray(gamma_PC), "eta": jnp.float32(eta)}
     pair_PQ2, ok_PQ = jax.device_get(
-        jax.jit(sera.PAIR_RULES[rule])(jnp.asarray(rewards_PC), jnp.asarray(valid_PC), key)
+        jax.jit(PAIR_RULES[rule])(jnp.asarray(rewards_PC), jnp.asarray(valid_PC), key, **also)
     )
     prompt_F, q_F = np.nonzero(ok_PQ)
     pair_F2 = pair_PQ2[prompt_F, q_F]
     reward_F2 = rewards_PC[prompt_F[:, None], pair_F2].astype(np.float32)
     margin_F = reward_F2[:, 0] - reward_F2[:, 1]
+    gamma_F = None if gamma_PC is None else gamma_PC[prompt_F, pair_F2[:, 1]]
+    rank_F = margin_F if gamma_F is None else gamma_F
     kept_F = np.zeros(len(prompt_F), bool)
     if len(prompt_F):
         one_group = jnp.zeros(len(prompt_F), jnp.int32)
-        kept_F = np.array(jax.jit(sera.top_k_mask)(jnp.asarray(margin_F), one_group, jnp.array([keep], jnp.int32)))
+        kept_F = np.array(jax.jit(sera.top_k_mask)(jnp.asarray(rank_F), one_group, jnp.array([keep], jnp.int32)))
     trees = tuple(
         Tree(
             f"{candidates.ids[p]}/{chosen}>{rejected}",
@@ -283,4 +301,4 @@ def fresh_pairs(
         )
         for p, (chosen, rejected) in zip(prompt_F, pair_F2)
     )
-    return Fresh(trees, prompt_F, pair_F2, reward_F2, margin_F, kept_F)
+    return Fresh(trees, prompt_F, pair_F2, reward_F2, margin_F, kept_F, gamma_F)

@@ -68,6 +68,7 @@ RuleName = Literal["top_k", "bottom_k", "middle", "threshold", "all"]
 RewardName = Literal["implicit", "model", "function", "judge", "file", "random"]
 BestName = Literal["accuracy", "loss"]
 PairRuleName = Literal["best_worst", "best_random", "random", "all_pairs"]
+FreshRuleName = Literal["best_worst", "best_random", "random", "all_pairs", "explore"]
 TargetName = Literal["query", "key", "value", "out", "gate", "up", "down", "head"]
 FormatName = Literal[
     "auto", "explicit", "conversational", "hh", "implicit", "ultrafeedback", "ranked", "tldr", "alpaca_eval", "unpaired"
@@ -415,7 +416,8 @@ class BootstrapConfig:
         refill: prompts in a sampling batch, in those for which there are slots. With 1 a batch waits for its longest
             response; with more, a slot whose response has ended takes the next one: for responses of very different
             lengths. A prompt's candidates then read its cache one by one, and that of all the batch's prompts is kept.
-        pair_rule: how a prompt's candidates become pairs.
+        pair_rule: how a prompt's candidates become pairs; explore = the best against the one of which the reward is
+            least certain (section explore).
         unfinished: drop = a candidate that did not reach EOS takes no part; keep = it does.
         replay: also train on the fresh pairs of earlier iterations.
         candidates_file: JSONL of candidates in the place of sampling, as `sera_jax.generate` writes it: {"prompt",
@@ -434,10 +436,26 @@ class BootstrapConfig:
     max_new_tokens: int = 256
     slots: int = 64
     refill: int = 1
-    pair_rule: PairRuleName = "best_worst"
+    pair_rule: FreshRuleName = "best_worst"
     unfinished: Literal["drop", "keep"] = "drop"
     replay: bool = False
     candidates_file: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExploreConfig:
+    """Γ, how uncertain a reward that is linear in features of the initial policy is: for bootstrap.pair_rule explore.
+
+    Args:
+        weight: β of Γ = β·‖Δφ‖_{Σ⁻¹}, in units of the reward.
+        regularisation: λ of Σ = λI + Σ ΔφΔφᵀ over the labelled pairs: so many pairs' worth of every direction.
+        dimension: features are projected at random (by run.seed) onto so many; 0, or the model's width or more = the
+            last hidden state as it is.
+    """
+
+    weight: float = 1.0
+    regularisation: float = 1.0
+    dimension: int = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -529,6 +547,7 @@ class TrainConfig:
         judge: who it is, where a judge ranks.
         select: which of the given pairs stay.
         bootstrap: fresh pairs.
+        explore: how uncertain the reward is, where that decides.
         optimizer: of the iterations.
         lora: adapters in the place of all weights.
         mesh: devices by axis.
@@ -545,6 +564,7 @@ class TrainConfig:
     judge: JudgeConfig = JudgeConfig()
     select: SelectConfig = SelectConfig()
     bootstrap: BootstrapConfig = BootstrapConfig()
+    explore: ExploreConfig = ExploreConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoraConfig = LoraConfig()
     mesh: MeshConfig = MeshConfig()
@@ -733,6 +753,9 @@ _RANGES: tuple[tuple[str, Any, str], ...] = (
     ("bootstrap.min_p", lambda v: 0 <= v < 1, "0 <= min_p < 1"),
     ("bootstrap.max_new_tokens", lambda v: v >= 1, "at least 1"),
     ("bootstrap.top_k", lambda v: v >= 0, "0 or more"),
+    ("explore.weight", lambda v: 0 < v < math.inf, "a number > 0"),
+    ("explore.regularisation", lambda v: 0 < v < math.inf, "a number > 0"),
+    ("explore.dimension", lambda v: v >= 0, "0 or more"),
     ("evaluate.temperature", lambda v: v >= 0, "a number >= 0"),
     ("evaluate.top_p", lambda v: 0 < v <= 1, "a share in (0, 1]"),
     ("evaluate.max_new_tokens", lambda v: v >= 1, "at least 1"),

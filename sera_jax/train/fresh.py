@@ -16,6 +16,7 @@ from sera_jax.config import BootstrapConfig, EvaluateConfig
 from sera_jax.ledger import branch_key, derived_tag
 from sera_jax.policies import Live, Name
 from sera_jax.records import Candidates, Prompt
+from sera_jax.train import uncertainty
 from sera_jax.train import world as worlds
 from sera_jax.train.select import ensemble, reward_reference
 from sera_jax.train.world import World
@@ -79,14 +80,21 @@ def bootstrap_pairs(world: World, t: int, scored: Live) -> Made | None:
         normalise=config.reward.length_normalise,
     )
     rewards_PC = processes.once(lambda: rewards_PC)  # they decide what is trained on
+    valid_PC, also = valid(world, candidates), {}
+    if b.pair_rule == "explore":
+        gamma_PC = uncertainty.against_best(world, t, candidates, rewards_PC, valid_PC, scored)
+        also = {"gamma_PC": processes.once(lambda: gamma_PC), "eta": config.loss.beta}
     made = bootstrap.fresh_pairs(
         candidates,
         rewards_PC,
-        valid(world, candidates),
+        valid_PC,
         rule=b.pair_rule,
         keep=round(b.fresh * len(given.trees)),
         key=worlds.key(world, "pairs", t),
+        **also,
     )
+    if also:
+        uncertainty.learn(world, t, made, scored)
     return Made(prompts, candidates, made, ranked)
 
 

@@ -68,6 +68,7 @@ def write_pairs(
             "finished_chosen": [bool(candidates.finished_PC[p, c]) for p, c, _ in picks],
             "finished_rejected": [bool(candidates.finished_PC[p, r]) for p, _, r in picks],
             "kept": fresh.kept_F,
+            **({} if fresh.gamma_F is None else {"gamma": fresh.gamma_F}),
             **({} if prob_PCC is None else {"probability": prob_PCC[fresh.prompt_F, *fresh.pair_F2.T]}),
             **({} if gold_F2 is None else {"gold_chosen": gold_F2[:, 0], "gold_rejected": gold_F2[:, 1]}),
             "prompt_tokens": [tree.prompt for tree in fresh.trees],
@@ -278,13 +279,14 @@ def _of_candidates(made: Made | None, gold_F2: np.ndarray | None) -> dict[str, A
     if made is None:
         return {}
     fresh = made.fresh
-    kept = fresh.kept_F.any()
+    kept, explored = fresh.kept_F.any(), fresh.gamma_F is not None
     length = np.array([[len(b) for b in tree.branches] for tree in fresh.trees], np.float64).reshape(-1, 2)
     return {
         "sera/fresh_made": len(fresh.trees),
         "sera/fresh_pairs": int(fresh.kept_F.sum()),
         "sera/fresh_margin_mean": float(fresh.margin_F[fresh.kept_F].mean()) if kept else None,
         "sera/fresh_length_gap": float((length[:, 0] - length[:, 1])[fresh.kept_F].mean()) if kept else None,
+        **({"sera/fresh_gamma_mean": float(fresh.gamma_F[fresh.kept_F].mean())} if explored and kept else {}),
         **_of_fresh_gold(fresh.kept_F, gold_F2),
         **({} if made.ranked.kl is None else {"gen/kl": made.ranked.kl}),
         **made.ranked.told,

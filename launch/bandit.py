@@ -1,0 +1,191 @@
+"""Exploration where the truth is known: bandit.py OUT_DIR [--seeds N] [--tune]
+
+A linear contextual bandit. A prompt has ACTIONS responses with features φ in R^d; r* = ⟨θ*, φ⟩ with a known θ*; labels are
+Bradley-Terry's. The policy is the best one for the fitted reward at a price of η for a nat from π_0, the uniform one:
+π ∝ exp(⟨θ̂, φ⟩/η), so that its value J = E r* - η·KL(π ‖ π_0) has a closed form. An iteration samples C candidates of m
+prompts from the policy, makes pairs of them by a rule, has them labelled, and fits θ̂ to all labels so far (ridge, Newton).
+Rules are those of the program: sera.PAIR_RULES, and explore.enhancer on explore's Σ; `unbound` is the enhancer without its
+budget. Seeds share θ*, prompts, noise and the first d pairs, which are random ones of π_0.
+
+    even   φ ~ N(0, I): every direction shows in every prompt
+    rare   half of the directions, which hold most of the reward, show in one response of twenty alone
+
+The gap is the theorem's: J(π*) - J(π) + η·KL(π* ‖ π), on 256 other prompts. OUT_DIR gets curves.parquet, dimensions.parquet,
+table.md and bandit.png. --tune: the weight β of Γ, on seeds that are not reported.
+
+    python launch/bandit.py configs/results/bandit --seeds 20
+"""
+
+import dataclasses
+import functools
+import pathlib
+import sys
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import matplotlib.figure
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+
+from sera_jax import explore, sera
+
+ACTIONS, CANDIDATES, ETA, LAMBDA, HELD_OUT = 32, 8, 0.5, 1.0, 256
+WEIGHT = 2.0  # β of Γ, chosen with --tune
+RULES = ("explore", "best_worst", "best_random", "random", "unbound")
+WORLDS = ("even", "rare")
+DIMENSIONS = (4, 8, 16, 32)
+TUNING = range(1000, 1005)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bandit:
+    """theta_D: θ*, its length 1.5 whatever D. rare_D bool: directions that few responses show."""
+
+    theta_D: np.ndarray
+    rare_D: np.ndarray
+
+
+def bandit(world: str, dimension: int, rng: np.random.Generator) -> Bandit:
+    rare_D = np.arange(dimension) >= dimension // 2 if world == "rare" else np.zeros(dimension, bool)
+    theta_D = rng.normal(size=dimension)
+    theta_D[rare_D] *= 3
+    return Bandit(1.5 * theta_D / np.linalg.norm(theta_D), rare_D)
+
+
+def features(of: Bandit, prompts: int, rng: np.random.Generator) -> np.ndarray:
+    """float64 [P, ACTIONS, D], of variance 1 in each direction."""
+    phi_PAD = rng.normal(size=(prompts, ACTIONS, len(of.theta_D)))
+    shows_PA = rng.random((prompts, ACTIONS)) < 0.05
+    return np.where(of.rare_D, phi_PAD * shows_PA[..., None] / np.sqrt(0.05), phi_PAD)
+
+
+def log_policy(reward_PA: np.ndarray) -> np.ndarray:
+    """log π(a|x) of the best policy for a reward."""
+    scaled_PA = reward_PA / ETA
+    top_P1 = scaled_PA.max(axis=1, keepdims=True)
+    return scaled_PA - top_P1 - np.log(np.exp(scaled_PA - top_P1).sum(axis=1, keepdims=True))
+
+
+def gap(reward_PA: np.ndarray, believed_PA: np.ndarray) -> tuple[float, float]:
+    """(J(π*) - J(π), η·KL(π* ‖ π)) of the best policy for a believed reward, mean over prompts."""
+    best, own = log_policy(reward_PA), log_policy(believed_PA)
+    value = lambda log_PA: (np.exp(log_PA) * (reward_PA - ETA * (log_PA + np.log(ACTIONS)))).sum(axis=1).mean()
+    return value(best) - value(own), ETA * (np.exp(best) * (best - own)).sum(axis=1).mean()
+
+
+def fitted(dphi_ND: np.ndarray, theta_D: np.ndarray) -> np.ndarray:
+    """θ̂ = argmin Σ -log σ(⟨θ, Δφ⟩) + λ/2·‖θ‖², from theta_D on; Δφ is chosen - rejected. The step is halved until the
+    value falls."""
+    value = lambda t: np.logaddexp(0, -dphi_ND @ t).sum() + LAMBDA / 2 * t @ t
+    for _ in range(50):
+        wrong_N = 1 / (1 + np.exp(dphi_ND @ theta_D))
+        slope_D = LAMBDA * theta_D - dphi_ND.T @ wrong_N
+        if np.abs(slope_D).max() < 1e-8 * (1 + len(dphi_ND)):
+            break
+        curve_DD = LAMBDA * np.eye(len(theta_D)) + (dphi_ND * (wrong_N * (1 - wrong_N))[:, None]).T @ dphi_ND
+        step_D, share = np.linalg.solve(curve_DD, slope_D), 1.0
+        while value(theta_D - share * step_D) > value(theta_D) and share > 1e-6:
+            share /= 2
+        theta_D = theta_D - share * step_D
+    return theta_D
+
+
+@functools.cache
+def _rule(rule: str) -> Callable:
+    """(rewards_PC, key, Σ, φ_PCD, weight) → (pair_P2, ok_P), jitted."""
+
+    def run(rewards_PC, key, sigma_DD, phi_PCD, weight):
+        valid_PC = jnp.ones(rewards_PC.shape, bool)
+        if rule not in ("explore", "unbound"):
+            pair_PQ2, ok_PQ = sera.PAIR_RULES[rule](rewards_PC, valid_PC, key)
+            return pair_PQ2[:, 0], ok_PQ[:, 0]
+        best_P = explore.leader(rewards_PC, valid_PC)
+        dphi_PCD = phi_PCD - jnp.take_along_axis(phi_PCD, best_P[:, None, None], axis=1)
+        norm = explore.norms(explore.factor(sigma_DD), dphi_PCD.reshape(-1, dphi_PCD.shape[2]))
+        gamma_PC = weight * norm.reshape(rewards_PC.shape)
+        if rule == "unbound":
+            return jnp.stack([best_P, jnp.argmax(gamma_PC, axis=1)], axis=1), jnp.max(gamma_PC, axis=1) > 0
+        pair_PQ2, ok_PQ = explore.enhancer(rewards_PC, valid_PC, key, gamma_PC, eta=ETA)
+        return pair_PQ2[:, 0], ok_PQ[:, 0]
+
+    return jax.jit(run)
+
+
+def walk(
+    world: str, rule: str, seed: int, *, dimension: int, prompts: int, labels: int, weight: float, until: float = 0.0
+) -> list[dict]:
+    """One run: after the first pairs and after each iteration, how many labels were used and the gap.
+
+    Args:
+        prompts: m, of an iteration. labels: ends the run, as does a gap of `until`, or 20 iterations without a pair.
+    """
+    rng = np.random.default_rng([seed, dimension])
+    of, observe = bandit(world, dimension, rng), jax.jit(explore.observed)
+    held_PAD = features(of, HELD_OUT, rng)
+    sigma_DD, theta_D = explore.prior(LAMBDA, dimension), np.zeros(dimension)
+    dphi_ND, told, dry = np.zeros((0, dimension)), [], 0
+    for t in range(10**6):
+        many = dimension if t == 0 else prompts
+        draw = np.random.default_rng([seed, dimension, t + 1])  # the same for every rule
+        phi_PAD, noise_PCA = features(of, many, draw), draw.gumbel(size=(many, CANDIDATES, ACTIONS))
+        coin_P = draw.random(many)
+        believed_PA = phi_PAD @ theta_D
+        action_PC = np.argmax(log_policy(believed_PA)[:, None] + noise_PCA, axis=2)
+        phi_PCD = np.take_along_axis(phi_PAD, action_PC[..., None], axis=1)
+        if t == 0:
+            pair_P2, ok_P = np.tile([0, 1], (many, 1)), np.ones(many, bool)
+        else:
+            key = jax.random.fold_in(jax.random.key(seed), t)
+            arrays = (np.take_along_axis(believed_PA, action_PC, axis=1).astype(np.float32), key, sigma_DD)
+            pair_P2, ok_P = jax.device_get(_rule(rule)(*arrays, phi_PCD.astype(np.float32), weight))
+        pair_P2D = np.take_along_axis(phi_PCD, pair_P2[..., None], axis=1)
+        one_PD = (pair_P2D[:, 0] - pair_P2D[:, 1]) * ok_P[:, None]
+        sigma_DD = observe(sigma_DD, one_PD.astype(np.float32))
+        first_P = coin_P < 1 / (1 + np.exp(-one_PD @ of.theta_D))
+        dphi_ND = np.concatenate((dphi_ND, np.where(first_P, 1, -1)[ok_P, None] * one_PD[ok_P]))
+        theta_D = fitted(dphi_ND, theta_D)
+        regret, behind = gap(held_PAD @ of.theta_D, held_PAD @ theta_D)
+        told.append({"iteration": t, "labels": len(dphi_ND), "regret": regret, "gap": regret + behind})
+        dry = 0 if ok_P.any() else dry + 1
+        if len(dphi_ND) >= labels or regret + behind <= until or dry == 20:
+            return told
+
+
+def labels_to(told: list[dict], epsilon: float) -> float:
+    """Labels when the gap is first at most ε; infinite where it never is."""
+    return next((float(one["labels"]) for one in told if one["gap"] <= epsilon), np.inf)
+
+
+def interval(value_N: np.ndarray, of: Callable = np.median, seed: int = 0) -> tuple[float, float]:
+    """95 %, by resampling the seeds."""
+    rng = np.random.default_rng(seed)
+    drawn = [of(value_N[rng.integers(0, len(value_N), len(value_N))]) for _ in range(2000)]
+    return tuple(np.quantile(drawn, [0.025, 0.975], method="nearest"))
+
+
+def exponent(labels_GS: np.ndarray, dimensions: tuple[int, ...]) -> tuple[float, float, float]:
+    """Slope of log(labels) over log(d), least squares on the seeds' means of logs, with its interval over seeds."""
+    x_G = np.log(dimensions) - np.log(dimensions).mean()
+    slope = lambda logs_SG: float(x_G @ logs_SG.mean(axis=0) / (x_G @ x_G))
+    logs_SG = np.log(labels_GS).T
+    return slope(logs_SG), *interval(logs_SG, slope)
+
+
+# --- what is run ------------------------------------------------------------------------------------------------------
+
+
+def tune() -> None:
+    """Mean log gap over the run, by weight, world and seed set aside."""
+    for weight in (0.25, 0.5, 1.0, 2.0, 4.0, 8.0):
+        shown = []
+        for world in WORLDS:
+            runs = [walk(world, "explore", s, dimension=8, prompts=8, labels=400, weight=weight) for s in TUNING]
+            shown += [np.mean([np.log(one["gap"]) for run in runs for one in run]), np.mean([run[-1]["labels"] for run in runs])]
+        print(weight, *(f"{x:.3f}" for x in shown), flush=True)
+
+
+if __name__ == "__main__":
+    if "--tune" in sys.argv:
+        tune()
