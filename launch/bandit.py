@@ -1,17 +1,17 @@
 """Exploration where the truth is known: bandit.py OUT_DIR [--seeds N] [--tune]
 
-A linear contextual bandit. A prompt has ACTIONS responses with features φ in R^d; r* = ⟨θ*, φ⟩ with a known θ*; labels are
-Bradley-Terry's. The policy is the best one for the fitted reward at a price of η for a nat from π_0, the uniform one:
-π ∝ exp(⟨θ̂, φ⟩/η), so that its value J = E r* - η·KL(π ‖ π_0) has a closed form. An iteration samples C candidates of m
-prompts from the policy, makes pairs of them by a rule, has them labelled, and fits θ̂ to all labels so far (ridge, Newton).
-Rules are those of the program: sera.PAIR_RULES, and explore.enhancer on explore's Σ; `unbound` is the enhancer without its
-budget. Seeds share θ*, prompts, noise and the first d pairs, which are random ones of π_0.
+A linear contextual bandit. A prompt has ACTIONS responses with features φ in R^d; their reward is ⟨θ*, φ⟩, θ* known;
+labels are Bradley-Terry's. The policy is the best one for the fitted reward at a price of η a nat from π_0, the uniform
+one: π ∝ exp(⟨θ̂, φ⟩/η), so that its value J = E r* - η·KL(π ‖ π_0) has a closed form. An iteration samples C candidates
+of m prompts from the policy, makes pairs of them by a rule, has them labelled, and fits θ̂ to all labels so far (ridge,
+Newton). Rules are those of the program: sera.PAIR_RULES, and explore.enhancer on explore's Σ; `unbound` is the enhancer
+without its budget. Seeds share θ*, prompts, noise and the first d pairs, which are random ones of π_0.
 
     even   φ ~ N(0, I): every direction shows in every prompt
     rare   half of the directions, which hold most of the reward, show in one response of twenty alone
 
-The gap is the theorem's: J(π*) - J(π) + η·KL(π* ‖ π), on 256 other prompts. OUT_DIR gets curves.parquet, dimensions.parquet,
-table.md and bandit.png. --tune: the weight β of Γ, on seeds that are not reported.
+The gap is the theorem's: J(π*) - J(π) + η·KL(π* ‖ π), on 256 other prompts. OUT_DIR gets curves.parquet (every run),
+dimensions.parquet (labels to ε by d), table.md and bandit.png. --tune: the weight β of Γ, on seeds set aside.
 
     python launch/bandit.py configs/results/bandit --seeds 20
 """
@@ -32,11 +32,13 @@ import pyarrow.parquet
 from sera_jax import explore, sera
 
 ACTIONS, CANDIDATES, ETA, LAMBDA, HELD_OUT = 32, 8, 0.5, 1.0, 256
-WEIGHT = 2.0  # β of Γ, chosen with --tune
+WEIGHT = 1.0  # β of Γ, chosen with --tune
 RULES = ("explore", "best_worst", "best_random", "random", "unbound")
 WORLDS = ("even", "rare")
+SWEPT = ("explore", "best_worst", "random")
 DIMENSIONS = (4, 8, 16, 32)
-TUNING = range(1000, 1005)
+EPSILON, EPSILONS = 0.2, (0.4, 0.2, 0.1)
+TUNING = range(1000, 1015)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,15 +179,139 @@ def exponent(labels_GS: np.ndarray, dimensions: tuple[int, ...]) -> tuple[float,
 
 
 def tune() -> None:
-    """Mean log gap over the run, by weight, world and seed set aside."""
-    for weight in (0.25, 0.5, 1.0, 2.0, 4.0, 8.0):
-        shown = []
-        for world in WORLDS:
+    """Labels to a gap of 0.2 and of 0.1, median over the seeds set aside, by world and weight."""
+    for world in WORLDS:
+        for weight in (0.25, 0.5, 1.0, 2.0, 4.0):
             runs = [walk(world, "explore", s, dimension=8, prompts=8, labels=400, weight=weight) for s in TUNING]
-            shown += [np.mean([np.log(one["gap"]) for run in runs for one in run]), np.mean([run[-1]["labels"] for run in runs])]
-        print(weight, *(f"{x:.3f}" for x in shown), flush=True)
+            print(world, weight, *(np.median([labels_to(run, e) for run in runs]) for e in (0.2, 0.1)), flush=True)
+
+
+def curves(seeds: int) -> list[dict]:
+    """Every rule in both worlds, d = 8, 8 prompts an iteration."""
+    return [
+        {"world": world, "rule": rule, "seed": seed, **one}
+        for world in WORLDS
+        for rule in RULES
+        for seed in range(seeds)
+        for one in walk(world, rule, seed, dimension=8, prompts=8, labels=600, weight=WEIGHT)
+    ]
+
+
+def dimensions(seeds: int) -> list[dict]:
+    """Labels to ε by d, d prompts an iteration."""
+    found = []
+    for rule in SWEPT:
+        for dimension in DIMENSIONS:
+            for seed in range(seeds):
+                of = {"dimension": dimension, "prompts": dimension, "labels": 200 * dimension, "weight": WEIGHT}
+                told = walk("even", rule, seed, **of, until=EPSILON)
+                row = {"rule": rule, "dimension": dimension, "seed": seed, "labels": labels_to(told, EPSILON)}
+                found.append({**row, "iterations": told[-1]["iteration"]})
+    return found
+
+
+def columns(rows: list[dict]) -> dict[str, np.ndarray]:
+    return {key: np.array([row[key] for row in rows]) for key in rows[0]}
+
+
+def runs_of(c: dict[str, np.ndarray], world: str, rule: str) -> list[list[dict]]:
+    """The walks of a rule, by seed."""
+    keys = ("labels", "regret", "gap")
+    mine = (c["world"] == world) & (c["rule"] == rule)
+    return [
+        [dict(zip(keys, one)) for one in zip(*(c[key][mine & (c["seed"] == seed)] for key in keys))]
+        for seed in np.unique(c["seed"])
+    ]
+
+
+def table(curves_: list[dict], dimensions_: list[dict]) -> str:
+    """Markdown: labels to ε by rule, with the ratio to best_worst's by seed; the exponents of d."""
+    c, lines = columns(curves_), []
+    for world in WORLDS:
+        lines += [
+            f"**{world}**: labels to a gap of ε, median of the seeds [95 %]; labels of best_worst over them, geometric "
+            "mean by seed [95 %]",
+            "",
+            "| rule | " + " | ".join(f"ε {e:g}" for e in EPSILONS) + f" | ratio at {EPSILON:g} | J(π*) − J(π) at 600 |",
+            "|---|" + "---|" * (len(EPSILONS) + 2),
+        ]
+        base = np.array([labels_to(run, EPSILON) for run in runs_of(c, world, "best_worst")])
+        for rule in RULES:
+            runs = runs_of(c, world, rule)
+            shown = []
+            for epsilon in EPSILONS:
+                needed = np.array([labels_to(run, epsilon) for run in runs])
+                low, high = interval(needed)
+                shown.append(f"{np.median(needed):g} [{low:g}, {high:g}]")
+            needed = np.array([labels_to(run, EPSILON) for run in runs])
+            log_ratio = np.log(np.minimum(base, 600)) - np.log(np.minimum(needed, 600))
+            low, high = interval(log_ratio, np.mean)
+            shown.append(f"{np.exp(log_ratio.mean()):.2f} [{np.exp(low):.2f}, {np.exp(high):.2f}]")
+            shown.append(f"{np.mean([run[-1]['regret'] for run in runs]):.4f}")
+            lines.append(f"| {rule} | {' | '.join(shown)} |")
+        lines.append("")
+    d = columns(dimensions_)
+    lines += [
+        f"Labels to a gap of {EPSILON:g} by d (even), median, and iterations; the exponent of d, least squares over "
+        "logs [95 %]",
+        "",
+        "| rule | " + " | ".join(f"d {n}" for n in DIMENSIONS) + " | exponent |",
+        "|---|" + "---|" * (len(DIMENSIONS) + 1),
+    ]
+    for rule in SWEPT:
+        of = [(d["rule"] == rule) & (d["dimension"] == n) for n in DIMENSIONS]
+        shown = [f"{np.median(d['labels'][m]):g} in {np.median(d['iterations'][m]):g}" for m in of]
+        slope, low, high = exponent(np.array([d["labels"][m] for m in of]), DIMENSIONS)
+        lines.append(f"| {rule} | {' | '.join(shown)} | {slope:.2f} [{low:.2f}, {high:.2f}] |")
+    return "\n".join(lines) + "\n"
+
+
+def figure(curves_: list[dict], dimensions_: list[dict], path: pathlib.Path) -> None:
+    """Mean log gap against labels, with intervals over seeds, and labels to ε against d."""
+    c, d = columns(curves_), columns(dimensions_)
+    drawn = matplotlib.figure.Figure(figsize=(12, 3.6), layout="constrained")
+    panels = drawn.subplots(1, 3)
+    grid = np.arange(8, 601, 8)
+    for world, axes in zip(WORLDS, panels):
+        for rule in RULES:
+            logs_SG = np.array(
+                [
+                    np.interp(grid, [one["labels"] for one in run], [np.log(one["gap"]) for one in run])
+                    for run in runs_of(c, world, rule)
+                ]
+            )
+            middle, spread = logs_SG.mean(axis=0), 1.96 * logs_SG.std(axis=0, ddof=1) / np.sqrt(len(logs_SG))
+            line = axes.plot(grid, np.exp(middle), label=rule)[0]
+            shade = {"color": line.get_color(), "alpha": 0.15, "linewidth": 0}
+            axes.fill_between(grid, np.exp(middle - spread), np.exp(middle + spread), **shade)
+        axes.set(yscale="log", xscale="log", xlabel="labels", ylabel="gap", title=f"{world}, d = 8")
+        axes.legend(fontsize=7)
+    for rule in SWEPT:
+        needed = [d["labels"][(d["rule"] == rule) & (d["dimension"] == n)] for n in DIMENSIONS]
+        low, high = np.array([interval(n) for n in needed]).T
+        middle = np.array([np.median(n) for n in needed])
+        panels[2].errorbar(DIMENSIONS, middle, (middle - low, high - middle), label=rule, capsize=3)
+    panels[2].set(xscale="log", yscale="log", xlabel="d", ylabel=f"labels to {EPSILON:g}", title="even")
+    panels[2].set_xticks(DIMENSIONS, [str(n) for n in DIMENSIONS], minor=False)
+    panels[2].legend(fontsize=7)
+    drawn.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def main(args: list[str]) -> None:
+    if "--tune" in args:
+        tune()
+        return
+    out = pathlib.Path(args[0])
+    seeds = int(args[args.index("--seeds") + 1]) if "--seeds" in args else 20
+    out.mkdir(parents=True, exist_ok=True)
+    curves_, dimensions_ = curves(seeds), dimensions(seeds)
+    for rows, name in ((curves_, "curves"), (dimensions_, "dimensions")):
+        made = {key: v.astype(np.float32) if v.dtype == np.float64 else v for key, v in columns(rows).items()}
+        pyarrow.parquet.write_table(pyarrow.table(made), out / f"{name}.parquet", compression="zstd")
+    (out / "table.md").write_text(table(curves_, dimensions_), encoding="utf-8")
+    figure(curves_, dimensions_, out / "bandit.png")
+    print((out / "table.md").read_text())
 
 
 if __name__ == "__main__":
-    if "--tune" in sys.argv:
-        tune()
+    main(sys.argv[1:])

@@ -20,8 +20,9 @@ class Fresh:
     """Pairs made of candidates, best margins first cut off at K̃ or not (`kept`).
 
     trees: prompt, (chosen, rejected) with the sampled ids. pair_F2: candidate numbers (chosen, rejected); prompt_F:
-    index into the candidates. reward_F2, margin_F float32. kept_F bool: among the K̃ of the largest margin, or, of the
-    rule `explore`, of the largest Γ, which is gamma_F, float32.
+    index into the candidates. reward_F2, margin_F float32. win_F2 float32: mean probability of beating the prompt's
+    other candidates. kept_F bool: among the K̃ of the largest margin, or, of the rule `explore`, of the largest Γ, which
+    is gamma_F, float32.
     """
 
     trees: tuple[Tree, ...]
@@ -29,6 +30,7 @@ class Fresh:
     pair_F2: np.ndarray
     reward_F2: np.ndarray
     margin_F: np.ndarray
+    win_F2: np.ndarray
     kept_F: np.ndarray
     gamma_F: np.ndarray | None = None
 
@@ -256,6 +258,7 @@ def fresh_pairs(
     candidates: Candidates,
     rewards_PC: np.ndarray,
     valid_PC: np.ndarray,
+    prob_PCC: np.ndarray | None = None,
     *,
     rule: str,
     keep: int,
@@ -266,6 +269,7 @@ def fresh_pairs(
     """Candidates and their rewards → pairs by a rule of PAIR_RULES, of which the K̃ largest margins are kept.
 
     Args:
+        prob_PCC: probabilities that one candidate is better than another, of a source that compares (`sera.win_rates`).
         keep: K̃; fewer pairs than that are all kept. key: of the iteration, for the rules that draw.
         gamma_PC, eta: for the rule `explore` alone (explore.enhancer), whose K̃ pairs are those of the largest Γ.
 
@@ -289,6 +293,7 @@ def fresh_pairs(
     margin_F = reward_F2[:, 0] - reward_F2[:, 1]
     gamma_F = None if gamma_PC is None else gamma_PC[prompt_F, pair_F2[:, 1]]
     rank_F = margin_F if gamma_F is None else gamma_F
+    win_PC = np.asarray(sera.win_rates(jnp.asarray(rewards_PC), jnp.asarray(valid_PC), prob_PCC), np.float32)
     kept_F = np.zeros(len(prompt_F), bool)
     if len(prompt_F):
         one_group = jnp.zeros(len(prompt_F), jnp.int32)
@@ -301,4 +306,5 @@ def fresh_pairs(
         )
         for p, (chosen, rejected) in zip(prompt_F, pair_F2)
     )
-    return Fresh(trees, prompt_F, pair_F2, reward_F2, margin_F, kept_F, gamma_F)
+    win_F2 = win_PC[prompt_F[:, None], pair_F2]
+    return Fresh(trees, prompt_F, pair_F2, reward_F2, margin_F, win_F2, kept_F, gamma_F)

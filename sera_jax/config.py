@@ -26,9 +26,11 @@ LossName = Literal[
     "sigmoid_norm",
     "dpop",
     "rdpo",
+    "dpo_pessimistic",
     "nca_pair",
     "bco_pair",
     "sppo_hard",
+    "sppo",
     "apo_zero",
     "apo_down",
     "simpo",
@@ -43,6 +45,7 @@ LossName = Literal[
     "kto",
 ]
 REFERENCE_FREE = ("simpo", "alphapo", "cpo", "orpo", "slic_hf")  # losses of log-probs alone
+UNCERTAIN_LOSS = "dpo_pessimistic"  # is told Γ
 UNPAIRED_LOSSES = ("kto",)  # learn from labelled single responses
 DivergenceName = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 EnsembleName = Literal["current", "two_term", "ema", "mean"]
@@ -248,9 +251,9 @@ class LossConfig:
 
     Args:
         name: of the loss.
-        beta: β > 0 (τ of ipo, 1/η of sppo_hard, λ of orpo; slic_hf has it in its implicit reward only).
+        beta: β > 0 (τ of ipo, 1/η of sppo_hard and sppo, λ of orpo; slic_hf has it in its implicit reward only).
         label_smoothing: ε in [0, 0.5), the share of labels that are taken for wrong: dpo (cDPO), robust_dpo, exo_pair
-            (which needs more than 0: 1e-3 in its paper), aot, aot_unpaired, simpo, alphapo, cpo.
+            (which needs more than 0: 1e-3 in its paper), dpo_pessimistic, aot, aot_unpaired, simpo, alphapo, cpo.
         f_divergence: from the reference, in the place of the log-ratio (f-DPO): dpo, robust_dpo, exo_pair, discopop,
             slic, ipo, sigmoid_norm.
         f_alpha: α of alpha_divergence, as in TRL: 1 is reverse_kl, 0 forward_kl.
@@ -271,6 +274,8 @@ class LossConfig:
             updates alone, not on held-out pairs.
         sft_weight: weight of an added SFT term on the chosen response (per-token mean of each pair): RPO, CPO's
             behaviour cloning.
+        optimism: α of an added α·½(log π of the chosen + log π of the rejected response): XPO's term (alpha in TRL)
+            where both are the reference's samples, SELM's with αβ.
         mix: further losses by weight, e.g. {ipo: 0.2}; they share β, the other keys and the reference, the reward stays
             that of `name`.
         reference: of the policy that is trained: initial = the start of iteration 1, previous = the iterate before it,
@@ -296,6 +301,7 @@ class LossConfig:
     ld_alpha: float = 1.0
     weighting: Literal["none", "wpo"] = "none"
     sft_weight: float = 0.0
+    optimism: float = 0.0
     mix: dict[LossName, float] = dataclasses.field(default_factory=dict)
     reference: Literal["initial", "previous", "ema", "none"] = "initial"
 
@@ -444,7 +450,8 @@ class BootstrapConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExploreConfig:
-    """Γ, how uncertain a reward that is linear in features of the initial policy is: for bootstrap.pair_rule explore.
+    """Γ, how uncertain a reward that is linear in features of the initial policy is: for bootstrap.pair_rule explore,
+    and for loss dpo_pessimistic.
 
     Args:
         weight: β of Γ = β·‖Δφ‖_{Σ⁻¹}, in units of the reward.
@@ -728,6 +735,7 @@ _RANGES: tuple[tuple[str, Any, str], ...] = (
     ("loss.slic_delta", lambda v: v > 0, "a number > 0"),
     ("loss.slic_lambda", lambda v: v >= 0, "a number >= 0"),
     ("loss.sft_weight", lambda v: v >= 0, "a number >= 0"),
+    ("loss.optimism", lambda v: v >= 0, "a number >= 0"),
     ("loss.desirable_weight", lambda v: v >= 0, "a number >= 0"),
     ("loss.undesirable_weight", lambda v: v >= 0, "a number >= 0"),
     ("loss.ld_alpha", lambda v: 0 <= v <= 1, "0 <= α <= 1"),
@@ -816,8 +824,9 @@ _RANGES: tuple[tuple[str, Any, str], ...] = (
 
 # Keys that only some losses know, and which.
 _DIVERGING = ("dpo", "robust_dpo", "exo_pair", "discopop", "slic", "ipo", "sigmoid_norm")
+_SMOOTHED = ("dpo", "robust_dpo", UNCERTAIN_LOSS, "exo_pair", "aot", "aot_unpaired", "simpo", "alphapo", "cpo")
 _LOSS_KEYS = (
-    ("label_smoothing", ("dpo", "robust_dpo", "exo_pair", "aot", "aot_unpaired", "simpo", "alphapo", "cpo")),
+    ("label_smoothing", _SMOOTHED),
     ("f_divergence", _DIVERGING),
     ("f_alpha", _DIVERGING),
     ("normalisation", ("ipo",)),
@@ -914,8 +923,13 @@ def _check_loss(config: Any, where: str) -> None:
 
 
 def _check_unpaired(config: Any, where: str) -> None:
-    """What single responses cannot do."""
+    """What single responses cannot do, and a review."""
     loss = config.loss
+    if isinstance(config, ReviewConfig) and UNCERTAIN_LOSS in (loss.name, *loss.mix):
+        raise ConfigError(
+            f"{where}: loss.name is {UNCERTAIN_LOSS!r}, but a review knows no Γ; use 'dpo', whose implicit reward is "
+            "the same."
+        )
     unpaired = next((name for name in UNPAIRED_LOSSES if name in (loss.name, *loss.mix)), None)
     if unpaired is None:
         if get(config, "data.format") == "unpaired":
@@ -923,7 +937,7 @@ def _check_unpaired(config: Any, where: str) -> None:
                 f"{where}: data.format is 'unpaired', but loss {loss.name!r} learns from pairs; use loss.name 'kto'."
             )
         return
-    pairs_only = {"mix": {}, "sft_weight": 0.0, "ld_alpha": 1.0, "weighting": "none"}
+    pairs_only = {"mix": {}, "sft_weight": 0.0, "optimism": 0.0, "ld_alpha": 1.0, "weighting": "none"}
     for key, default in pairs_only.items():
         if getattr(loss, key) != default:
             raise ConfigError(
@@ -959,6 +973,17 @@ def _check_lora(config: TrainConfig, where: str) -> None:
             )
 
 
+def _check_explore(config: TrainConfig, where: str) -> None:
+    if config.bootstrap.pair_rule == "explore" or UNCERTAIN_LOSS in (config.loss.name, *config.loss.mix):
+        return
+    for field in dataclasses.fields(ExploreConfig):
+        if getattr(config.explore, field.name) != field.default:
+            raise ConfigError(
+                f"{where}: explore.{field.name} is {getattr(config.explore, field.name)!r}, but nothing reads it: set "
+                f"bootstrap.pair_rule to 'explore' or loss.name to {UNCERTAIN_LOSS!r}, or leave it out."
+            )
+
+
 def _check_room(config: TrainConfig | RewardModelConfig, where: str) -> None:
     if config.data.max_prompt_length >= config.data.max_length:
         raise ConfigError(
@@ -981,6 +1006,7 @@ def _check_reward_model(config: RewardModelConfig, where: str) -> None:
 
 def _check_train(config: TrainConfig, where: str) -> None:
     _check_lora(config, where)
+    _check_explore(config, where)
     bootstrapping = config.bootstrap.fresh > 0 and config.loop.iterations >= config.bootstrap.from_iteration
     if not config.data.pairs and (config.loop.iterations or not config.sft.data):
         raise ConfigError(

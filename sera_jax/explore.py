@@ -1,11 +1,11 @@
 """How uncertain a reward that is linear in features is of a pair of responses, and the pair that says most about it.
 
-RLHF Workflow (Dong et al., TMLR 2024, algorithm 1, after GSHF, Xiong et al. 2024), linear case. A reward ⟨θ, φ(x, a)⟩ is
-fitted to preferences; what is known of θ is what the differences of features of labelled pairs have spanned:
+RLHF Workflow (Dong et al., TMLR 2024, algorithm 1, after GSHF, Xiong et al. 2024), linear case. A reward ⟨θ, φ(x, a)⟩
+is fitted to preferences; what is known of θ is what the differences of features of labelled pairs have spanned:
     Σ = λI + Σ_n Δφ_n Δφ_nᵀ          Δφ = φ(x, a¹) - φ(x, a²)
     Γ(x, a¹, a²) = β ‖φ(x, a¹) - φ(x, a²)‖_{Σ⁻¹}          ‖v‖_{Σ⁻¹} = √(vᵀ Σ⁻¹ v)
-Of policies it is the same with their expected features. The main agent takes what it thinks best; the enhancer takes, of
-what the main agent cannot yet tell from the best, the response that Γ says least is known of.
+Of policies it is the same with their expected features. The main agent takes what it thinks best; the enhancer takes
+the response of which, beside that one, least is known, as far from the main agent as Γ is worth.
 
 Float32 throughout, whatever the matrix precision of the device. Against float64 the relative error of a norm is about
 10⁻⁷ · (largest eigenvalue of Σ) / λ at most, so that λ has to be more than 10⁻⁴ of that eigenvalue for three digits.
@@ -34,9 +34,7 @@ def factor(sigma_DD: jax.Array) -> jax.Array:
 
 def norms(factor_DD: jax.Array, vector_ND: jax.Array) -> jax.Array:
     """‖v‖_{Σ⁻¹} = ‖L⁻¹v‖ of every row, float32 [N]; `factor_DD`: of `factor`."""
-    solved_DN = jax.lax.linalg.triangular_solve(
-        factor_DD, vector_ND.astype(jnp.float32).T, left_side=True, lower=True
-    )
+    solved_DN = jax.lax.linalg.triangular_solve(factor_DD, vector_ND.astype(jnp.float32).T, left_side=True, lower=True)
     return jnp.sqrt(jnp.sum(solved_DN**2, axis=0))
 
 

@@ -205,13 +205,11 @@ def row_rewards(
     return reward_BS, by_slot(jnp.ones(rows.slot_BM.shape, jnp.float32), rows.slot_BM)
 
 
-def row_features(
-    arch: Arch, params: dict, rows: Rows, *, mesh: Mesh, dtype: Any, backend: str = "auto"
-) -> jax.Array:
+def row_features(arch: Arch, params: dict, rows: Rows, *, mesh: Mesh, dtype: Any, backend: str = "auto") -> jax.Array:
     """phi_BSD float32: the last hidden state of every branch slot's last token, divided by √D; 0 in empty slots.
 
-    It is what a reward model of these weights reads (`row_rewards`); divided so that its length is about 1 at any width.
-    The arguments are as `row_logps` has them.
+    It is what a reward model of these weights reads (`row_rewards`); divided so that its length is about 1 at any
+    width. The arguments are as `row_logps` has them.
     """
     hidden_BLD = _hidden(arch, params, rows, mesh=mesh, dtype=dtype, remat="none", backend=backend)
     hidden_BSD = jnp.take_along_axis(hidden_BLD, last_tokens(rows)[:, :, None], axis=1).astype(jnp.float32)

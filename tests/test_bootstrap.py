@@ -2,12 +2,14 @@
 
 import itertools
 import json
+import typing
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sera_jax import bootstrap, sample, sera
+from sera_jax import bootstrap, config, sample, sera
 from sera_jax.data import Responses
 from sera_jax.disk import DiskError
 from sera_jax.records import Candidates, Prompt
@@ -253,6 +255,41 @@ def allowed(rule: str, p: int) -> set[tuple[int, int]]:
     }[rule]
 
 
+def mean_wins(probability, valid) -> np.ndarray:
+    """[P, C], in float64, one by one; NaN where a candidate meets none."""
+    out = np.full(valid.shape, np.nan)
+    for p, i in np.ndindex(valid.shape):
+        met = [probability(p, i, j) for j in range(valid.shape[1]) if j != i and valid[p, i] and valid[p, j]]
+        met = [value for value in met if not np.isnan(value)]
+        out[p, i] = np.mean(met) if met else np.nan
+    return out
+
+
+def test_how_often_a_candidate_wins():
+    """Of rewards σ(r_i - r_j); of a source that compares what it said, intransitive or not; among valid ones alone."""
+    from_rewards = lambda p, i, j: 1 / (1 + np.exp(REWARDS[p, j] - REWARDS[p, i], dtype=np.float64))
+    got = sera.win_rates(jnp.asarray(REWARDS), jnp.asarray(VALID))
+    np.testing.assert_allclose(got, mean_wins(from_rewards, VALID), rtol=1e-6)
+    prob = np.random.default_rng(0).uniform(size=(6, 4, 4)).astype(np.float32)
+    prob[0, 1, 2] = prob[0, 2, 1] = np.nan  # not compared
+    prob[5, 0, 1:] = np.nan  # with nobody
+    want = mean_wins(lambda p, i, j: prob[p, i, j], VALID)
+    np.testing.assert_allclose(sera.win_rates(REWARDS, jnp.asarray(VALID), jnp.asarray(prob)), want, rtol=1e-6)
+    assert np.isnan(want[5, 0]) and np.isnan(want[4]).all()
+    cycle = np.array([[[0.5, 1, 0], [0, 0.5, 1], [1, 0, 0.5]]], np.float32)  # rock, paper, scissors
+    assert sera.win_rates(np.zeros((1, 3)), jnp.ones((1, 3), bool), jnp.asarray(cycle)).tolist() == [[0.5] * 3]
+
+
+@pytest.mark.parametrize("compares", [False, True])
+def test_fresh_pairs_know_how_often_each_side_wins(compares):
+    prob = np.random.default_rng(1).uniform(size=(6, 4, 4)).astype(np.float32) if compares else None
+    how = {"rule": "best_worst", "keep": 9, "key": jax.random.key(0)}
+    fresh = bootstrap.fresh_pairs(candidates_of(GRID), REWARDS, VALID, prob, **how)
+    want = np.asarray(sera.win_rates(jnp.asarray(REWARDS), jnp.asarray(VALID), prob))
+    assert len(fresh.trees) == 4 and fresh.win_F2.dtype == np.float32
+    np.testing.assert_array_equal(fresh.win_F2, want[fresh.prompt_F[:, None], fresh.pair_F2])
+
+
 @pytest.mark.parametrize("rule", sera.PAIR_RULES)
 def test_the_pairs_of_every_rule(rule):
     fresh = pairs_of(rule)
@@ -269,6 +306,24 @@ def test_the_pairs_of_every_rule(rule):
         assert reward.tolist() == [REWARDS[p, a], REWARDS[p, b]] and margin == REWARDS[p, a] - REWARDS[p, b] > 0
     assert len({t.id for t in fresh.trees}) == len(fresh.trees)
     assert fresh.kept_F.all() and fresh.kept_F.dtype == bool
+
+
+def test_the_rule_that_explores():
+    """The most uncertain of the others is taken where a nat costs little; of all pairs, the most uncertain are kept."""
+    gamma = np.array([[0, 5, 2, 1], [9] * 4, [3, 4, 9, 9], [7, 9, 9, 8], [9] * 4, [1, 6, 2, 0]], np.float32)
+    of = lambda eta, keep=100: bootstrap.fresh_pairs(
+        candidates_of(GRID), REWARDS, VALID, rule="explore", keep=keep, key=jax.random.key(0), gamma_PC=gamma, eta=eta
+    )
+    # Prompt 2: candidates 0 to 2 are valid, 2 is the best; prompt 3: 0 and 3; prompt 5: all.
+    cheap, dear = of(1e-3), of(1e3)
+    assert [(p, *pair) for p, pair in zip(cheap.prompt_F, cheap.pair_F2.tolist())] == [
+        (0, 0, 1), (2, 2, 1), (3, 3, 0), (5, 3, 1)
+    ]  # fmt: skip
+    assert cheap.gamma_F.tolist() == [5, 4, 7, 6] and cheap.kept_F.all()
+    assert dear.pair_F2.tolist() == [[0, 1], [2, 0], [3, 0], [3, 0]]
+    assert cheap.margin_F.tolist() == [2, 4, 2, 2] and of(1e-3, keep=2).kept_F.tolist() == [False, False, True, True]
+    assert pairs_of("best_worst").gamma_F is None
+    assert set(typing.get_args(config.FreshRuleName)) == set(bootstrap.PAIR_RULES) == {*sera.PAIR_RULES, "explore"}
 
 
 @pytest.mark.parametrize("keep", [0, 1, 2, 3, 50])

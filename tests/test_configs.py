@@ -59,7 +59,7 @@ def test_every_choice_of_a_key_is_in_readme():
         configs.EnsembleName,
         configs.ScoreName,
         configs.RuleName,
-        configs.PairRuleName,
+        configs.FreshRuleName,
         configs.FormatName,
         configs.RewardName,
         configs.BestName,
@@ -78,6 +78,7 @@ def test_readme_has_a_line_for_every_knob_of_the_algorithm():
             ("judge", "JudgeConfig"),
             ("select", "SelectConfig"),
             ("bootstrap", "BootstrapConfig"),
+            ("explore", "ExploreConfig"),
             ("loop", "LoopConfig"),
             ("reward_loss", "RewardLossConfig"),
         )

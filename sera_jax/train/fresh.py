@@ -88,6 +88,7 @@ def bootstrap_pairs(world: World, t: int, scored: Live) -> Made | None:
         candidates,
         rewards_PC,
         valid_PC,
+        ranked.prob_PCC,
         rule=b.pair_rule,
         keep=round(b.fresh * len(given.trees)),
         key=worlds.key(world, "pairs", t),

@@ -2,8 +2,8 @@
 iteration, and how uncertain a linear reward is of candidates and of single responses (sera_jax.explore).
 
 Features are those of iterate 0, the reference `initial`: it stays what it is. Under a policy that moves, pairs of one
-iteration would lie elsewhere than those of the next, and their sum would mean nothing. `covariance/t.npz` has Σ_t: Σ_0 of
-all given pairs, Σ_t with the fresh pairs that iterations up to t trained on.
+iteration would lie elsewhere than those of the next, and their sum would mean nothing. `covariance/t.npz` has Σ_t: Σ_0
+of all given pairs, Σ_t with the fresh pairs that iterations up to t trained on.
 """
 
 import dataclasses
@@ -61,6 +61,22 @@ def of_responses(world: World, trees: Sequence[Tree], scored: Live) -> np.ndarra
         return _norms(world, known.sigma_DD, _features(world, trees, scored, "features of pairs") - known.centre_D)
 
     return world.config.explore.weight * _through_ledger(world, 1, "responses", trees, compute)
+
+
+def told(world: World, trees: Sequence[Tree], scored: Live) -> list[Tree]:
+    """Trees with Γ of their responses as values, where the loss is told it; else as they are."""
+    if world.loss.target != "bonus" or not trees:
+        return list(trees)
+    branches = len(trees[0].branches)
+    gamma_NB = of_responses(world, trees, scored).reshape(-1, branches)
+    return [dataclasses.replace(tree, values=tuple(one)) for tree, one in zip(trees, gamma_NB.tolist())]
+
+
+def informed(world: World, live: Live) -> World:
+    """The world whose given pairs, and held-out ones, have what the loss is told of their uncertainty."""
+    trees, held_out = (told(world, some, live) for some in (world.given.trees, world.given.held_out))
+    given = dataclasses.replace(world.given, trees=tuple(trees), held_out=tuple(held_out))
+    return dataclasses.replace(world, given=given)
 
 
 def before(world: World, t: int, scored: Live) -> Covariance:
