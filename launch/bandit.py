@@ -39,6 +39,7 @@ SWEPT = ("explore", "best_worst", "random")
 DIMENSIONS = (4, 8, 16, 32)
 EPSILON, EPSILONS = 0.2, (0.4, 0.2, 0.1)
 TUNING = range(1000, 1015)
+KEPT = ("iteration", "labels", "regret", "gap")  # of each iteration, in curves.parquet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +119,8 @@ def _rule(rule: str) -> Callable:
 def walk(
     world: str, rule: str, seed: int, *, dimension: int, prompts: int, labels: int, weight: float, until: float = 0.0
 ) -> list[dict]:
-    """One run: after the first pairs and after each iteration, how many labels were used and the gap.
+    """One run: after the first pairs and after each iteration, how many labels were used, the gap, and the smallest
+    eigenvalue of Σ (known).
 
     Args:
         prompts: m, of an iteration. labels: ends the run, as does a gap of `until`, or 20 iterations without a pair.
@@ -149,7 +151,9 @@ def walk(
         dphi_ND = np.concatenate((dphi_ND, np.where(first_P, 1, -1)[ok_P, None] * one_PD[ok_P]))
         theta_D = fitted(dphi_ND, theta_D)
         regret, behind = gap(held_PAD @ of.theta_D, held_PAD @ theta_D)
-        told.append({"iteration": t, "labels": len(dphi_ND), "regret": regret, "gap": regret + behind})
+        known = float(np.linalg.eigvalsh(np.asarray(sigma_DD, np.float64))[0])
+        row = {"iteration": t, "labels": len(dphi_ND), "regret": regret, "gap": regret + behind, "known": known}
+        told.append(row)
         dry = 0 if ok_P.any() else dry + 1
         if len(dphi_ND) >= labels or regret + behind <= until or dry == 20:
             return told
@@ -189,7 +193,7 @@ def tune() -> None:
 def curves(seeds: int) -> list[dict]:
     """Every rule in both worlds, d = 8, 8 prompts an iteration."""
     return [
-        {"world": world, "rule": rule, "seed": seed, **one}
+        {"world": world, "rule": rule, "seed": seed, **{key: one[key] for key in KEPT}}
         for world in WORLDS
         for rule in RULES
         for seed in range(seeds)

@@ -236,8 +236,8 @@ def mixture(weights: Mapping[str, float], sft_weight: float = 0.0, optimistic: f
     if unpaired and (len(unpaired) < len(members) or sft_weight or optimistic):
         raise ValueError(
             f"mixture: got {' + '.join(members)} with sft_weight {sft_weight}, optimism {optimistic}, expected "
-            f"{unpaired[0]!r} alone: it learns from single responses, desirable or not, the others from pairs and chosen "
-            "responses."
+            f"{unpaired[0]!r} alone: it learns from single responses, desirable or not, the others from pairs and "
+            "chosen responses."
         )
     targets = dict.fromkeys(member.target for member in members.values() if member.target)
     if len(targets) > 1:

@@ -175,7 +175,9 @@ def _flops(
     earlier = set().union(*(_scores_of(world, s) for s in range(1, t)))
     size = {False: _tokens(world.given.trees, False), True: _tokens(world.given.trees, True)}
     scored = sum(size[shared] for _, shared in _scores_of(world, t) - earlier)
-    sampled = 0
+    sampled, told, explores = 0, world.loss.target == "bonus", config.bootstrap.pair_rule == "explore"
+    if t == (1 if told else config.bootstrap.from_iteration) and (told or (made is not None and explores)):
+        scored += size[False]  # features of the given pairs
     if made is not None:
         candidates = rewards.trees(made.candidates)
         sampled = sum(tree.length for tree in candidates)
@@ -188,6 +190,7 @@ def _flops(
         if world.loss.reference:
             scored += _tokens(kept, False) * (loss_reference(world, t) not in known)
             scored += _tokens(kept, True) * (config.loss.ld_alpha < 1)
+        scored += (sampled + _tokens(kept, False)) * explores + _tokens(kept, False) * told
     return {
         "flops/train": float(update * sum(trained[batch].sum() for batch in batches)),
         "flops/score": float(forward * scored),
