@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sera_jax import data, disk, metrics, processes, sample, sera
+from sera_jax import data, disk, explore, metrics, processes, sample, sera
 from sera_jax.data import Responses, order
 from sera_jax.records import Candidates, Prompt, Text, Tree
 
@@ -21,7 +21,8 @@ class Fresh:
 
     trees: prompt, (chosen, rejected) with the sampled ids. pair_F2: candidate numbers (chosen, rejected); prompt_F:
     index into the candidates. reward_F2, margin_F float32. win_F2 float32: mean probability of beating the prompt's
-    other candidates; preference_F2 float32: the other one of the pair. kept_F bool: among the K̃ of the largest margin.
+    other candidates; preference_F2 float32: the other one of the pair. kept_F bool: among the K̃ of the largest margin,
+    or, of the rule `explore`, of the largest Γ, which is gamma_F, float32.
     """
 
     trees: tuple[Tree, ...]
@@ -32,6 +33,7 @@ class Fresh:
     win_F2: np.ndarray
     preference_F2: np.ndarray
     kept_F: np.ndarray
+    gamma_F: np.ndarray | None = None
 
 
 def prompts_of_iteration(count: int, share: float, *, seed: int, iteration: int) -> np.ndarray:
@@ -282,6 +284,10 @@ def valid(candidates: Candidates, *, keep_unfinished: bool) -> np.ndarray:
     return copies(candidates, keep_unfinished=keep_unfinished) > 0
 
 
+PAIR_RULES: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {**sera.PAIR_RULES, "explore": explore.enhancer}
+"""Those of sera, and the one that takes Γ beside what they take."""
+
+
 def fresh_pairs(
     candidates: Candidates,
     rewards_PC: np.ndarray,
@@ -292,13 +298,16 @@ def fresh_pairs(
     rule: str,
     keep: int,
     key: jax.Array,
+    gamma_PC: np.ndarray | None = None,
+    eta: float = 0.0,
 ) -> Fresh:
-    """Candidates and their rewards → pairs by a rule of sera.PAIR_RULES, of which the K̃ largest margins are kept.
+    """Candidates and their rewards → pairs by a rule of PAIR_RULES, of which the K̃ largest margins are kept.
 
     Args:
         prob_PCC: probabilities that one candidate is better than another, of a source that compares; against_PC: whom
             they win against (`sera.win_rates`).
         keep: K̃; fewer pairs than that are all kept. key: of the iteration, for the rules that draw.
+        gamma_PC, eta: for the rule `explore` alone (explore.enhancer), whose K̃ pairs are those of the largest Γ.
 
     Raises:
         ValueError: the reward of a valid candidate is not finite.
@@ -310,8 +319,9 @@ def fresh_pairs(
             f"candidate {c} of prompt {candidates.ids[p]!r} has reward {rewards_PC[p, c]}, expected a finite number "
             f"({len(bad)} of {int(valid_PC.sum())} candidates)."
         )
+    also = {} if gamma_PC is None else {"gamma_PC": jnp.asarray(gamma_PC), "eta": jnp.float32(eta)}
     pair_PQ2, ok_PQ = jax.device_get(
-        jax.jit(sera.PAIR_RULES[rule])(jnp.asarray(rewards_PC), jnp.asarray(valid_PC), key)
+        jax.jit(PAIR_RULES[rule])(jnp.asarray(rewards_PC), jnp.asarray(valid_PC), key, **also)
     )
     prompt_F, q_F = np.nonzero(ok_PQ)
     pair_F2 = pair_PQ2[prompt_F, q_F]
@@ -322,10 +332,12 @@ def fresh_pairs(
     reward_F2 = rewards_PC[prompt_F[:, None], pair_F2].astype(np.float32)
     margin_F = reward_F2[:, 0] - reward_F2[:, 1]
     first_F = np.asarray(sera.probabilities(known[0], prob_PCC), np.float32)[prompt_F, *pair_F2.T]
+    gamma_F = None if gamma_PC is None else gamma_PC[prompt_F, pair_F2[:, 1]]
+    rank_F = margin_F if gamma_F is None else gamma_F
     kept_F = np.zeros(len(prompt_F), bool)
     if len(prompt_F):
         one_group = jnp.zeros(len(prompt_F), jnp.int32)
-        kept_F = np.array(jax.jit(sera.top_k_mask)(jnp.asarray(margin_F), one_group, jnp.array([keep], jnp.int32)))
+        kept_F = np.array(jax.jit(sera.top_k_mask)(jnp.asarray(rank_F), one_group, jnp.array([keep], jnp.int32)))
     trees = tuple(
         Tree(
             f"{candidates.ids[p]}/{chosen}>{rejected}",
@@ -343,4 +355,5 @@ def fresh_pairs(
         win_F2=win_PC[prompt_F[:, None], pair_F2],
         preference_F2=np.stack([first_F, 1 - first_F], axis=1),
         kept_F=kept_F,
+        gamma_F=gamma_F,
     )

@@ -30,6 +30,7 @@ LossName = Literal[
     "sigmoid_norm",
     "dpop",
     "rdpo",
+    "dpo_pessimistic",
     "nca_pair",
     "bco_pair",
     "sppo_hard",
@@ -48,6 +49,7 @@ LossName = Literal[
     "kto",
 ]
 REFERENCE_FREE = ("simpo", "alphapo", "cpo", "orpo", "slic_hf")  # losses of log-probs alone
+UNCERTAIN_LOSS = "dpo_pessimistic"  # is told Γ
 UNPAIRED_LOSSES = ("kto",)  # learn from labelled single responses
 DivergenceName = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 EnsembleName = Literal["current", "two_term", "ema", "mean"]
@@ -74,6 +76,7 @@ RewardName = Literal["implicit", "model", "function", "preference_function", "ju
 FUNCTION_SOURCES = ("function", "preference_function")  # of reward.function
 BestName = Literal["accuracy", "loss"]
 PairRuleName = Literal["best_worst", "best_random", "random", "all_pairs"]
+FreshRuleName = Literal["best_worst", "best_random", "random", "all_pairs", "explore"]
 TargetName = Literal["query", "key", "value", "out", "gate", "up", "down", "head"]
 AlgorithmName = Literal["none", "policy_gradient", "raft"]
 AdvantageName = Literal["leave_one_out", "group", "centred"]
@@ -259,7 +262,7 @@ class LossConfig:
         beta: β > 0 (τ of ipo and ipo_soft, 1/η of sppo_hard and sppo, λ of orpo; slic_hf has it in its implicit reward
             only).
         label_smoothing: ε in [0, 0.5), the share of labels that are taken for wrong: dpo (cDPO), robust_dpo, exo_pair
-            (which needs more than 0: 1e-3 in its paper), aot, aot_unpaired, simpo, alphapo, cpo.
+            (which needs more than 0: 1e-3 in its paper), dpo_pessimistic, aot, aot_unpaired, simpo, alphapo, cpo.
         f_divergence: from the reference, in the place of the log-ratio (f-DPO): dpo, robust_dpo, exo_pair, discopop,
             slic, ipo, sigmoid_norm.
         f_alpha: α of alpha_divergence, as in TRL: 1 is reverse_kl, 0 forward_kl.
@@ -281,6 +284,8 @@ class LossConfig:
             updates alone, not on held-out pairs.
         sft_weight: weight of an added SFT term on the chosen response (per-token mean of each pair): RPO, CPO's
             behaviour cloning.
+        optimism: α of an added α·½(log π of the chosen + log π of the rejected response): XPO's term (alpha in TRL)
+            where both are the reference's samples, SELM's with αβ.
         mix: further losses by weight, e.g. {ipo: 0.2}; they share β, the other keys and the reference, the reward stays
             that of `name`.
         reference: of the policy that is trained: initial = the start of iteration 1, previous = the iterate before it,
@@ -307,6 +312,7 @@ class LossConfig:
     ld_alpha: float = 1.0
     weighting: Literal["none", "wpo"] = "none"
     sft_weight: float = 0.0
+    optimism: float = 0.0
     mix: dict[LossName, float] = dataclasses.field(default_factory=dict)
     reference: Literal["initial", "previous", "ema", "none"] = "initial"
 
@@ -428,7 +434,8 @@ class BootstrapConfig:
         refill: prompts in a sampling batch, in those for which there are slots. With 1 a batch waits for its longest
             response; with more, a slot whose response has ended takes the next one: for responses of very different
             lengths. A prompt's candidates then read its cache one by one, and that of all the batch's prompts is kept.
-        pair_rule: how a prompt's candidates become pairs.
+        pair_rule: how a prompt's candidates become pairs; explore = the best against the one of which the reward is
+            least certain (section explore).
         unfinished: drop = a candidate that did not reach EOS takes no part; keep = it does.
         mixture: α of Nash-MD: responses of the geometric mixture π^(1-α)·π_0^α of the policy and the initial one, token
             by token; 0 = off. Both are in memory while it samples.
@@ -451,7 +458,7 @@ class BootstrapConfig:
     max_new_tokens: int = 256
     slots: int = 64
     refill: int = 1
-    pair_rule: PairRuleName = "best_worst"
+    pair_rule: FreshRuleName = "best_worst"
     unfinished: Literal["drop", "keep"] = "drop"
     mixture: float = 0.0
     mixture_of: Literal["opponents", "candidates"] = "opponents"
@@ -498,6 +505,23 @@ class OnPolicyConfig:
     clip_high: float | None = None
     kl: Literal["reward", "loss"] = "reward"
     beta: float = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class ExploreConfig:
+    """Γ, how uncertain a reward that is linear in features of the initial policy is: for bootstrap.pair_rule explore,
+    and for loss dpo_pessimistic.
+
+    Args:
+        weight: β of Γ = β·‖Δφ‖_{Σ⁻¹}, in units of the reward.
+        regularisation: λ of Σ = λI + Σ ΔφΔφᵀ over the labelled pairs: so many pairs' worth of every direction.
+        dimension: features are projected at random (by run.seed) onto so many; 0, or the model's width or more = the
+            last hidden state as it is.
+    """
+
+    weight: float = 1.0
+    regularisation: float = 1.0
+    dimension: int = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -590,6 +614,7 @@ class TrainConfig:
         select: which of the given pairs stay.
         bootstrap: fresh pairs.
         on_policy: policy gradients and rejection sampling in the place of pairs.
+        explore: how uncertain the reward is, where that decides.
         optimizer: of the iterations.
         lora: adapters in the place of all weights.
         mesh: devices by axis.
@@ -607,6 +632,7 @@ class TrainConfig:
     select: SelectConfig = SelectConfig()
     bootstrap: BootstrapConfig = BootstrapConfig()
     on_policy: OnPolicyConfig = OnPolicyConfig()
+    explore: ExploreConfig = ExploreConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoraConfig = LoraConfig()
     mesh: MeshConfig = MeshConfig()
@@ -774,6 +800,7 @@ _RANGES: tuple[tuple[str, Any, str], ...] = (
     ("loss.slic_delta", lambda v: v > 0, "a number > 0"),
     ("loss.slic_lambda", lambda v: v >= 0, "a number >= 0"),
     ("loss.sft_weight", lambda v: v >= 0, "a number >= 0"),
+    ("loss.optimism", lambda v: v >= 0, "a number >= 0"),
     ("loss.desirable_weight", lambda v: v >= 0, "a number >= 0"),
     ("loss.undesirable_weight", lambda v: v >= 0, "a number >= 0"),
     ("loss.ld_alpha", lambda v: 0 <= v <= 1, "0 <= α <= 1"),
@@ -806,6 +833,9 @@ _RANGES: tuple[tuple[str, Any, str], ...] = (
     ("bootstrap.min_p", lambda v: 0 <= v < 1, "0 <= min_p < 1"),
     ("bootstrap.max_new_tokens", lambda v: v >= 1, "at least 1"),
     ("bootstrap.top_k", lambda v: v >= 0, "0 or more"),
+    ("explore.weight", lambda v: 0 < v < math.inf, "a number > 0"),
+    ("explore.regularisation", lambda v: 0 < v < math.inf, "a number > 0"),
+    ("explore.dimension", lambda v: v >= 0, "0 or more"),
     ("evaluate.temperature", lambda v: v >= 0, "a number >= 0"),
     ("evaluate.top_p", lambda v: 0 < v <= 1, "a share in (0, 1]"),
     ("evaluate.max_new_tokens", lambda v: v >= 1, "at least 1"),
@@ -866,8 +896,9 @@ _RANGES: tuple[tuple[str, Any, str], ...] = (
 
 # Keys that only some losses know, and which.
 _DIVERGING = ("dpo", "robust_dpo", "exo_pair", "discopop", "slic", "ipo", "sigmoid_norm")
+_SMOOTHED = ("dpo", "robust_dpo", UNCERTAIN_LOSS, "exo_pair", "aot", "aot_unpaired", "simpo", "alphapo", "cpo")
 _LOSS_KEYS = (
-    ("label_smoothing", ("dpo", "robust_dpo", "exo_pair", "aot", "aot_unpaired", "simpo", "alphapo", "cpo")),
+    ("label_smoothing", _SMOOTHED),
     ("f_divergence", _DIVERGING),
     ("f_alpha", _DIVERGING),
     ("normalisation", ("ipo",)),
@@ -965,8 +996,13 @@ def _check_loss(config: Any, where: str) -> None:
 
 
 def _check_unpaired(config: Any, where: str) -> None:
-    """What single responses cannot do."""
+    """What single responses cannot do, and a review."""
     loss = config.loss
+    if isinstance(config, ReviewConfig) and UNCERTAIN_LOSS in (loss.name, *loss.mix):
+        raise ConfigError(
+            f"{where}: loss.name is {UNCERTAIN_LOSS!r}, but a review knows no Γ; use 'dpo', whose implicit reward is "
+            "the same."
+        )
     unpaired = next((name for name in UNPAIRED_LOSSES if name in (loss.name, *loss.mix)), None)
     if unpaired is None:
         if get(config, "data.format") == "unpaired":
@@ -974,7 +1010,7 @@ def _check_unpaired(config: Any, where: str) -> None:
                 f"{where}: data.format is 'unpaired', but loss {loss.name!r} learns from pairs; use loss.name 'kto'."
             )
         return
-    pairs_only = {"mix": {}, "sft_weight": 0.0, "ld_alpha": 1.0, "weighting": "none"}
+    pairs_only = {"mix": {}, "sft_weight": 0.0, "optimism": 0.0, "ld_alpha": 1.0, "weighting": "none"}
     for key, default in pairs_only.items():
         if getattr(loss, key) != default:
             raise ConfigError(
@@ -1010,6 +1046,17 @@ def _check_lora(config: TrainConfig, where: str) -> None:
             )
 
 
+def _check_explore(config: TrainConfig, where: str) -> None:
+    if config.bootstrap.pair_rule == "explore" or UNCERTAIN_LOSS in (config.loss.name, *config.loss.mix):
+        return
+    for field in dataclasses.fields(ExploreConfig):
+        if getattr(config.explore, field.name) != field.default:
+            raise ConfigError(
+                f"{where}: explore.{field.name} is {getattr(config.explore, field.name)!r}, but nothing reads it: set "
+                f"bootstrap.pair_rule to 'explore' or loss.name to {UNCERTAIN_LOSS!r}, or leave it out."
+            )
+
+
 def _check_room(config: TrainConfig | RewardModelConfig, where: str) -> None:
     if config.data.max_prompt_length >= config.data.max_length:
         raise ConfigError(
@@ -1032,6 +1079,7 @@ def _check_reward_model(config: RewardModelConfig, where: str) -> None:
 
 def _check_train(config: TrainConfig, where: str) -> None:
     _check_lora(config, where)
+    _check_explore(config, where)
     bootstrapping = config.bootstrap.fresh > 0 and config.loop.iterations >= config.bootstrap.from_iteration
     on_policy = config.on_policy.algorithm != "none"
     texts_alone = config.sft.data and not config.loop.iterations

@@ -219,10 +219,10 @@ def tag(policies: Policies, name: Name) -> str:
     if name == Name("iterate", 1) and policies.first:
         return policies.first.tag
     kind = "iterate" if name.t == 0 else name.kind  # before the first iteration the mean is iterate 0 itself
-    return derived_tag(_fingerprint(policies, name.t), policies.start.tag, kind, name.t)
+    return derived_tag(fingerprint(policies, name.t), policies.start.tag, kind, name.t)
 
 
-def _fingerprint(policies: Policies, t: int) -> str:
+def fingerprint(policies: Policies, t: int) -> str:
     return [fingerprint for first, fingerprint in policies.fingerprints if first <= t][-1]
 
 

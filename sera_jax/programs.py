@@ -20,7 +20,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sera_jax import losses, model, policy_gradient, sample, score, sera, step
+from sera_jax import explore, losses, model, policy_gradient, sample, score, sera, step
 from sera_jax import mesh as meshes
 from sera_jax import rows as rowlib
 from sera_jax.losses import Loss
@@ -251,6 +251,25 @@ def reward_scorer(arch: Arch, mesh: Mesh, compute: Compute) -> Callable[[dict, R
 
     def run(params: dict, rows: Rows) -> jax.Array:
         return score.row_rewards(arch, params, rows, mesh=mesh, dtype=compute.dtype, backend=compute.attention)[0]
+
+    return jax.jit(run, out_shardings=meshes.replicated(mesh))
+
+
+@functools.cache
+def featurer(arch: Arch, mesh: Mesh, compute: Compute, dimension: int, seed: int) -> Callable[[dict, Rows], jax.Array]:
+    """(params, rows of one microbatch) → phi_BSd float32, on every process: score.row_features.
+
+    Args:
+        dimension: of a random projection drawn from `seed`; 0 = the width of the model, as they are.
+    """
+
+    def run(params: dict, rows: Rows) -> jax.Array:
+        how = {"dtype": compute.dtype, "backend": compute.attention}
+        phi_BSD = score.row_features(arch, params, rows, mesh=mesh, **how)
+        if not dimension:
+            return phi_BSD
+        onto_Dd = explore.projection(seed, arch.width, dimension)
+        return jnp.einsum("bsk,kd->bsd", phi_BSD, onto_Dd, precision=jax.lax.Precision.HIGHEST)
 
     return jax.jit(run, out_shardings=meshes.replicated(mesh))
 
@@ -529,6 +548,37 @@ def abstract_sampling(mesh: Mesh) -> Sampling:
     values = sample.sampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, eos_ids=(0,))
     whole = meshes.replicated(mesh)
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), values)
+
+
+# --- exploration ------------------------------------------------------------------------------------------------------
+
+
+def covariance_sharding(mesh: Mesh, dimension: int) -> NamedSharding:
+    """Where Σ [D, D] lies between updates: rows over fsdp, columns over tensor."""
+    return NamedSharding(mesh, meshes.spec(mesh, "train", ("embed", "mlp"), (dimension, dimension)))
+
+
+@functools.cache
+def covariance_update(mesh: Mesh, dimension: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """(Σ, donated, dphi_ND split by rows) → Σ + ΔφᵀΔφ."""
+    where = covariance_sharding(mesh, dimension)
+    own = (where, meshes.rows_sharding(mesh))
+    return jax.jit(explore.observed, in_shardings=own, out_shardings=where, donate_argnums=0)
+
+
+@functools.cache
+def covariance_factor(mesh: Mesh, dimension: int) -> Callable[[jax.Array], jax.Array]:
+    """Σ → its Cholesky factor, whole on every device: XLA splits neither the factorisation nor the solves behind it."""
+    whole = meshes.replicated(mesh)
+    run = lambda sigma_DD: explore.factor(jax.lax.with_sharding_constraint(sigma_DD, whole))
+    return jax.jit(run, in_shardings=covariance_sharding(mesh, dimension), out_shardings=whole)
+
+
+@functools.cache
+def covariance_norms(mesh: Mesh) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """(factor, vector_ND split by rows) → ‖v‖_{Σ⁻¹} float32 [N], on every process."""
+    whole = meshes.replicated(mesh)
+    return jax.jit(explore.norms, in_shardings=(whole, meshes.rows_sharding(mesh)), out_shardings=whole)
 
 
 # --- selection --------------------------------------------------------------------------------------------------------

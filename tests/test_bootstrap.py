@@ -2,13 +2,14 @@
 
 import itertools
 import json
+import typing
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sera_jax import bootstrap, sample, sera
+from sera_jax import bootstrap, config, sample, sera
 from sera_jax.data import Responses
 from sera_jax.disk import DiskError
 from sera_jax.records import Candidates, Prompt
@@ -305,6 +306,24 @@ def test_the_pairs_of_every_rule(rule):
         assert reward.tolist() == [REWARDS[p, a], REWARDS[p, b]] and margin == REWARDS[p, a] - REWARDS[p, b] > 0
     assert len({t.id for t in fresh.trees}) == len(fresh.trees)
     assert fresh.kept_F.all() and fresh.kept_F.dtype == bool
+
+
+def test_the_rule_that_explores():
+    """The most uncertain of the others is taken where a nat costs little; of all pairs, the most uncertain are kept."""
+    gamma = np.array([[0, 5, 2, 1], [9] * 4, [3, 4, 9, 9], [7, 9, 9, 8], [9] * 4, [1, 6, 2, 0]], np.float32)
+    of = lambda eta, keep=100: bootstrap.fresh_pairs(
+        candidates_of(GRID), REWARDS, VALID, rule="explore", keep=keep, key=jax.random.key(0), gamma_PC=gamma, eta=eta
+    )
+    # Prompt 2: candidates 0 to 2 are valid, 2 is the best; prompt 3: 0 and 3; prompt 5: all.
+    cheap, dear = of(1e-3), of(1e3)
+    assert [(p, *pair) for p, pair in zip(cheap.prompt_F, cheap.pair_F2.tolist())] == [
+        (0, 0, 1), (2, 2, 1), (3, 3, 0), (5, 3, 1)
+    ]  # fmt: skip
+    assert cheap.gamma_F.tolist() == [5, 4, 7, 6] and cheap.kept_F.all()
+    assert dear.pair_F2.tolist() == [[0, 1], [2, 0], [3, 0], [3, 0]]
+    assert cheap.margin_F.tolist() == [2, 4, 2, 2] and of(1e-3, keep=2).kept_F.tolist() == [False, False, True, True]
+    assert pairs_of("best_worst").gamma_F is None
+    assert set(typing.get_args(config.FreshRuleName)) == set(bootstrap.PAIR_RULES) == {*sera.PAIR_RULES, "explore"}
 
 
 @pytest.mark.parametrize("keep", [0, 1, 2, 3, 50])

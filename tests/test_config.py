@@ -158,6 +158,7 @@ RANGES = {
     "loss.slic_delta": POSITIVE,
     "loss.slic_lambda": ([-0.1], [0.0]),
     "loss.sft_weight": ([-0.1], [0.0]),
+    "loss.optimism": ([-0.1], [0.0]),
     "loss.desirable_weight": ([-0.1], [0.0]),
     "loss.undesirable_weight": ([-0.1], [0.0]),
     "loss.ld_alpha": SHARE,
@@ -194,6 +195,9 @@ RANGES = {
     "bootstrap.mixture": ([-0.1, 1.5], [0.0, 1.0]),
     "bootstrap.min_p": ([-0.1, 1.0], [0.0]),
     "bootstrap.max_new_tokens": AT_LEAST_1,
+    "explore.weight": ([0.0, float("inf")], [1e-9]),
+    "explore.regularisation": ([0.0, float("inf")], [1e-9]),
+    "explore.dimension": NOT_NEGATIVE,
     "evaluate.temperature": ([-0.1], [0.0]),
     "evaluate.top_p": ([0.0, 1.1], [1.0]),
     "evaluate.max_new_tokens": AT_LEAST_1,
@@ -238,6 +242,7 @@ OWNERS = {
     "lora.alpha": {"lora.rank": 1},
     "lora.targets": {"lora.rank": 1},
     "lora.dropout": {"lora.rank": 1},
+    **{f"explore.{key}": {"bootstrap.pair_rule": "explore"} for key in ("weight", "regularisation", "dimension")},
     "loss.f_alpha": {"loss.f_divergence": "alpha_divergence"},
     "loss.gamma": {"loss.name": "simpo"},
     "loss.gamma_beta_ratio": {"loss.name": "simpo"},
@@ -298,6 +303,11 @@ ON_POLICY = {"on_policy.algorithm": "policy_gradient", "reward.source": "functio
     "changes, said",
     [
         ({"data.pairs": ()}, "data.pairs is empty, expected at least one file of preference pairs"),
+        (
+            {"explore.weight": 2.0},
+            "explore.weight is 2.0, but nothing reads it: set bootstrap.pair_rule to 'explore' or loss.name to "
+            "'dpo_pessimistic', or leave it out",
+        ),
         ({"bootstrap.candidates": 1}, "bootstrap.candidates is 1, expected at least 2: a best and a worst"),
         ({"bootstrap.slots": 3}, "bootstrap.slots is 3, expected at least bootstrap.candidates (4)"),
         ({"data.max_prompt_length": 1024}, "data.max_prompt_length is 1024, expected less than data.max_length (1024)"),
@@ -553,6 +563,10 @@ def test_their_neighbours_run(changes):
 def test_a_review_ranks_pairs():
     refused(
         changed(base(ReviewConfig), "loss.name", "kto"), "loss.name is 'kto', but a review ranks pairs; use 'kto_pa"
+    )
+    refused(
+        changed(base(ReviewConfig), "loss.name", "dpo_pessimistic"),
+        "loss.name is 'dpo_pessimistic', but a review knows no Γ; use 'dpo', whose implicit reward is the same.",
     )
 
 

@@ -89,6 +89,7 @@ CASES = {
     "sigmoid_norm alpha_divergence": dict(beta=2.0, f_divergence="alpha_divergence", f_alpha=0.5),
     "dpop": dict(beta=0.1, dpop_lambda=5.0),
     "rdpo": dict(beta=0.1, rdpo_alpha=0.05),
+    "dpo_pessimistic": dict(beta=0.1, label_smoothing=0.1),
     "nca_pair": dict(beta=0.1),
     "bco_pair": dict(beta=0.1),
     "sppo_hard": dict(beta=0.1),
@@ -287,6 +288,9 @@ WITNESS = {
     "sigmoid_norm": lambda p, beta, **f: -log_sigmoid(beta * p.per_token(**f)),
     "dpop": lambda p, beta, dpop_lambda: -log_sigmoid(beta * (p.c - p.r - dpop_lambda * np.maximum(0, -p.c))),
     "rdpo": lambda p, beta, rdpo_alpha: -log_sigmoid(beta * (p.c - p.r) + rdpo_alpha * (p.lw - p.ll)),
+    "dpo_pessimistic": lambda p, beta, label_smoothing=0.0: bernoulli(
+        beta * (p.c - p.r) + p.told[:, 0] - p.told[:, 1], label_smoothing
+    ),
     "nca_pair": lambda p, beta: (
         -log_sigmoid(beta * p.c) - 0.5 * log_sigmoid(-beta * p.c) - 0.5 * log_sigmoid(-beta * p.r)
     ),
@@ -407,6 +411,7 @@ AT_REFERENCE = {
     "ipo": 25.0,
     "sigmoid_norm": np.log(2),
     "dpop": np.log(2),
+    "dpo_pessimistic": bernoulli(TARGET[:, 0].astype(np.float64) - TARGET[:, 1], 0.1),
     "nca_pair": 2 * np.log(2),
     "bco_pair": 2 * np.log(2),
     "sppo_hard": 50.0,
@@ -511,6 +516,10 @@ SWAPPED = {
     "ipo": lambda z, a, b, p, k: 2 * z / k["beta"] ** 2,
     "sigmoid_norm": lambda z, a, b, p, k: z,
     "rdpo": lambda z, a, b, p, k: z + k["rdpo_alpha"] * (p.lw - p.ll),
+    "dpo_pessimistic": lambda z, a, b, p, k: (
+        bernoulli(-z + p.told[:, 0] - p.told[:, 1], k["label_smoothing"])
+        - bernoulli(z + p.told[:, 0] - p.told[:, 1], k["label_smoothing"])
+    ),
     "nca_pair": lambda z, a, b, p, k: log_sigmoid(a) - log_sigmoid(b),
     "bco_pair": lambda z, a, b, p, k: z,
     "bco_pair_shift": lambda z, a, b, p, k: z,
@@ -740,6 +749,45 @@ def test_recipes_of_mixtures():
     assert float(np.mean(mpo - NLL) + 5.6 / 9) == pytest.approx(1.431659, abs=1e-6)
 
 
+def test_optimism_is_the_term_of_xpo_and_selm():
+    """Written anew from TRL's XPOTrainer (until 2026-09) and SELM's own trainer. Theirs have one sample ỹ of the
+    reference; with two, the pair, it is the mean of their losses with either for ỹ."""
+    arrays = (jnp.asarray(LOGP), jnp.asarray(REF), jnp.asarray(LENGTH))
+    got = losses.mixture({"dpo": 1.0}, optimistic=0.02).loss(*arrays, beta=0.1)
+    dpo = np.log1p(np.exp(-0.1 * ((LOGP - REF)[:, 0] - (LOGP - REF)[:, 1])))
+    xpo = [dpo + 0.02 * LOGP[:, sampled] for sampled in (0, 1)]
+    np.testing.assert_allclose(got, np.mean(xpo, axis=0), rtol=1e-6)
+    # SELM's α·β·(log π - log π_ref) differs by a constant: the same gradient, with α·β for α.
+    slope = lambda of: jax.grad(lambda logp: of(logp).sum())(arrays[0])
+    selm = lambda logp: losses.dpo(logp, *arrays[1:], beta=0.1) + 0.2 * 0.1 * (logp - arrays[1]).mean(axis=1)
+    mixed = lambda logp: losses.mixture({"dpo": 1.0}, optimistic=0.02).loss(logp, *arrays[1:], beta=0.1)
+    np.testing.assert_allclose(slope(mixed), slope(selm), rtol=1e-6)
+    plain = slope(lambda logp: losses.dpo(logp, *arrays[1:], beta=0.1))
+    np.testing.assert_allclose(slope(mixed) - plain, 0.01, rtol=1e-5)  # down with both, whichever is chosen
+    swapped = losses.mixture({"slic_hf": 1.0}, optimistic=1.0)
+    assert not swapped.reference and swapped.keys == losses.LOSSES["slic_hf"].keys
+    np.testing.assert_allclose(losses.optimism(LOGP), losses.optimism(LOGP[:, ::-1]))
+
+
+def test_pessimism_in_closed_form():
+    """The best policy of r - Γ over responses, at a price of β for a nat, explains the labels by r: its dpo_pessimistic
+    is the logistic loss of the rewards themselves, and no other policy has less on labels that follow r."""
+    rng = np.random.default_rng(0)
+    reference, reward, gamma = rng.dirichlet(np.ones(6)), rng.normal(size=6), rng.exponential(size=6)
+    policy = reference * np.exp((reward - gamma) / 0.3)
+    policy /= policy.sum()
+    one, other = map(np.array, zip(*[(a, b) for a in range(6) for b in range(6) if a != b]))
+    pair = lambda value: jnp.float32(np.stack([value[one], value[other]], axis=1))
+    length = jnp.ones((30, 2))
+    loss = lambda p: losses.dpo_pessimistic(pair(np.log(p)), pair(np.log(reference)), length, pair(gamma), beta=0.3)
+    np.testing.assert_allclose(loss(policy), np.log1p(np.exp(reward[other] - reward[one])), rtol=2e-4)
+    prefers = 1 / (1 + np.exp(reward[other] - reward[one]))
+    best = float(np.sum(prefers * loss(policy)))
+    for _ in range(20):
+        tried = policy * np.exp(0.3 * rng.normal(size=6))
+        assert np.sum(prefers * loss(tried / tried.sum())) > best
+
+
 def test_mixture_of_one_is_the_loss():
     for name, plain in PAIRED.items():
         mixed = losses.mixture({name: 1.0})
@@ -822,10 +870,9 @@ def test_readme_has_the_table():
     assert list(told) == list(losses.LOSSES)
     for name, loss in losses.LOSSES.items():
         needs, keys = told[name]
-        told_needs = tuple(
-            word in needs for word in ("reference", "batch", "labels", "wins", "probabilities", "rewards")
-        )
-        is_told = tuple(loss.target == kind for kind in ("label", "win", "preference", "reward"))
+        words = ("reference", "batch", "labels", "wins", "probabilities", "rewards", "Γ")
+        told_needs = tuple(word in needs for word in words)
+        is_told = tuple(loss.target == kind for kind in ("label", "win", "preference", "reward", "bonus"))
         assert told_needs == (loss.reference, loss.coupled, *is_told), name
         assert re.findall(r"`(\w+)`", keys) == [key for key in loss.keys if key != "f_alpha"], name
 
@@ -936,9 +983,9 @@ def test_a_mixture_is_of_pairs_or_of_single_responses():
     want = unpaired_witness(logp, ref, label, 0.3, desirable_weight=1.5)
     np.testing.assert_allclose(got, 2 * want, rtol=2e-5)
     assert not losses.mixture({"kto_pair": 1.0}).unpaired
-    for weights, sft_weight in (({"kto": 1.0, "dpo": 0.5}, 0.0), ({"kto": 1.0}, 0.1)):
+    for weights, *terms in (({"kto": 1.0, "dpo": 0.5}, 0.0), ({"kto": 1.0}, 0.1), ({"kto": 1.0}, 0.0, 0.1)):
         with pytest.raises(ValueError, match="expected 'kto' alone: it learns from single responses"):
-            losses.mixture(weights, sft_weight)
+            losses.mixture(weights, *terms)
     assert all(loss.coupled for loss in losses.LOSSES.values() if loss.unpaired)
     assert config.UNPAIRED_LOSSES == tuple(name for name, loss in losses.LOSSES.items() if loss.unpaired)
 

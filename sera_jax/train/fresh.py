@@ -17,6 +17,7 @@ from sera_jax.config import BootstrapConfig, EvaluateConfig
 from sera_jax.ledger import branch_key, derived_tag
 from sera_jax.policies import Live, Name
 from sera_jax.records import Candidates, Prompt
+from sera_jax.train import uncertainty
 from sera_jax.train import world as worlds
 from sera_jax.train.select import ensemble, reward_reference
 from sera_jax.train.world import World
@@ -83,16 +84,23 @@ def bootstrap_pairs(world: World, t: int, scored: Live) -> Made | None:
     ranked, rewards_PC = rewarded(world, t, scored, drawn, everybody)
     said_PC = said(world, everybody)
     own_PC = np.broadcast_to(np.arange(said_PC.shape[1]) < candidates.finished_PC.shape[1], said_PC.shape)
+    valid_PC, also = own_PC & (said_PC > 0), {}
+    if b.pair_rule == "explore":
+        gamma_PC = uncertainty.against_best(world, t, everybody, rewards_PC, valid_PC, scored)
+        also = {"gamma_PC": processes.once(lambda: gamma_PC), "eta": config.loss.beta}
     made = bootstrap.fresh_pairs(
         everybody,
         rewards_PC,
-        own_PC & (said_PC > 0),
+        valid_PC,
         ranked.prob_PCC,
         said_PC if opponents is None else np.where(own_PC, 0, said_PC),
         rule=b.pair_rule,
         keep=round(b.fresh * len(given.trees)),
         key=worlds.key(world, "pairs", t),
+        **also,
     )
+    if also:
+        uncertainty.learn(world, t, made, scored)
     return Made(prompts, candidates, made, ranked, opponents)
 
 

@@ -72,6 +72,7 @@ def write_pairs(
             "finished_chosen": [bool(candidates.finished_PC[p, c]) for p, c, _ in picks],
             "finished_rejected": [bool(candidates.finished_PC[p, r]) for p, _, r in picks],
             "kept": fresh.kept_F,
+            **({} if fresh.gamma_F is None else {"gamma": fresh.gamma_F}),
             **({} if prob_PCC is None else {"probability": prob_PCC[fresh.prompt_F, *fresh.pair_F2.T]}),
             **({} if gold_F2 is None else {"gold_chosen": gold_F2[:, 0], "gold_rejected": gold_F2[:, 1]}),
             "prompt_tokens": [tree.prompt for tree in fresh.trees],
@@ -175,7 +176,9 @@ def _flops(
     earlier = set().union(*(_scores_of(world, s) for s in range(1, t)))
     size = {False: _tokens(world.given.trees, False), True: _tokens(world.given.trees, True)}
     scored = sum(size[shared] for _, shared in _scores_of(world, t) - earlier)
-    decoded = 0
+    decoded, told, explores = 0, world.loss.target == "bonus", config.bootstrap.pair_rule == "explore"
+    if t == (1 if told else config.bootstrap.from_iteration) and (told or (made is not None and explores)):
+        scored += size[False]  # features of the given pairs
     if made is not None:
         candidates = rewards.trees(made.candidates)
         sampled = sum(tree.length for tree in candidates)
@@ -192,6 +195,7 @@ def _flops(
         if world.loss.reference:
             scored += _tokens(kept, False) * (loss_reference(world, t) not in known)
             scored += _tokens(kept, True) * (config.loss.ld_alpha < 1)
+        scored += (sampled + _tokens(kept, False)) * explores + _tokens(kept, False) * told
     return {
         "flops/train": float(update * sum(trained[batch].sum() for batch in batches)),
         "flops/score": float(forward * scored),
@@ -306,13 +310,14 @@ def _of_candidates(made: Made | None, gold_F2: np.ndarray | None) -> dict[str, A
     if made is None:
         return {}
     fresh = made.fresh
-    kept = fresh.kept_F.any()
+    kept, explored = fresh.kept_F.any(), fresh.gamma_F is not None
     length = np.array([[len(b) for b in tree.branches] for tree in fresh.trees], np.float64).reshape(-1, 2)
     return {
         "sera/fresh_made": len(fresh.trees),
         "sera/fresh_pairs": int(fresh.kept_F.sum()),
         "sera/fresh_margin_mean": float(fresh.margin_F[fresh.kept_F].mean()) if kept else None,
         "sera/fresh_length_gap": float((length[:, 0] - length[:, 1])[fresh.kept_F].mean()) if kept else None,
+        **({"sera/fresh_gamma_mean": float(fresh.gamma_F[fresh.kept_F].mean())} if explored and kept else {}),
         **_of_fresh_gold(fresh.kept_F, gold_F2),
         **({} if made.ranked.kl is None else {"gen/kl": made.ranked.kl}),
         **made.ranked.told,

@@ -183,7 +183,8 @@ def lora_of(config: TrainConfig) -> Lora | None:
 
 def loss_of(config: TrainConfig) -> tuple[Loss, dict[str, Any]]:
     """The loss that trains and whose implicit reward ranks, and its keys."""
-    loss = _mixture((config.loss.name, *config.loss.mix), (1.0, *config.loss.mix.values()), config.loss.sft_weight)
+    given = config.loss
+    loss = _mixture((given.name, *given.mix), (1.0, *given.mix.values()), given.sft_weight, given.optimism)
     return loss, {"beta": config.loss.beta, **{key: getattr(config.loss, key) for key in loss.keys}}
 
 
@@ -628,9 +629,9 @@ def ranks(config: TrainConfig) -> bool:
 
 
 @functools.cache
-def _mixture(names: tuple[str, ...], weights: tuple[float, ...], sft_weight: float) -> Loss:
+def _mixture(names: tuple[str, ...], weights: tuple[float, ...], sft_weight: float, optimistic: float) -> Loss:
     """One record for the same plain values, so that the runs of a process share their programs."""
-    return losses.mixture(dict(zip(names, weights)), sft_weight)
+    return losses.mixture(dict(zip(names, weights)), sft_weight, optimistic)
 
 
 @functools.cache
