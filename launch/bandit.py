@@ -32,14 +32,14 @@ import pyarrow.parquet
 from sera_jax import explore, sera
 
 ACTIONS, CANDIDATES, ETA, LAMBDA, HELD_OUT = 32, 8, 0.5, 1.0, 256
-WEIGHT = 1.0  # β of Γ, chosen with --tune
+WEIGHT = 1.0  # β of Γ at d = 8, chosen with --tune; otherwise it grows as √d, as in the theory
 RULES = ("explore", "best_worst", "best_random", "random", "unbound")
 WORLDS = ("even", "rare")
-SWEPT = ("explore", "best_worst", "random")
+SWEPT = ("explore", "best_worst", "random", "unbound")
 DIMENSIONS = (4, 8, 16, 32)
-EPSILON, EPSILONS = 0.2, (0.4, 0.2, 0.1)
+EPSILON, EPSILONS, LABELS = 0.2, (0.4, 0.2, 0.1), 600
 TUNING = range(1000, 1015)
-KEPT = ("iteration", "labels", "regret", "gap")  # of each iteration, in curves.parquet
+KEPT = ("labels", "regret", "gap")  # of each iteration, in curves.parquet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,9 +171,9 @@ def interval(value_N: np.ndarray, of: Callable = np.median, seed: int = 0) -> tu
     return tuple(np.quantile(drawn, [0.025, 0.975], method="nearest"))
 
 
-def exponent(labels_GS: np.ndarray, dimensions: tuple[int, ...]) -> tuple[float, float, float]:
-    """Slope of log(labels) over log(d), least squares on the seeds' means of logs, with its interval over seeds."""
-    x_G = np.log(dimensions) - np.log(dimensions).mean()
+def exponent(labels_GS: np.ndarray, of_G: np.ndarray | tuple[float, ...]) -> tuple[float, float, float]:
+    """Slope of log(labels) over log(of), least squares on the seeds' means of logs, with its interval over seeds."""
+    x_G = np.log(of_G) - np.log(of_G).mean()
     slope = lambda logs_SG: float(x_G @ logs_SG.mean(axis=0) / (x_G @ x_G))
     logs_SG = np.log(labels_GS).T
     return slope(logs_SG), *interval(logs_SG, slope)
@@ -197,7 +197,7 @@ def curves(seeds: int) -> list[dict]:
         for world in WORLDS
         for rule in RULES
         for seed in range(seeds)
-        for one in walk(world, rule, seed, dimension=8, prompts=8, labels=600, weight=WEIGHT)
+        for one in walk(world, rule, seed, dimension=8, prompts=8, labels=LABELS, weight=WEIGHT)
     ]
 
 
@@ -207,8 +207,8 @@ def dimensions(seeds: int) -> list[dict]:
     for rule in SWEPT:
         for dimension in DIMENSIONS:
             for seed in range(seeds):
-                of = {"dimension": dimension, "prompts": dimension, "labels": 200 * dimension, "weight": WEIGHT}
-                told = walk("even", rule, seed, **of, until=EPSILON)
+                of = {"dimension": dimension, "prompts": dimension, "labels": 200 * dimension, "until": EPSILON}
+                told = walk("even", rule, seed, **of, weight=WEIGHT * (dimension / 8) ** 0.5)
                 row = {"rule": rule, "dimension": dimension, "seed": seed, "labels": labels_to(told, EPSILON)}
                 found.append({**row, "iterations": told[-1]["iteration"]})
     return found
@@ -229,29 +229,31 @@ def runs_of(c: dict[str, np.ndarray], world: str, rule: str) -> list[list[dict]]
 
 
 def table(curves_: list[dict], dimensions_: list[dict]) -> str:
-    """Markdown: labels to ε by rule, with the ratio to best_worst's by seed; the exponents of d."""
+    """Markdown: labels to ε by rule, what best_worst needs and leaves beside it by seed; the exponents of 1/ε and d."""
     c, lines = columns(curves_), []
+    seeds = len(np.unique(c["seed"]))
     for world in WORLDS:
         lines += [
-            f"**{world}**: labels to a gap of ε, median of the seeds [95 %]; labels of best_worst over them, geometric "
-            "mean by seed [95 %]",
+            f"**{world}**: labels to a gap of ε, median over {seeds} seeds, and their exponent of 1/ε; "
+            f"how many times as many labels best_worst needs, mean over ε, and how many times as much regret it has at "
+            f"{LABELS}: geometric means by seed [95 %]",
             "",
-            "| rule | " + " | ".join(f"ε {e:g}" for e in EPSILONS) + f" | ratio at {EPSILON:g} | J(π*) − J(π) at 600 |",
-            "|---|" + "---|" * (len(EPSILONS) + 2),
+            f"| rule | {' | '.join(f'ε {e:g}' for e in EPSILONS)} | exponent | labels of best_worst | its regret |",
+            "|---|" + "---|" * (len(EPSILONS) + 3),
         ]
-        base = np.array([labels_to(run, EPSILON) for run in runs_of(c, world, "best_worst")])
+        needed, left = {}, {}
         for rule in RULES:
             runs = runs_of(c, world, rule)
-            shown = []
-            for epsilon in EPSILONS:
-                needed = np.array([labels_to(run, epsilon) for run in runs])
-                low, high = interval(needed)
-                shown.append(f"{np.median(needed):g} [{low:g}, {high:g}]")
-            needed = np.array([labels_to(run, EPSILON) for run in runs])
-            log_ratio = np.log(np.minimum(base, 600)) - np.log(np.minimum(needed, 600))
-            low, high = interval(log_ratio, np.mean)
-            shown.append(f"{np.exp(log_ratio.mean()):.2f} [{np.exp(low):.2f}, {np.exp(high):.2f}]")
-            shown.append(f"{np.mean([run[-1]['regret'] for run in runs]):.4f}")
+            needed[rule] = np.array([[min(labels_to(run, e), LABELS) for run in runs] for e in EPSILONS])
+            left[rule] = np.array([run[-1]["regret"] for run in runs])
+        for rule in RULES:
+            shown = [f"{np.median(labels_S):g}" for labels_S in needed[rule]]
+            slope, low, high = exponent(needed[rule], 1 / np.array(EPSILONS))
+            shown.append(f"{slope:.2f} [{low:.2f}, {high:.2f}]")
+            saved_S = np.log(needed["best_worst"] / needed[rule]).mean(axis=0)
+            for log_S in (saved_S, np.log(left["best_worst"] / left[rule])):
+                low, high = np.exp(interval(log_S, np.mean))
+                shown.append(f"{np.exp(log_S.mean()):.2f} [{low:.2f}, {high:.2f}]")
             lines.append(f"| {rule} | {' | '.join(shown)} |")
         lines.append("")
     d = columns(dimensions_)

@@ -72,7 +72,8 @@ def enhancer(
     known_PC = jnp.where(others_PC, gamma_PC, -1.0)
     cost_PC = eta * best_of_kl(jnp.maximum(jnp.cumsum(others_PC, axis=1), 1).astype(jnp.float32))
     fits_PC = others_PC & (cost_PC <= jax.lax.cummax(known_PC, axis=1))
-    last_P1 = jnp.max(jnp.where(fits_PC, jnp.arange(fits_PC.shape[1]), -1), axis=1, keepdims=True)
-    among_PC = jnp.where(jnp.arange(fits_PC.shape[1]) <= last_P1, known_PC, -1.0)
+    number_1C = jnp.arange(fits_PC.shape[1])[None]
+    last_P1 = jnp.max(jnp.where(fits_PC, number_1C, -1), axis=1, keepdims=True)
+    among_PC = jnp.where(number_1C <= last_P1, known_PC, -1.0)
     other_P = jnp.argmax(among_PC, axis=1).astype(jnp.int32)
     return jnp.stack([best_P, other_P], axis=1)[:, None], jnp.any(others_PC, axis=1)[:, None]

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from sera_jax import policies, programs, rewards, score
+from sera_jax import model, policies, programs, rewards, score
 from sera_jax import run as runs
 from sera_jax import train as trainer
 from sera_jax.policies import Live, Name
@@ -33,7 +33,7 @@ def alone(world: World, trees) -> np.ndarray:
     for d in range(width):
         head = np.zeros((1, width), np.float32)
         head[0, d] = 1
-        of = programs.score_rows(run, {**params, "score": head}, world.mesh)
+        of = programs.score_rows(run, model.with_score(params, head), world.mesh)
         found[:, d] = np.concatenate([score.logps(single[i : i + 1], of, plan) for i in range(len(single))])
     return found / np.sqrt(width)
 
