@@ -1,6 +1,6 @@
 """Self-play in a game of preferences that go in a circle (configs/nash_game.py): who gets to the Nash policy?
 
-    python launch/nash.py [--out runs/nash] [--seeds 5] [--iterations 40] [--only sppo nash_md]
+    python launch/nash.py [--out runs/nash] [--seeds 5] [--iterations 24] [--only sppo nash_md]
 
 Each seed draws a model and has it learn from demonstrations; from there every method runs by its own config and the
 game's. Each iterate's policy over the moves is read off its log-probs, prompt by prompt, and held against the prompt's
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/nash"))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first", type=int, default=0, help="number of the first seed: several commands may share OUT")
-    parser.add_argument("--iterations", type=int, default=40)
+    parser.add_argument("--iterations", type=int, default=24)
     parser.add_argument("--only", nargs="*", default=[*METHODS, *GAPS])
     arguments = parser.parse_args()
     found: dict[str, list] = {name: [] for name in arguments.only}
@@ -126,7 +126,8 @@ def main() -> None:
                 kept.write_text(json.dumps(iterates(config).tolist()))
             # All are held against the game of the same β, also those whose own is another.
             measure = measured if name in METHODS else of_scores
-            found[name].append(measure(np.array(json.loads(kept.read_text())), beta=0.1))
+            policy_TPN = np.array(json.loads(kept.read_text()))[: config.loop.iterations + 1]
+            found[name].append(measure(policy_TPN, beta=0.1))
     (arguments.out / "nash.json").write_text(json.dumps(found))
     played, scored = ({n: s for n, s in found.items() if n in some} for some in (METHODS, GAPS))
     told = (table(played) if played else "") + (table_of_scores(scored) if scored else "")

@@ -436,7 +436,7 @@ def test_a_mixture_with_the_initial_policy(base, made, tmp_path):
     own, other = words(got.candidates.texts_PC), words(got.opponents.texts_PC)
     there = np.array([[text.strip() != "" for text in row] for row in got.opponents.texts_PC])
     win = 0.5 + np.sign(own[:, :, None] - other[:, None]) / 4
-    win = (win * there[:, None]).sum(2) / there.sum(1, keepdims=True)
+    win = (win * there[:, None]).sum(2) / np.maximum(there.sum(1, keepdims=True), 1)
     assert len(got.fresh.trees) > 5
     for p, pair, told in zip(got.fresh.prompt_F, got.fresh.pair_F2, got.fresh.win_F2):
         assert max(pair) < 3
