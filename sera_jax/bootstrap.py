@@ -247,12 +247,21 @@ def valid(candidates: Candidates, *, keep_unfinished: bool) -> np.ndarray:
 
 
 def fresh_pairs(
-    candidates: Candidates, rewards_PC: np.ndarray, valid_PC: np.ndarray, *, rule: str, keep: int, key: jax.Array
+    candidates: Candidates,
+    rewards_PC: np.ndarray,
+    valid_PC: np.ndarray,
+    *,
+    rule: str,
+    keep: int,
+    key: jax.Array,
+    prob_PCC: np.ndarray | None = None,
 ) -> Fresh:
-    """Candidates and their rewards → pairs by a rule of sera.PAIR_RULES, of which the K̃ largest margins are kept.
+    """Candidates and their rewards → pairs by a rule of sera.PAIR_RULES, of which the K̃ largest margins are kept; or by
+    one of sera.WIN_RULES, whose margin is P(chosen > rejected) - P(rejected > chosen).
 
     Args:
-        keep: K̃; fewer pairs than that are all kept. key: of the iteration, for the rules that draw.
+        keep: K̃; fewer pairs than that are all kept. key: of the iteration, for the rules that draw. prob_PCC: as the
+            source gave it, for WIN_RULES; None = σ of differences of the rewards.
 
     Raises:
         ValueError: the reward of a valid candidate is not finite.
@@ -264,13 +273,17 @@ def fresh_pairs(
             f"candidate {c} of prompt {candidates.ids[p]!r} has reward {rewards_PC[p, c]}, expected a finite number "
             f"({len(bad)} of {int(valid_PC.sum())} candidates)."
         )
-    pair_PQ2, ok_PQ = jax.device_get(
-        jax.jit(sera.PAIR_RULES[rule])(jnp.asarray(rewards_PC), jnp.asarray(valid_PC), key)
-    )
+    compares = rule in sera.WIN_RULES
+    if compares and prob_PCC is None:
+        prob_PCC = np.asarray(sera.win_probabilities(jnp.asarray(rewards_PC)))
+    pick, told = (sera.WIN_RULES[rule], prob_PCC) if compares else (sera.PAIR_RULES[rule], rewards_PC)
+    pair_PQ2, ok_PQ = jax.device_get(jax.jit(pick)(jnp.asarray(told), jnp.asarray(valid_PC), key))
     prompt_F, q_F = np.nonzero(ok_PQ)
     pair_F2 = pair_PQ2[prompt_F, q_F]
     reward_F2 = rewards_PC[prompt_F[:, None], pair_F2].astype(np.float32)
     margin_F = reward_F2[:, 0] - reward_F2[:, 1]
+    if compares:
+        margin_F = (2 * prob_PCC[prompt_F, *pair_F2.T] - 1).astype(np.float32)
     kept_F = np.zeros(len(prompt_F), bool)
     if len(prompt_F):
         one_group = jnp.zeros(len(prompt_F), jnp.int32)

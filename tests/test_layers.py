@@ -12,7 +12,7 @@ FLOORS = """
 1 tree_loops draw rope rows step toyworld
 2 attention model data losses sera ledger checkpoint report
 3 hf score sample
-4 rewards judge
+4 rewards judge preference
 5 programs
 6 bootstrap selection winrate policies run
 7 train generate evaluate review

@@ -21,9 +21,12 @@ from sera_jax.data.forms import FORMATS, RANKED, UNPAIRED, Demonstration
 from sera_jax.data.mismatch import derangement, mismatched
 from sera_jax.data.order import batches, order, split_validation
 from sera_jax.data.tokens import (
+    CUTS,
     Counts,
     Tokenizer,
     bos_id,
+    continuations,
+    encoded,
     eos_ids,
     load_tokenizer,
     padding_id,
@@ -35,6 +38,7 @@ from sera_jax.data.tokens import (
 )
 
 __all__ = [
+    "CUTS",
     "FORMATS",
     "RANKED",
     "UNPAIRED",
@@ -46,8 +50,10 @@ __all__ = [
     "Tokenizer",
     "batches",
     "bos_id",
+    "continuations",
     "demonstrations_of",
     "derangement",
+    "encoded",
     "eos_ids",
     "load_pairs",
     "load_prompts",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from sera_jax import bootstrap, disk, judge, policies, processes, programs, rewards, sample, score
+from sera_jax import bootstrap, disk, judge, policies, preference, processes, programs, rewards, sample, score
 from sera_jax.bootstrap import Fresh
 from sera_jax.config import BootstrapConfig, EvaluateConfig
 from sera_jax.ledger import branch_key, derived_tag
@@ -78,7 +78,12 @@ def bootstrap_pairs(world: World, t: int, scored: Live) -> Made | None:
         penalty=config.reward.length_penalty,
         normalise=config.reward.length_normalise,
     )
-    rewards_PC = processes.once(lambda: rewards_PC)  # they decide what is trained on
+    # They decide what is trained on.
+    rewards_PC, prob_PCC = processes.once(lambda: (rewards_PC, ranked.prob_PCC))
+    if prob_PCC is not None:
+        circles, triples = preference.cycles(prob_PCC)
+        told = {**ranked.told, "sera/intransitive": circles / triples if triples else None}
+        ranked = dataclasses.replace(ranked, prob_PCC=prob_PCC, told=told)
     made = bootstrap.fresh_pairs(
         candidates,
         rewards_PC,
@@ -86,6 +91,7 @@ def bootstrap_pairs(world: World, t: int, scored: Live) -> Made | None:
         rule=b.pair_rule,
         keep=round(b.fresh * len(given.trees)),
         key=worlds.key(world, "pairs", t),
+        prob_PCC=prob_PCC,
     )
     return Made(prompts, candidates, made, ranked)
 
@@ -214,6 +220,30 @@ def _model(world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Ca
     return Ranked(rewards.on_grid(flat, candidates))
 
 
+def _preference(world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Candidates) -> Ranked:
+    """Probabilities of a preference model, which is in memory beside the policy while it ranks; of what may stand in a
+    pair. It reads texts, by its own tokeniser.
+    """
+    prompts, places = [world.given.prompts[i].prompt for i in drawn], []
+    valid_PC, texts_PC = valid(world, candidates), candidates.texts_PC
+
+    def ask(pairs: list[tuple[int, int, int]]) -> np.ndarray:
+        asked = [(prompts[p], texts_PC[p][i], texts_PC[p][j]) for p, i, j in pairs]
+        label = f"iteration {t}: {len(pairs)} pairs to the preference model"
+        prob_Q, place_Q2 = policies.folder_preferences(
+            world.ranker, world.form, asked, ledger=world.policies.ledger, label=label
+        )
+        places.extend([] if place_Q2 is None else [place_Q2])
+        return prob_Q
+
+    if world.config.reward.tournament:
+        rewards_PC, prob_PCC = preference.tournament(valid_PC, ask).astype(np.float32), None
+    else:
+        prob_PCC = preference.compared(valid_PC, ask)
+        rewards_PC, prob_PCC = judge.win_rewards(prob_PCC), prob_PCC.astype(np.float32)
+    return Ranked(rewards_PC, None, prob_PCC, preference.of_places(np.concatenate(places) if places else None))
+
+
 def _function(world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Candidates) -> Ranked:
     function = rewards.load_function(world.config.reward.function)
     prompts = [world.given.prompts[i].prompt for i in drawn]
@@ -253,6 +283,7 @@ def _random(world: World, t: int, scored: Live, drawn: np.ndarray, candidates: C
 SOURCES: dict[str, Callable[..., Ranked]] = {
     "implicit": _implicit,
     "model": _model,
+    "preference": _preference,
     "function": _function,
     "judge": _judge,
     "file": _file,
