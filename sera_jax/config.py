@@ -720,6 +720,36 @@ class RewardModelConfig:
     mesh: MeshConfig = MeshConfig()
 
 
+@dataclasses.dataclass(frozen=True)
+class AnnotateConfig:
+    """`python -m sera_jax.annotate export` and `import`: pairs of responses out for people to label, labels back in.
+
+    Args:
+        questions: JSONL of the pairs to label, one a line: {"id", "prompt", "left", "right", "label"}; export writes
+            it, import reads it.
+        responses: for export: files of candidates, as `sera_jax.generate` writes them.
+        pairs: for export: files of pairs in any form, also fresh.parquet of a run; who was chosen is not told.
+        per_prompt: for export: pairs of a prompt's responses, drawn by seed; 0 = every two.
+        unfinished: for export: drop = a response that is marked as not finished is in no question; keep = it is.
+        limit: for export: at most so many questions, drawn by seed (0 = all).
+        seed: of which response is shown on the left, of the order of the questions, and of the draws.
+        labels: for import: JSONL or CSV of {"id", "label"} and, if known, "annotator" (else the file's name); label is
+            left, right or tie, empty = not labelled. The questions' file itself, filled in, is one, too.
+        out: for import: JSONL of preference pairs to write, for data.pairs; score_chosen and score_rejected are the
+            shares of the votes.
+    """
+
+    questions: str
+    responses: tuple[str, ...] = ()
+    pairs: tuple[str, ...] = ()
+    per_prompt: int = 1
+    unfinished: Literal["drop", "keep"] = "drop"
+    limit: int = 0
+    seed: int = 0
+    labels: tuple[str, ...] = ()
+    out: str = ""
+
+
 # (key, test of the value, what was expected); keys that a config lacks are passed over.
 _RANGES: tuple[tuple[str, Any, str], ...] = (
     ("loss.beta", lambda v: v > 0, "a number > 0"),
@@ -773,6 +803,7 @@ _RANGES: tuple[tuple[str, Any, str], ...] = (
     ("top_k", lambda v: v >= 0, "0 or more"),
     ("limit", lambda v: v >= 0, "0 or more"),
     ("candidates", lambda v: v >= 1, "at least 1"),
+    ("per_prompt", lambda v: v >= 0, "0 or more"),
     ("max_new_tokens", lambda v: v >= 1, "at least 1"),
     ("max_prompt_length", lambda v: v >= 1, "at least 1 token"),
     ("slots", lambda v: v >= 1, "at least 1"),
@@ -1148,7 +1179,7 @@ def parse(record: type, args: list[str] | None = None) -> Any:
     `record`, and checks it.
 
     Args:
-        record: TrainConfig, GenerateConfig, EvaluateDoorConfig, ReviewConfig or RewardModelConfig.
+        record: TrainConfig, GenerateConfig, EvaluateDoorConfig, ReviewConfig, RewardModelConfig or AnnotateConfig.
         args: command line; None = sys.argv.
 
     Raises:

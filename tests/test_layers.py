@@ -15,11 +15,11 @@ FLOORS = """
 4 rewards judge preference
 5 programs
 6 bootstrap selection winrate policies run
-7 train generate evaluate review
+7 train generate evaluate review annotate
 8 arms compile_check reward_model
 """
 FLOOR = {room: int(line.split()[0]) for line in FLOORS.strip().splitlines() for room in line.split()[1:]}
-DOORS = {"arms", "compile_check", "reward_model", "train", "generate", "evaluate", "review", "toyworld", "report"}
+DOORS = {"annotate", "arms", "compile_check", "reward_model", "train", "generate", "evaluate", "review", "toyworld", "report"}
 OPTIONAL = {"tensorboardX", "wandb", "openai"}  # the only imports that may stand inside a function
 HOUSE = pathlib.Path(sera_jax.__file__).parent
 
