@@ -20,7 +20,8 @@ class Fresh:
     """Pairs made of candidates, best margins first cut off at K̃ or not (`kept`).
 
     trees: prompt, (chosen, rejected) with the sampled ids. pair_F2: candidate numbers (chosen, rejected); prompt_F:
-    index into the candidates. reward_F2, margin_F float32. kept_F bool: among the K̃ of the largest margin.
+    index into the candidates. reward_F2, margin_F float32. win_F2 float32: mean probability of beating the prompt's
+    other candidates. kept_F bool: among the K̃ of the largest margin.
     """
 
     trees: tuple[Tree, ...]
@@ -28,6 +29,7 @@ class Fresh:
     pair_F2: np.ndarray
     reward_F2: np.ndarray
     margin_F: np.ndarray
+    win_F2: np.ndarray
     kept_F: np.ndarray
 
 
@@ -250,18 +252,19 @@ def fresh_pairs(
     candidates: Candidates,
     rewards_PC: np.ndarray,
     valid_PC: np.ndarray,
+    prob_PCC: np.ndarray | None = None,
     *,
     rule: str,
     keep: int,
     key: jax.Array,
-    prob_PCC: np.ndarray | None = None,
 ) -> Fresh:
     """Candidates and their rewards → pairs by a rule of sera.PAIR_RULES, of which the K̃ largest margins are kept; or by
     one of sera.WIN_RULES, whose margin is P(chosen > rejected) - P(rejected > chosen).
 
     Args:
-        keep: K̃; fewer pairs than that are all kept. key: of the iteration, for the rules that draw. prob_PCC: as the
-            source gave it, for WIN_RULES; None = σ of differences of the rewards.
+        prob_PCC: probabilities that one candidate is better than another, of a source that compares (`sera.win_rates`;
+            WIN_RULES choose by it, and by σ of the rewards' differences where there is none).
+        keep: K̃; fewer pairs than that are all kept. key: of the iteration, for the rules that draw.
 
     Raises:
         ValueError: the reward of a valid candidate is not finite.
@@ -273,17 +276,17 @@ def fresh_pairs(
             f"candidate {c} of prompt {candidates.ids[p]!r} has reward {rewards_PC[p, c]}, expected a finite number "
             f"({len(bad)} of {int(valid_PC.sum())} candidates)."
         )
-    compares = rule in sera.WIN_RULES
-    if compares and prob_PCC is None:
-        prob_PCC = np.asarray(sera.win_probabilities(jnp.asarray(rewards_PC)))
-    pick, told = (sera.WIN_RULES[rule], prob_PCC) if compares else (sera.PAIR_RULES[rule], rewards_PC)
+    by_odds_PCC = np.asarray(sera.win_probabilities(jnp.asarray(rewards_PC)))
+    compares, known_PCC = rule in sera.WIN_RULES, by_odds_PCC if prob_PCC is None else prob_PCC
+    pick, told = (sera.WIN_RULES[rule], known_PCC) if compares else (sera.PAIR_RULES[rule], rewards_PC)
     pair_PQ2, ok_PQ = jax.device_get(jax.jit(pick)(jnp.asarray(told), jnp.asarray(valid_PC), key))
     prompt_F, q_F = np.nonzero(ok_PQ)
     pair_F2 = pair_PQ2[prompt_F, q_F]
     reward_F2 = rewards_PC[prompt_F[:, None], pair_F2].astype(np.float32)
     margin_F = reward_F2[:, 0] - reward_F2[:, 1]
+    win_PC = np.asarray(sera.win_rates(jnp.asarray(rewards_PC), jnp.asarray(valid_PC), prob_PCC), np.float32)
     if compares:
-        margin_F = (2 * prob_PCC[prompt_F, *pair_F2.T] - 1).astype(np.float32)
+        margin_F = (2 * known_PCC[prompt_F, *pair_F2.T] - 1).astype(np.float32)
     kept_F = np.zeros(len(prompt_F), bool)
     if len(prompt_F):
         one_group = jnp.zeros(len(prompt_F), jnp.int32)
@@ -296,4 +299,4 @@ def fresh_pairs(
         )
         for p, (chosen, rejected) in zip(prompt_F, pair_F2)
     )
-    return Fresh(trees, prompt_F, pair_F2, reward_F2, margin_F, kept_F)
+    return Fresh(trees, prompt_F, pair_F2, reward_F2, margin_F, win_PC[prompt_F[:, None], pair_F2], kept_F)

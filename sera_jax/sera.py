@@ -396,6 +396,34 @@ def check_finite(bad: np.ndarray, ids: Sequence[str], what: str) -> None:
         )
 
 
+# --- Win rates: how a candidate stands among those of its prompt ------------------------------------------------------
+
+
+def win_probabilities(rewards_PC):
+    """P(i > j) = σ(r_i - r_j) of Bradley-Terry rewards -> float32 [P, C, C]: what is known where nobody compared."""
+    return jax.nn.sigmoid(rewards_PC[:, :, None] - rewards_PC[:, None, :])
+
+
+def win_rates(rewards_PC, valid_PC, prob_PCC=None):
+    """Mean probability of beating the prompt's other valid candidates -> float32 [P, C].
+
+    It is P(y > π | x) of the policy that sampled them, estimated as in SPPO (Wu et al. 2024, sec. 4.2), but without the
+    candidate itself.
+
+    Args:
+        rewards_PC: Bradley-Terry rewards: P(i > j) = σ(r_i - r_j) where nothing better is known.
+        prob_PCC: P(i > j), need not be transitive; NaN = not compared, which is left out.
+
+    Returns:
+        NaN for a candidate that is not valid, or that no other one was compared with.
+    """
+    if prob_PCC is None:
+        prob_PCC = win_probabilities(rewards_PC)
+    others_PCC = valid_PC[:, :, None] & valid_PC[:, None, :] & ~jnp.eye(valid_PC.shape[1], dtype=bool)[None]
+    others_PCC &= ~jnp.isnan(prob_PCC)
+    return jnp.sum(jnp.where(others_PCC, prob_PCC, 0), axis=2) / jnp.sum(others_PCC, axis=2)
+
+
 # --- Pair rules: a prompt's candidates become pairs -------------------------------------------------------------------
 
 
@@ -445,11 +473,6 @@ def random_pair(rewards_PC, valid_PC, key):
     pair_PQ2, ok_PQ = all_pairs(rewards_PC, valid_PC, key)
     picked_P = _pick(ok_PQ, key)
     return jnp.take_along_axis(pair_PQ2, picked_P[:, None, None], axis=1), jnp.any(ok_PQ, axis=1)[:, None]
-
-
-def win_probabilities(rewards_PC):
-    """P[p, i, j] = σ(r_i - r_j) (Bradley-Terry), for rules that read P where the source of rewards compares no two."""
-    return jax.nn.sigmoid(rewards_PC[:, :, None] - rewards_PC[:, None, :])
 
 
 def _met(prob_PCC, valid_PC):

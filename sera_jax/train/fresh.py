@@ -88,10 +88,10 @@ def bootstrap_pairs(world: World, t: int, scored: Live) -> Made | None:
         candidates,
         rewards_PC,
         valid(world, candidates),
+        ranked.prob_PCC,
         rule=b.pair_rule,
         keep=round(b.fresh * len(given.trees)),
         key=worlds.key(world, "pairs", t),
-        prob_PCC=prob_PCC,
     )
     return Made(prompts, candidates, made, ranked)
 

@@ -13,6 +13,7 @@ from sera_jax import data, policies, processes, programs, sera, step
 from sera_jax import mesh as meshes
 from sera_jax import rows as rowlib
 from sera_jax import run as runs
+from sera_jax.bootstrap import Fresh
 from sera_jax.config import TrainConfig
 from sera_jax.ledger import branch_key
 from sera_jax.policies import Live, Name
@@ -22,7 +23,7 @@ from sera_jax.selection import Selection
 from sera_jax.train import world as worlds
 from sera_jax.train.fresh import Made
 from sera_jax.train.select import loss_logps, loss_reference
-from sera_jax.train.world import Given, World
+from sera_jax.train.world import World
 
 
 def start(world: World) -> Live:
@@ -105,8 +106,8 @@ def starting_state(world: World, live: Live, moments: Any) -> step.TrainState:
 def training_set(world: World, t: int, scored: Live, chosen: Selection | None, made: Made | None) -> Stage:
     """Kept ∪ fresh pairs, their reference log-probs and weights; as many updates as all given pairs would take."""
     config, given = world.config, world.given
-    trees, weight_N = _kept(config, given, chosen)
-    extra = [tree for tree, kept in zip(made.fresh.trees, made.fresh.kept_F) if kept] if made else []
+    trees, weight_N = _kept(world, chosen)
+    extra = _fresh(world, made.fresh) if made else []
     if config.bootstrap.replay:
         extra += [tree for earlier in range(1, t) for tree in _earlier_fresh(world, earlier)]
     trees = [*trees, *extra]
@@ -145,8 +146,9 @@ def _keys(trees: Sequence[Tree]) -> list[tuple[bytes, int]]:
     ]
 
 
-def _kept(config: TrainConfig, given: Given, chosen: Selection | None) -> tuple[list[Tree], np.ndarray]:
+def _kept(world: World, chosen: Selection | None) -> tuple[list[Tree], np.ndarray]:
     """The given pairs an iteration trains on, and their weights."""
+    config, given = world.config, world.given
     own_N = np.array([tree.weight for tree in given.trees], np.float32)
     if chosen is None:
         return list(given.trees), own_N
@@ -154,11 +156,22 @@ def _kept(config: TrainConfig, given: Given, chosen: Selection | None) -> tuple[
         return [tree for tree, kept in zip(given.trees, chosen.mask_N) if kept], own_N[chosen.mask_N]
     if config.select.unselected == "soft_weight":
         return list(given.trees), own_N * np.asarray(sera.soft_weight(chosen.score_N), np.float32)
+    # A pair that is swapped takes its scores along; whoever is chosen then has won.
+    values = lambda tree: tree.values if world.loss.target == "win" else tree.values[::-1]
     swapped = [
-        tree if kept else dataclasses.replace(tree, branches=tree.branches[::-1])
+        tree if kept else dataclasses.replace(tree, branches=tree.branches[::-1], values=values(tree))
         for tree, kept in zip(given.trees, chosen.mask_N)
     ]
     return swapped, own_N
+
+
+def _fresh(world: World, fresh: Fresh) -> list[Tree]:
+    """The fresh pairs an iteration trains on, with what the loss is told of them."""
+    told = {"win": fresh.win_F2, "reward": fresh.reward_F2}.get(world.loss.target)
+    values = [()] * len(fresh.trees) if told is None else map(tuple, told.tolist())
+    return [
+        dataclasses.replace(tree, values=value) for tree, value, kept in zip(fresh.trees, values, fresh.kept_F) if kept
+    ]
 
 
 def _batches(n: int, size: int, config: TrainConfig, iteration: int, epochs: int, full: int) -> list[np.ndarray]:
@@ -181,13 +194,16 @@ def updates_before(world: World, t: int) -> int:
 def _earlier_fresh(world: World, t: int) -> list[Tree]:
     """The fresh pairs that iteration t trained on, with the ids that were sampled."""
     path = worlds.folder(world, t) / "fresh.parquet"
-    columns = ["id", "prompt_tokens", "chosen_tokens", "rejected_tokens", "kept"]
+    told = {"win": "win", "reward": "reward"}.get(world.loss.target)
+    values = [] if told is None else [f"{told}_chosen", f"{told}_rejected"]
+    columns = ["id", "prompt_tokens", "chosen_tokens", "rejected_tokens", "kept", *values]
     read = lambda: pyarrow.parquet.read_table(path, columns=columns).to_pylist() if path.is_file() else []
     return [
         Tree(
             row["id"],
             np.array(row["prompt_tokens"], np.int32),
             (np.array(row["chosen_tokens"], np.int32), np.array(row["rejected_tokens"], np.int32)),
+            values=tuple(row[column] for column in values),
         )
         for row in processes.once(read)
         if row["kept"]
