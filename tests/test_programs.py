@@ -314,15 +314,22 @@ def any_of(coupled: bool, devices: int):
     keys = [{key: KEYS[key] for key in ("beta", *loss.keys)} for loss in rows.values()]
 
     def pick(part):
-        branches = [functools.partial(getattr(loss, part), **keys) for loss, keys in zip(rows.values(), keys)]
+        def member(loss, keys):
+            valid = lambda batch: batch[:1] if coupled else ()
+            batch = lambda all_: (*valid(all_), *losses.told(loss, all_[-1])) if all_ else ()
+            return lambda logp, reference, length, *all_: getattr(loss, part)(
+                logp, reference, length, *batch(all_), **keys
+            )
 
-        def run(logp_P2, reference_P2, length_P2, *valid_P):
+        branches = [member(loss, keys) for loss, keys in zip(rows.values(), keys)]
+
+        def run(logp_P2, reference_P2, length_P2, *batch):
             number = (jnp.max(length_P2) // PICK).astype(jnp.int32)
-            return jax.lax.switch(number, branches, logp_P2, reference_P2, length_P2 % PICK, *valid_P)
+            return jax.lax.switch(number, branches, logp_P2, reference_P2, length_P2 % PICK, *batch)
 
         return run
 
-    either = losses.Loss(pick("loss"), pick("reward"), reference=True, coupled=coupled)
+    either = losses.Loss(pick("loss"), pick("reward"), reference=True, coupled=coupled, target="win")
     mesh = mesh_of(devices)
     update = programs.preference_update(BIGRAM, mesh, COMPUTE, GRADIENT, either, {}, SCHEDULE)
     return list(rows), programs.fresh_state(BIGRAM, mesh, GRADIENT), update
@@ -340,7 +347,7 @@ def test_any_split_of_a_batch_gives_the_same_update_for_every_loss(name, monkeyp
     for devices, plan, how in LAYOUTS.values():
         mesh, (names, begin, update) = mesh_of(devices), any_of(loss.coupled, devices)
         most = 4 if devices == 1 else 1
-        batch, _ = batch_of(TREES, plan, BIGRAM_REFERENCE_F, WEIGHT_N, mesh, most=most, how=how)
+        batch, _ = batch_of(TOLD, plan, BIGRAM_REFERENCE_F, WEIGHT_N, mesh, most=most, how=how)
         params = bigram_params() | {"final_norm": {"scale": np.full(BIGRAM.width, names.index(name), np.float32)}}
         state = begin(meshes.put(params, programs.param_shardings(BIGRAM, mesh)))
         state, metrics = update(state, {}, batch, *small(mesh))
@@ -360,7 +367,8 @@ def test_any_split_of_a_batch_gives_the_same_update_for_every_loss(name, monkeyp
     logp_P2, length_P2 = (a.reshape(-1)[flat].reshape(-1, 2) for a in bigram(bigram_params(), packed))
     valid = (jnp.ones(len(TREES), bool),) if loss.coupled else ()
     keys = {key: KEYS[key] for key in ("beta", *loss.keys)}
-    loss_P = loss.loss(logp_P2, BIGRAM_REFERENCE_F.reshape(-1, 2), length_P2, *valid, **keys)
+    told = losses.told(loss, jnp.asarray(WIN_N2))
+    loss_P = loss.loss(logp_P2, BIGRAM_REFERENCE_F.reshape(-1, 2), length_P2, *valid, *told, **keys)
     assert float(metrics["loss"]) == pytest.approx(float(np.average(loss_P, weights=WEIGHT_N)), rel=1e-5)
 
 
