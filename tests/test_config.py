@@ -327,7 +327,7 @@ def test_every_range_is_tested():
                 "bootstrap.pair_rule": "condorcet",
                 "reward.length_penalty": 0.1,
             },
-            "reward.length_penalty is 0.1 with bootstrap.pair_rule 'condorcet', which reads the probabilities of reward.so",
+            "reward.length_penalty is 0.1 with bootstrap.pair_rule 'condorcet', which reads the probabilities of",
         ),
         (
             {

@@ -43,12 +43,16 @@ def test_the_question_is_that_of_rlhf_workflow():
 
 
 def test_both_orders_and_bos(tokenizer):
-    found = preference.questions(WIDE, tokenizer, [("cat dog", "ball", "box runs")])
+    beginning = copy.deepcopy(tokenizer)
+    beginning.init_kwargs["add_bos_token"] = True
+    found = preference.questions(WIDE, beginning, [("cat dog", "ball", "box runs")])
     (one, other), unk = found.orders[0], "<unk>"
     # The tokeniser of words knows neither brackets nor labels with a bracket behind them.
     assert words(tokenizer, one) == f"<s> {unk} {unk} {unk} cat dog {unk} {unk} ball {unk} {unk} box runs"
     assert words(tokenizer, other) == f"<s> {unk} {unk} {unk} cat dog {unk} {unk} box runs {unk} {unk} ball"
     assert one.dtype == np.int32 and found.cut == 0
+    ((plain, _),) = preference.questions(WIDE, tokenizer, [("cat dog", "ball", "box runs")]).orders
+    np.testing.assert_array_equal(plain, one[1:])
 
 
 def test_a_chat_template_gives_the_users_turn(tokenizer):
@@ -86,9 +90,9 @@ def test_long_questions_are_cut_alike_in_both_orders(tokenizer, head, most):
     ]
     found = preference.questions(form, tokenizer, asked)
     room = most - (not head)
-    assert found.cut == 3 - (most == 40)
+    assert found.cut == (3 if most < 30 else 2)
     shares = []
-    for (one, other), n in zip(found.orders, (3, 2, 1, 1)):
+    for (one, other), n in zip(found.orders, (3, 2, 1, 1)):  # more than 1: cut to all the room there is
         count = lambda ids, word: list(ids).count(tokenizer.convert_tokens_to_ids(word))
         assert len(one) == len(other) <= room and (n == 1 or len(one) >= room - 1)
         assert all(count(one, word) == count(other, word) for word in ("ball", "box", "the", "cat"))
@@ -129,7 +133,7 @@ def test_a_head_reads_both_orders_behind_what_they_share(tokenizer):
         np.testing.assert_array_equal(np.concatenate((tree.prompt, tree.branches[0])), one)
         np.testing.assert_array_equal(np.concatenate((tree.prompt, tree.branches[1])), other)
         assert min(map(len, tree.branches)) >= 1
-    assert len(preference.to_ask(form, tokenizer, ["a", "b"], found)[0][0].prompt) == 8  # up to "ball" or "box"
+    assert len(preference.to_ask(form, tokenizer, ["a", "b"], found)[0][0].prompt) == 7  # up to "ball" or "box"
     taught = preference.to_train(form, tokenizer, ["a", "b"], found, seed=0, both=False)
     assert [len(trees) for trees in taught] == [1, 1]
 
@@ -175,7 +179,7 @@ def test_log_odds():
     p = np.array([0.0, 1e-6, 0.25, 0.5, 0.9, 1.0])
     got = preference.log_odds(p)
     np.testing.assert_allclose(got[1:5], np.log(p[1:5] / (1 - p[1:5])), rtol=1e-9)
-    assert np.isfinite(got).all() and got[0] == got[1] == -got[5] and got[3] == 0
+    assert np.isfinite(got).all() and got[0] == got[1] == pytest.approx(-got[5]) and got[3] == 0
 
 
 # --- config.json ------------------------------------------------------------------------------------------------------
