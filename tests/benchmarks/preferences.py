@@ -24,29 +24,31 @@ from sera_jax import mesh as meshes
 from sera_jax.ledger import Ledger
 from sera_jax.records import Pair
 
-LIMIT = 12  # responses to a prompt that a model is asked about
+LIMIT = 5  # responses to a prompt that a model is asked about
 
 
 def main(
     models: dict[str, str],
     pairs: list[str] = (),
     triples: list[str] = (),
-    prompts: int = 150,
+    limit: int = 0,
+    prompts: int = 100,
     max_length: int = 512,
     max_prompt_length: int = 128,
 ) -> None:
     """Prints a table and a line of JSON.
 
     Args:
-        models: name → folder. prompts: with triples, that models are asked about, drawn by seed 0. max_length,
-            max_prompt_length: of what a reward model reads; a preference model's own are in its config.json.
+        models: name → folder. limit: first n pairs of each file (0 = all). prompts: with triples, that models are asked
+            about, drawn by seed 0, and of their responses LIMIT. max_length, max_prompt_length: of what a reward model
+            reads; a preference model's own are in its config.json.
     """
     mesh = meshes.make(1, 1, 1)
     with tempfile.TemporaryDirectory() as folder:
         of = {"ledger": Ledger(pathlib.Path(folder)), "mesh": mesh, "lengths": (max_length, max_prompt_length)}
         found: dict[str, dict] = {}
         for file in pairs:
-            found[file] = accuracies(file, models, of)
+            found[file] = accuracies(file, models, limit, of)
             print(file, json.dumps(found[file]), flush=True)
         for file in triples:
             found[f"{file}, triples"] = circles(file, models, prompts, of)
@@ -54,8 +56,8 @@ def main(
     print(json.dumps(found))
 
 
-def accuracies(file: str, models: dict[str, str], of: dict) -> dict:
-    given, _ = data.load_pairs([file])
+def accuracies(file: str, models: dict[str, str], limit: int, of: dict) -> dict:
+    given, _ = data.load_pairs([file], limit=limit)
     asked = [(pair.prompt, pair.chosen, pair.rejected) for pair in given]
     text = preference.answer
     longer = [np.sign(len(text(pair.chosen)) - len(text(pair.rejected))) for pair in given]
