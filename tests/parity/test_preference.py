@@ -57,15 +57,18 @@ def asked_by_hand(tokenizer, prompt, first: str, second: str, labels: tuple[str,
     return text  # the tiny tokeniser begins no text with BOS
 
 
-@pytest.mark.parametrize("chat", [False, True])
-def test_a_generative_model_answers_alike(tiny, tiny_config, tmp_path, one_device, chat):
-    flags = ["--preference.labels=[red, blue]"]
-    if chat:
-        (tmp_path / "chat.jinja").write_text(CHAT)
-        flags.append(f"--data.chat_template={tmp_path / 'chat.jinja'}")
-    export = exported(tiny, tmp_path, "preference", *flags)
+def test_a_generative_model_answers_alike(tiny, tiny_config, tmp_path, one_device):
+    """Asked in plain text, and as the user's turn of a chat template."""
+    export = exported(tiny, tmp_path, "preference", "--preference.labels=[red, blue]")
     told = json.loads((export / "config.json").read_text())
     assert told["architectures"] == ["LlamaForCausalLM"] and told["preference"]["labels"] == ["red", "blue"]
+    plain = answers_alike(export, tmp_path / "plain", one_device, chat=False)
+    (export / "chat_template.jinja").write_text(CHAT)
+    assert np.abs(answers_alike(export, tmp_path / "chat", one_device, chat=True) - plain).max() > 1e-3
+
+
+def answers_alike(export, ledger, mesh, *, chat: bool) -> np.ndarray:
+    """Probabilities of ASKED that a generative model gives, compared with torch's."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(export)
     assert bool(tokenizer.chat_template) == chat
     theirs = transformers.AutoModelForCausalLM.from_pretrained(export, dtype=torch.float64).eval()
@@ -80,11 +83,12 @@ def test_a_generative_model_answers_alike(tiny, tiny_config, tmp_path, one_devic
 
     want = np.array([(p_first(c, one, other) + 1 - p_first(c, other, one)) / 2 for c, one, other in ASKED])
     places = np.array([[p_first(c, one, other), p_first(c, other, one)] for c, one, other in ASKED])
-    folder, form = policies.open_preference_model(str(export), one_device, compute="float32")
-    got, place = policies.folder_preferences(folder, form, ASKED, ledger=Ledger(tmp_path / "ledger"), label="asked")
+    folder, form = policies.open_preference_model(str(export), mesh, compute="float32")
+    got, place = policies.folder_preferences(folder, form, ASKED, ledger=Ledger(ledger), label="asked")
     np.testing.assert_allclose(got, want, atol=1e-4)
     np.testing.assert_allclose(place, places, atol=1e-4)
     assert np.ptp(want) > 0.003 and np.abs(places - 0.5).max() > 0.01
+    return got
 
 
 def test_a_head_answers_alike(tiny, tiny_config, tmp_path, one_device):
