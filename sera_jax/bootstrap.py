@@ -301,11 +301,13 @@ def fresh_pairs(
     gamma_PC: np.ndarray | None = None,
     eta: float = 0.0,
 ) -> Fresh:
-    """Candidates and their rewards → pairs by a rule of PAIR_RULES, of which the K̃ largest margins are kept.
+    """Candidates and their rewards → pairs by a rule of PAIR_RULES, of which the K̃ largest margins are kept; or by one of
+    sera.WIN_RULES, whose margin is P(chosen > rejected) - P(rejected > chosen).
 
     Args:
         prob_PCC: probabilities that one candidate is better than another, of a source that compares; against_PC: whom
-            they win against (`sera.win_rates`).
+            they win against (`sera.win_rates`). WIN_RULES choose by them, and by σ of the rewards' differences where
+            there are none.
         keep: K̃; fewer pairs than that are all kept. key: of the iteration, for the rules that draw.
         gamma_PC, eta: for the rule `explore` alone (explore.enhancer), whose K̃ pairs are those of the largest Γ.
 
@@ -320,9 +322,9 @@ def fresh_pairs(
             f"({len(bad)} of {int(valid_PC.sum())} candidates)."
         )
     also = {} if gamma_PC is None else {"gamma_PC": jnp.asarray(gamma_PC), "eta": jnp.float32(eta)}
-    pair_PQ2, ok_PQ = jax.device_get(
-        jax.jit(PAIR_RULES[rule])(jnp.asarray(rewards_PC), jnp.asarray(valid_PC), key, **also)
-    )
+    compares, known_PCC = rule in sera.WIN_RULES, np.asarray(sera.probabilities(jnp.asarray(rewards_PC), prob_PCC))
+    pick, told = (sera.WIN_RULES[rule], known_PCC) if compares else (PAIR_RULES[rule], rewards_PC)
+    pair_PQ2, ok_PQ = jax.device_get(jax.jit(pick)(jnp.asarray(told), jnp.asarray(valid_PC), key, **also))
     prompt_F, q_F = np.nonzero(ok_PQ)
     pair_F2 = pair_PQ2[prompt_F, q_F]
     known = jnp.asarray(rewards_PC), jnp.asarray(valid_PC)
@@ -331,7 +333,8 @@ def fresh_pairs(
     prompt_F, pair_F2 = prompt_F[met_F], pair_F2[met_F]
     reward_F2 = rewards_PC[prompt_F[:, None], pair_F2].astype(np.float32)
     margin_F = reward_F2[:, 0] - reward_F2[:, 1]
-    first_F = np.asarray(sera.probabilities(known[0], prob_PCC), np.float32)[prompt_F, *pair_F2.T]
+    first_F = known_PCC[prompt_F, *pair_F2.T].astype(np.float32)
+    margin_F = 2 * first_F - 1 if compares else margin_F
     gamma_F = None if gamma_PC is None else gamma_PC[prompt_F, pair_F2[:, 1]]
     rank_F = margin_F if gamma_F is None else gamma_F
     kept_F = np.zeros(len(prompt_F), bool)

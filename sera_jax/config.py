@@ -72,11 +72,13 @@ MARGIN_SCORES = (
     "alignment_potential",
 )  # built on the implicit reward of the policy
 RuleName = Literal["top_k", "bottom_k", "middle", "threshold", "all"]
-RewardName = Literal["implicit", "model", "function", "preference_function", "judge", "file", "random"]
+RewardName = Literal["implicit", "model", "preference", "function", "preference_function", "judge", "file", "random"]
 FUNCTION_SOURCES = ("function", "preference_function")  # of reward.function
 BestName = Literal["accuracy", "loss"]
-PairRuleName = Literal["best_worst", "best_random", "random", "all_pairs"]
-FreshRuleName = Literal["best_worst", "best_random", "random", "all_pairs", "explore"]
+RankedRuleName = Literal["best_worst", "best_random", "random", "all_pairs"]
+WinRuleName = Literal["most_certain", "condorcet"]  # read P(i > j) in the place of rewards
+PairRuleName = Literal[RankedRuleName, WinRuleName, "explore"]
+ModelKind = Literal["bradley_terry", "preference", "preference_head"]
 TargetName = Literal["query", "key", "value", "out", "gate", "up", "down", "head"]
 AlgorithmName = Literal["none", "policy_gradient", "raft"]
 AdvantageName = Literal["leave_one_out", "group", "centred"]
@@ -188,7 +190,7 @@ class DataConfig:
     pairs: tuple[str, ...] = ()
     prompts: tuple[str, ...] = ()
     format: FormatName = "auto"
-    ranked: PairRuleName = "best_worst"
+    ranked: RankedRuleName = "best_worst"
     split: str = "train"
     subset: str = ""
     limit: int = 0
@@ -323,11 +325,15 @@ class RewardConfig:
 
     Args:
         source: of the candidates' rewards: implicit = the policy's own (SeRA); model = a reward model (RLHF Workflow);
+            preference = a pairwise preference model, of every two candidates in both orders (RLHF Workflow);
             function = a Python function; preference_function = one that compares two responses; judge = a language
             model (section judge); file = the scores that bootstrap.candidates_file brings; random = noise by run.seed
             (what ranking gives at least). The given pairs are always scored by the implicit reward.
         model: Hugging Face folder of a reward model (…ForSequenceClassification with one label) with the policy's
-            tokens, as `sera_jax.reward_model` exports them; for source model.
+            tokens, as `sera_jax.reward_model` exports them, for source model; or of a preference model with any tokens,
+            for source preference: likewise, or a policy that answers the same question (RLHFlow's).
+        tournament: of source preference: a knock-out of n-1 comparisons a prompt, in the place of all n(n-1)/2; rewards
+            are then log-odds along the defeats (sera_jax/preference.py), and probabilities of all pairs unknown.
         function: "module:function", called as function(prompt, response) -> float on texts; for source
             preference_function as function(prompt, first, second) -> the probability that the first is the better one.
         reference: of the policy that scores: initial, previous = the iterate before it, ema, none (see loss.reference).
@@ -341,6 +347,7 @@ class RewardConfig:
 
     source: RewardName = "implicit"
     model: str = ""
+    tournament: bool = False
     function: str = ""
     reference: Literal["initial", "previous", "ema", "none"] = "initial"
     ensemble: EnsembleName = "two_term"
@@ -434,8 +441,9 @@ class BootstrapConfig:
         refill: prompts in a sampling batch, in those for which there are slots. With 1 a batch waits for its longest
             response; with more, a slot whose response has ended takes the next one: for responses of very different
             lengths. A prompt's candidates then read its cache one by one, and that of all the batch's prompts is kept.
-        pair_rule: how a prompt's candidates become pairs; explore = the best against the one of which the reward is
-            least certain (section explore).
+        pair_rule: how a prompt's candidates become pairs: by their rewards, or (most_certain, condorcet) by P(i > j),
+            the source's own where it compares two, else σ(r_i - r_j); explore = the best against the one of which the
+            reward is least certain (section explore).
         unfinished: drop = a candidate that did not reach EOS takes no part; keep = it does.
         mixture: α of Nash-MD: responses of the geometric mixture π^(1-α)·π_0^α of the policy and the initial one, token
             by token; 0 = off. Both are in memory while it samples.
@@ -458,7 +466,7 @@ class BootstrapConfig:
     max_new_tokens: int = 256
     slots: int = 64
     refill: int = 1
-    pair_rule: FreshRuleName = "best_worst"
+    pair_rule: PairRuleName = "best_worst"
     unfinished: Literal["drop", "keep"] = "drop"
     mixture: float = 0.0
     mixture_of: Literal["opponents", "candidates"] = "opponents"
@@ -757,14 +765,33 @@ class RewardLossConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PreferenceConfig:
+    """How a preference model is asked and taught.
+
+    Args:
+        labels: of kind preference: the answers that mean the first and the second response, one token each.
+        orders: of kind preference, in which a pair is trained on: random = one, drawn by run.seed and the pair's id;
+            both = a question in each, twice the updates. Asked is always in both.
+    """
+
+    labels: tuple[str, str] = ("A", "B")
+    orders: Literal["random", "both"] = "random"
+
+
+@dataclasses.dataclass(frozen=True)
 class RewardModelConfig:
-    """`python -m sera_jax.reward_model`: preference pairs in, a reward model out.
+    """`python -m sera_jax.reward_model`: preference pairs in, a reward model or a preference model out.
 
     Args:
         run: the run folder.
-        model: the checkpoint to start from: a policy, which gets a scalar head drawn from run.seed, or a reward model.
-        data: the pairs; a share of them (data.validation) is held out and measured on.
-        reward_loss: what is trained with.
+        model: the checkpoint to start from: a policy, which gets a scalar head drawn from run.seed where the kind has
+            one, or a model of the same kind.
+        data: the pairs; a share of them (data.validation) is held out and measured on. For preference models max_length
+            is that of a question with both responses.
+        kind: bradley_terry = a reward of each response; preference = a policy that reads both and answers with the
+            label of the better one (RLHF Workflow); preference_head = a scalar head in the place of the label.
+        reward_loss: what bradley_terry is trained with.
+        preference: of the other kinds.
         epochs: passes over the pairs.
         validate_every: updates between two checks on the held-out pairs; 0 = only at the end.
         optimizer: of the updates.
@@ -774,11 +801,43 @@ class RewardModelConfig:
     run: RunConfig
     model: ModelConfig
     data: DataConfig
+    kind: ModelKind = "bradley_terry"
     reward_loss: RewardLossConfig = RewardLossConfig()
+    preference: PreferenceConfig = PreferenceConfig()
     epochs: int = 1
     validate_every: int = 0
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5)
     mesh: MeshConfig = MeshConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class AnnotateConfig:
+    """`python -m sera_jax.annotate export` and `import`: pairs of responses out for people to label, labels back in.
+
+    Args:
+        questions: JSONL of the pairs to label, one a line: {"id", "prompt", "left", "right", "label"}; export writes
+            it, import reads it.
+        responses: for export: files of candidates, as `sera_jax.generate` writes them.
+        pairs: for export: files of pairs in any form, also fresh.parquet of a run; who was chosen is not told.
+        per_prompt: for export: pairs of a prompt's responses, drawn by seed; 0 = every two.
+        unfinished: for export: drop = a response that is marked as not finished is in no question; keep = it is.
+        limit: for export: at most so many questions, drawn by seed (0 = all).
+        seed: of which response is shown on the left, of the order of the questions, and of the draws.
+        labels: for import: JSONL or CSV of {"id", "label"} and, if known, "annotator" (else the file's name); label is
+            left, right or tie, empty = not labelled. The questions' file itself, filled in, is one, too.
+        out: for import: JSONL of preference pairs to write, for data.pairs; score_chosen and score_rejected are the
+            shares of the votes.
+    """
+
+    questions: str
+    responses: tuple[str, ...] = ()
+    pairs: tuple[str, ...] = ()
+    per_prompt: int = 1
+    unfinished: Literal["drop", "keep"] = "drop"
+    limit: int = 0
+    seed: int = 0
+    labels: tuple[str, ...] = ()
+    out: str = ""
 
 
 # (key, test of the value, what was expected); keys that a config lacks are passed over.
@@ -846,6 +905,7 @@ _RANGES: tuple[tuple[str, Any, str], ...] = (
     ("top_k", lambda v: v >= 0, "0 or more"),
     ("limit", lambda v: v >= 0, "0 or more"),
     ("candidates", lambda v: v >= 1, "at least 1"),
+    ("per_prompt", lambda v: v >= 0, "0 or more"),
     ("max_new_tokens", lambda v: v >= 1, "at least 1"),
     ("max_prompt_length", lambda v: v >= 1, "at least 1 token"),
     ("slots", lambda v: v >= 1, "at least 1"),
@@ -1072,6 +1132,15 @@ def _check_reward_model(config: RewardModelConfig, where: str) -> None:
         raise ConfigError(
             f"{where}: data.format is 'unpaired', but a reward model learns from pairs; use another form."
         )
+    for section, kinds, record in (
+        ("reward_loss", ("bradley_terry",), RewardLossConfig()),
+        ("preference", ("preference",), PreferenceConfig()),
+    ):
+        if config.kind not in kinds and get(config, section) != record:
+            raise ConfigError(
+                f"{where}: {section} is for kind {kinds[0]!r}, but kind is {config.kind!r}; leave it out, or change "
+                "kind."
+            )
     if config.validate_every and not config.data.validation:
         raise ConfigError(f"{where}: validate_every needs held-out pairs: set data.validation to a share > 0.")
     _check_room(config, where)
@@ -1113,12 +1182,31 @@ def _check_train(config: TrainConfig, where: str) -> None:
             "is no mixture; set bootstrap.mixture, or leave it out."
         )
     _check_room(config, where)
-    if (config.reward.source == "model") != bool(config.reward.model):
-        expected = "the folder of a reward model" if config.reward.source == "model" else "none; leave it out"
+    kinds = {"model": "the folder of a reward model", "preference": "the folder of a preference model"}
+    if (config.reward.source in kinds) != bool(config.reward.model):
+        expected = kinds.get(config.reward.source, "none; leave it out")
         raise ConfigError(
             f"{where}: reward.model is {config.reward.model!r} with reward.source {config.reward.source!r}, expected "
             f"{expected}."
         )
+    if config.reward.tournament and config.reward.source != "preference":
+        raise ConfigError(
+            f"{where}: reward.tournament is True with reward.source {config.reward.source!r}, expected "
+            "'preference': other sources do not compare two by two, or in no rounds. Leave it out."
+        )
+    compares = {
+        "preference": not config.reward.tournament,
+        "judge": config.judge.mode == "pairwise",
+        "preference_function": True,
+    }.get(config.reward.source, False)
+    if compares and config.bootstrap.pair_rule in get_args(WinRuleName):
+        for key in ("length_penalty", "length_normalise"):
+            if getattr(config.reward, key):
+                raise ConfigError(
+                    f"{where}: reward.{key} is {getattr(config.reward, key)!r} with bootstrap.pair_rule "
+                    f"{config.bootstrap.pair_rule!r}, which reads the probabilities of reward.source "
+                    f"{config.reward.source!r}, and not its rewards. Leave it out, or use 'best_worst'."
+                )
     if config.reward.source in FUNCTION_SOURCES and ":" not in config.reward.function:
         raise ConfigError(f"{where}: reward.function is {config.reward.function!r}, expected 'module:function'.")
     if config.reward.source == "file" and bootstrapping and not config.bootstrap.candidates_file:
@@ -1262,7 +1350,7 @@ def parse(record: type, args: list[str] | None = None) -> Any:
     `record`, and checks it.
 
     Args:
-        record: TrainConfig, GenerateConfig, EvaluateDoorConfig, ReviewConfig or RewardModelConfig.
+        record: TrainConfig, GenerateConfig, EvaluateDoorConfig, ReviewConfig, RewardModelConfig or AnnotateConfig.
         args: command line; None = sys.argv.
 
     Raises:

@@ -380,14 +380,18 @@ def sft_update(
     transform: optax.GradientTransformation,
     schedule: dict[str, Any],
     *,
+    weighted: bool = False,
     moments: str = "device",
 ) -> Callable[[TrainState, dict, Batch, jax.Array, jax.Array], tuple[TrainState, dict]]:
-    """The same for single branches: mean negative log-prob of the batch's response tokens, each of weight 1."""
+    """The same for single branches: mean negative log-prob of the batch's response tokens, each of weight 1, or, where
+    `weighted`, of its example's."""
     outputs = _outputs(arch, mesh, compute)
 
     def loss_fn(trained: dict, frozen: dict, micro: Microbatch, key: jax.Array) -> tuple:
         sums = outputs(trained, frozen, micro, key)
         nll_BS, tokens_BS, _ = losses.sft(sums.logp_BS, sums.length_BS)
+        if weighted:
+            nll_BS, tokens_BS = micro.weight_BS * nll_BS, micro.weight_BS * tokens_BS
         return jnp.sum(nll_BS), jnp.sum(tokens_BS), {}
 
     return _update(arch, mesh, transform, functools.partial(step.gradients, loss_fn), schedule, moments)
@@ -402,10 +406,16 @@ def reward_update(
     loss_keys: dict[str, Any],
     schedule: dict[str, Any],
     *,
+    scale: float = 1.0,
     moments: str = "device",
 ) -> Callable[[TrainState, dict, Batch, jax.Array, jax.Array], tuple[TrainState, dict]]:
     """The same for a reward model (arch.scored): losses.bradley_terry with these keys, by the pairs' weights. What a
-    batch brings as reference_ABS are the annotator's scores."""
+    batch brings as reference_ABS are the annotator's scores.
+
+    Args:
+        scale: of the scalar head's value. ½ where the branches of a tree are the two orders of a preference model's
+            question: then the margin of a pair is the log-odds of σ(½ [s(a, b) - s(b, a)]).
+    """
 
     def loss_fn(trained: dict, frozen: dict, micro: Microbatch, key: jax.Array) -> tuple:
         reward_BS, length_BS = score.row_rewards(
@@ -418,7 +428,7 @@ def reward_update(
             backend=compute.attention,
         )
         by_example = lambda slots: slots.reshape(-1, 2)
-        reward_P2, length_P2, score_P2 = map(by_example, (reward_BS, length_BS, micro.reference_BS))
+        reward_P2, length_P2, score_P2 = map(by_example, (scale * reward_BS, length_BS, micro.reference_BS))
         weight_P = by_example(micro.weight_BS)[:, 0]
         loss_P = losses.bradley_terry(reward_P2, length_P2, score_P2, **loss_keys)
         told = losses.reward_metrics(jax.lax.stop_gradient(reward_P2), weight_P)

@@ -2,14 +2,13 @@
 
 import itertools
 import json
-import typing
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sera_jax import bootstrap, config, sample, sera
+from sera_jax import bootstrap, sample, sera
 from sera_jax.data import Responses
 from sera_jax.disk import DiskError
 from sera_jax.records import Candidates, Prompt
@@ -323,7 +322,7 @@ def test_the_rule_that_explores():
     assert dear.pair_F2.tolist() == [[0, 1], [2, 0], [3, 0], [3, 0]]
     assert cheap.margin_F.tolist() == [2, 4, 2, 2] and of(1e-3, keep=2).kept_F.tolist() == [False, False, True, True]
     assert pairs_of("best_worst").gamma_F is None
-    assert set(typing.get_args(config.FreshRuleName)) == set(bootstrap.PAIR_RULES) == {*sera.PAIR_RULES, "explore"}
+    assert set(bootstrap.PAIR_RULES) == {*sera.PAIR_RULES, "explore"}
 
 
 @pytest.mark.parametrize("keep", [0, 1, 2, 3, 50])
@@ -339,6 +338,25 @@ def test_random_rules_draw_by_key():
     assert len(draws) > 3
     again = pairs_of("random", seed=3)
     np.testing.assert_array_equal(again.pair_F2, pairs_of("random", seed=3).pair_F2)
+
+
+def test_rules_that_read_probabilities_and_their_margins():
+    """The source's own P where it has one, whatever the mean rewards say; the margin is P(c > r) - P(r > c)."""
+    circle = np.array([[0.5, 0.9, 0.1, 0.5], [0.1, 0.5, 0.7, 0.5], [0.9, 0.3, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5]])
+    prob = np.tile(circle.astype(np.float32), (6, 1, 1))
+    prob[4, 2] = prob[4, :, 2] = 0.5
+    how = {"rule": "most_certain", "keep": 2, "key": jax.random.key(0)}
+    even = np.full_like(REWARDS, 0.5)
+    fresh = bootstrap.fresh_pairs(candidates_of(GRID), even, VALID, prob, **how)
+    assert list(zip(fresh.prompt_F.tolist(), map(tuple, fresh.pair_F2.tolist()))) == [(p, (0, 1)) for p in (0, 1, 2, 5)]
+    np.testing.assert_allclose(fresh.margin_F, 0.8, rtol=1e-6)
+    assert fresh.kept_F.tolist() == [True, True, False, False]
+    assert not len(bootstrap.fresh_pairs(candidates_of(GRID), even, VALID, prob, **how | {"rule": "best_worst"}).trees)
+    # Without P, σ of the rewards' differences.
+    fresh = bootstrap.fresh_pairs(candidates_of(GRID), REWARDS, VALID, **how)
+    odds = fresh.reward_F2[:, 0] - fresh.reward_F2[:, 1]
+    np.testing.assert_allclose(fresh.margin_F, np.tanh(odds / 2), rtol=1e-5)
+    assert odds.tolist() == [3, 9, 2, 3]
 
 
 def test_no_pairs_at_all():

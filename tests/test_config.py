@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 import sera_jax
-from sera_jax import attention, config, data, generate, losses, model, policy_gradient, programs, step
-from sera_jax.config import ConfigError, GenerateConfig, ReviewConfig, RewardModelConfig, TrainConfig
+from sera_jax import attention, config, data, generate, losses, model, policy_gradient, programs, reward_model, step
+from sera_jax.config import AnnotateConfig, ConfigError, GenerateConfig, ReviewConfig, RewardModelConfig, TrainConfig
 from sera_jax.train import fresh, rounds, validate
 
 NEEDED = {"run": {"dir": "runs/a"}, "model": {"path": "models/m"}, "data": {"pairs": ["p.jsonl"]}}
@@ -35,6 +35,7 @@ def base(record: type):
     return {
         TrainConfig: lambda: TrainConfig(config.RunConfig("r"), mine, config.DataConfig(("p.jsonl",))),
         GenerateConfig: lambda: GenerateConfig(mine, ("p",), "o"),
+        AnnotateConfig: lambda: AnnotateConfig("q.jsonl"),
         ReviewConfig: lambda: ReviewConfig("a", "b", config.DataConfig(("p.jsonl",)), "o"),
         RewardModelConfig: lambda: RewardModelConfig(
             config.RunConfig("r"), mine, config.DataConfig(("p.jsonl",), validation=0.1)
@@ -275,6 +276,7 @@ DOOR_RANGES = {
         "epochs": AT_LEAST_1,
         "validate_every": NOT_NEGATIVE,
     },
+    AnnotateConfig: {"per_prompt": NOT_NEGATIVE},
 }
 CASES = [(r, k, *v) for r, table in {TrainConfig: RANGES, **DOOR_RANGES}.items() for k, v in table.items()]
 
@@ -330,6 +332,32 @@ ON_POLICY = {"on_policy.algorithm": "policy_gradient", "reward.source": "functio
         (
             {"reward.model": "a/export"},
             "reward.model is 'a/export' with reward.source 'implicit', expected none; leave it out",
+        ),
+        (
+            {"reward.source": "preference"},
+            "reward.model is '' with reward.source 'preference', expected the folder of a preference model",
+        ),
+        (
+            {"reward.tournament": True},
+            "reward.tournament is True with reward.source 'implicit', expected 'preference': other sources do not",
+        ),
+        (
+            {
+                "reward.source": "preference",
+                "reward.model": "m",
+                "bootstrap.pair_rule": "condorcet",
+                "reward.length_penalty": 0.1,
+            },
+            "reward.length_penalty is 0.1 with bootstrap.pair_rule 'condorcet', which reads the probabilities of",
+        ),
+        (
+            {
+                "reward.source": "judge",
+                "judge.model": "m",
+                "bootstrap.pair_rule": "most_certain",
+                "reward.length_normalise": True,
+            },
+            "reward.length_normalise is True with bootstrap.pair_rule 'most_certain', which reads the probabilities of",
         ),
         ({"reward.source": "file"}, "reward.source is 'file', expected bootstrap.candidates_file with the scores"),
         ({"loop.best": True}, "loop.best needs held-out pairs: set data.validation"),
@@ -525,6 +553,22 @@ def test_combinations_that_cannot_run(changes, said):
         {"reward.source": "random", "bootstrap.from_iteration": 1},
         {"reward.source": "judge", "judge.model": "m", "bootstrap.from_iteration": 1},
         {"reward.source": "model", "reward.model": "a/export", "bootstrap.from_iteration": 1},
+        {
+            "reward.source": "preference",
+            "reward.model": "m",
+            "reward.tournament": True,
+            "bootstrap.from_iteration": 1,
+            "bootstrap.pair_rule": "most_certain",
+            "reward.length_penalty": 0.1,
+        },
+        {"bootstrap.pair_rule": "most_certain", "reward.length_penalty": 0.1},
+        {
+            "reward.source": "judge",
+            "judge.model": "m",
+            "judge.mode": "grade",
+            "bootstrap.pair_rule": "condorcet",
+            "reward.length_penalty": 0.1,
+        },
         {"bootstrap.candidates_file": "c.jsonl", "bootstrap.candidates": 1, "bootstrap.slots": 1},
         {"loss.mix": {"ipo": 0.5}, "loss.normalisation": "mean"},
         {"loss.name": "exo_pair", "loss.label_smoothing": 1e-3},
@@ -587,6 +631,16 @@ def test_a_reward_model_learns_from_pairs(key, value, said):
     refused(changed(base(RewardModelConfig), key, value), said)
 
 
+def test_keys_of_one_kind_of_reward_model_are_refused_by_the_others():
+    record = changed(base(RewardModelConfig), "kind", "preference_head")
+    said = "{} is for kind {!r}, but kind is {!r}; leave it out, or change kind."
+    refused(changed(record, "reward_loss.center", 0.1), said.format("reward_loss", "bradley_terry", "preference_head"))
+    refused(changed(record, "preference.orders", "both"), said.format("preference", "preference", "preference_head"))
+    labels = changed(base(RewardModelConfig), "preference.labels", ("yes", "no"))
+    refused(labels, said.format("preference", "preference", "bradley_terry"))
+    config.check(changed(labels, "kind", "preference"), "x.yaml")
+
+
 def test_checks_of_a_reward_model_need_held_out_pairs():
     record = changed(changed(base(RewardModelConfig), "validate_every", 5), "data.validation", 0.0)
     refused(record, "validate_every needs held-out pairs: set data.validation to a share > 0.")
@@ -630,6 +684,7 @@ def test_names_are_those_of_the_tables():
     assert set(typing.get_args(config.TargetName)) == {*model.LINEAR, "head"}
     assert names(config.ModelConfig, "attention") == {"auto", *attention.ATTENTION}
     assert names(config.RewardConfig, "source") == set(fresh.SOURCES)
+    assert names(config.RewardModelConfig, "kind") == set(reward_model.KINDS)
     assert names(config.LoopConfig, "best_by") == set(validate.BEST)
     assert names(config.OnPolicyConfig, "algorithm") == {"none", *rounds.LEARN}
     assert names(config.OnPolicyConfig, "advantage") == set(policy_gradient.ADVANTAGES)

@@ -12,14 +12,14 @@ FLOORS = """
 1 tree_loops draw rope rows step toyworld
 2 attention model data losses policy_gradient sera explore ledger checkpoint report
 3 hf score sample
-4 rewards judge
+4 rewards judge preference
 5 programs
 6 bootstrap selection winrate policies run
-7 train generate evaluate review
+7 train generate evaluate review annotate
 8 arms compile_check reward_model
 """
 FLOOR = {room: int(line.split()[0]) for line in FLOORS.strip().splitlines() for room in line.split()[1:]}
-DOORS = {"arms", "compile_check", "reward_model", "train", "generate", "evaluate", "review", "toyworld", "report"}
+DOORS = set("annotate arms compile_check reward_model train generate evaluate review toyworld report".split())
 OPTIONAL = {"tensorboardX", "wandb", "openai"}  # the only imports that may stand inside a function
 HOUSE = pathlib.Path(sera_jax.__file__).parent
 

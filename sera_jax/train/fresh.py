@@ -11,7 +11,19 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from sera_jax import bootstrap, disk, judge, nash, policies, processes, programs, rewards, sample, score
+from sera_jax import (
+    bootstrap,
+    disk,
+    judge,
+    nash,
+    policies,
+    preference,
+    processes,
+    programs,
+    rewards,
+    sample,
+    score,
+)
 from sera_jax.bootstrap import Fresh
 from sera_jax.config import BootstrapConfig, EvaluateConfig
 from sera_jax.ledger import branch_key, derived_tag
@@ -124,7 +136,13 @@ def rewarded(
         penalty=config.length_penalty,
         normalise=config.length_normalise,
     )
-    return ranked, processes.once(lambda: rewards_PC)  # they decide what is trained on
+    # They decide what is trained on.
+    rewards_PC, prob_PCC = processes.once(lambda: (rewards_PC, ranked.prob_PCC))
+    if prob_PCC is not None:
+        circles, triples = preference.cycles(prob_PCC)
+        told = {**ranked.told, "sera/intransitive": circles / triples if triples else None}
+        ranked = dataclasses.replace(ranked, prob_PCC=prob_PCC, told=told)
+    return ranked, rewards_PC
 
 
 def valid(world: World, candidates: Candidates) -> np.ndarray:
@@ -263,6 +281,30 @@ def _model(world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Ca
     return Ranked(rewards.on_grid(flat, candidates))
 
 
+def _preference(world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Candidates) -> Ranked:
+    """Probabilities of a preference model, which is in memory beside the policy while it ranks; of what may stand in a
+    pair. It reads texts, by its own tokeniser.
+    """
+    prompts, places = [world.given.prompts[i].prompt for i in drawn], []
+    valid_PC, texts_PC = valid(world, candidates), candidates.texts_PC
+
+    def ask(pairs: list[tuple[int, int, int]]) -> np.ndarray:
+        asked = [(prompts[p], texts_PC[p][i], texts_PC[p][j]) for p, i, j in pairs]
+        label = f"iteration {t}: {len(pairs)} pairs to the preference model"
+        prob_Q, place_Q2 = policies.folder_preferences(
+            world.ranker, world.form, asked, ledger=world.policies.ledger, label=label
+        )
+        places.extend([] if place_Q2 is None else [place_Q2])
+        return prob_Q
+
+    if world.config.reward.tournament:
+        rewards_PC, prob_PCC = preference.tournament(valid_PC, ask).astype(np.float32), None
+    else:
+        prob_PCC = preference.compared(valid_PC, ask)
+        rewards_PC, prob_PCC = judge.win_rewards(prob_PCC), prob_PCC.astype(np.float32)
+    return Ranked(rewards_PC, None, prob_PCC, preference.of_places(np.concatenate(places) if places else None))
+
+
 def _function(world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Candidates) -> Ranked:
     function = rewards.load_function(world.config.reward.function)
     prompts = [world.given.prompts[i].prompt for i in drawn]
@@ -314,6 +356,7 @@ def _random(world: World, t: int, scored: Live, drawn: np.ndarray, candidates: C
 SOURCES: dict[str, Callable[..., Ranked]] = {
     "implicit": _implicit,
     "model": _model,
+    "preference": _preference,
     "function": _function,
     "preference_function": _preference_function,
     "judge": _judge,

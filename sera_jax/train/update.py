@@ -26,7 +26,6 @@ from sera_jax.train.fresh import Made
 from sera_jax.train.select import loss_logps, loss_reference
 from sera_jax.train.world import World
 
-
 FRESH = ("win", "preference", "reward")  # what fresh pairs are known by, of what a loss may be told
 
 

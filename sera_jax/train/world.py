@@ -39,6 +39,7 @@ from sera_jax.ledger import Ledger, branch_key, derived_tag
 from sera_jax.losses import Loss
 from sera_jax.model import Arch, Lora
 from sera_jax.policies import Folder, Policies
+from sera_jax.preference import Form
 from sera_jax.records import Pair, Prompt, Tree, Unpaired
 from sera_jax.rows import Plan
 from sera_jax.run import Run
@@ -68,7 +69,8 @@ class Given:
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """What does not change while a run walks. ranker: the reward model that ranks candidates, None = no such model."""
+    """What does not change while a run walks. ranker: the reward model or preference model that ranks candidates, None
+    = no such model; form: how the preference model is asked, None = it is none."""
 
     config: TrainConfig
     run: Run
@@ -83,6 +85,7 @@ class World:
     plans: tuple[Plan, ...]
     score_plan: Plan
     ranker: Folder | None
+    form: Form | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +96,7 @@ class _Files:
     given: Given
     first: Folder | None
     ranker: Folder | None
+    form: Form | None
     content: str
 
 
@@ -110,9 +114,9 @@ def _read(config: TrainConfig, mesh: Mesh) -> _Files:
     )
     given = load(config, start)
     check_scores(config, given.pairs)
-    first, ranker = _first(config, start, mesh), _ranker(config, start, mesh)
+    first, (ranker, form) = _first(config, start, mesh), _ranker(config, start, mesh)
     asked = [judge.template(config.judge.template, config.judge.mode)] if judges(config) else []
-    return _Files(start, given, first, ranker, _content(given, start, first, ranker, asked))
+    return _Files(start, given, first, ranker, form, _content(given, start, first, ranker, asked))
 
 
 def prepare(config: TrainConfig) -> World:
@@ -170,6 +174,7 @@ def prepare(config: TrainConfig) -> World:
         plans=plans,
         score_plan=score_plan,
         ranker=files.ranker,
+        form=files.form,
     )
     _describe(world)
     return world
@@ -513,15 +518,17 @@ def _first(config: TrainConfig, start: Folder, mesh: Mesh) -> Folder | None:
     return folder
 
 
-def _ranker(config: TrainConfig, start: Folder, mesh: Mesh) -> Folder | None:
-    """The reward model that ranks candidates, if one does.
+def _ranker(config: TrainConfig, start: Folder, mesh: Mesh) -> tuple[Folder | None, Form | None]:
+    """The reward model that ranks candidates, or the preference model and its form, if one does.
 
     Raises:
         ValueError: a folder of something else, or a reward model of other tokens than those of model.path.
     """
     if not config.reward.model:
-        return None
+        return None, None
     how = {"compute": config.model.compute, "attention": config.model.attention}
+    if config.reward.source == "preference":
+        return policies.open_preference_model(config.reward.model, mesh, **how)
     folder = policies.open_reward_model(config.reward.model, mesh, **how)
     if not policies.same_tokens(folder, start):
         raise ValueError(
@@ -529,7 +536,7 @@ def _ranker(config: TrainConfig, start: Folder, mesh: Mesh) -> Folder | None:
             f"{config.model.path}, expected the same vocabulary and EOS ids: it is given the sampled ids. Give a "
             "reward model that was trained from a checkpoint with these tokens."
         )
-    return folder
+    return folder, None
 
 
 def _content(given: Given, start: Folder, first: Folder | None, ranker: Folder | None, asked: Sequence[str]) -> str:
