@@ -301,8 +301,8 @@ def fresh_pairs(
     gamma_PC: np.ndarray | None = None,
     eta: float = 0.0,
 ) -> Fresh:
-    """Candidates and their rewards → pairs by a rule of PAIR_RULES, of which the K̃ largest margins are kept; or by one of
-    sera.WIN_RULES, whose margin is P(chosen > rejected) - P(rejected > chosen).
+    """Candidates and their rewards → pairs by a rule of PAIR_RULES, of which the K̃ largest margins are kept; or by one
+    of sera.WIN_RULES, whose margin is P(chosen > rejected) - P(rejected > chosen).
 
     Args:
         prob_PCC: probabilities that one candidate is better than another, of a source that compares; against_PC: whom
