@@ -238,8 +238,9 @@ def spread(values_F: np.ndarray, example_BS: np.ndarray, fill: float = 0.0) -> n
 
 
 def unpack(values_BS: np.ndarray, example_BS: np.ndarray, count: int) -> np.ndarray:
-    """Slot values → float32 [count] by flat branch number; NaN for a number that is in no slot."""
-    out = np.full(count, np.nan, np.float32)
+    """Slot values → float32 [count] by flat branch number; NaN for a number that is in no slot. A value may be an
+    array: axes behind the slot's stay."""
+    out = np.full((count, *values_BS.shape[example_BS.ndim :]), np.nan, np.float32)
     filled = example_BS >= 0
     out[example_BS[filled]] = values_BS[filled]
     return out

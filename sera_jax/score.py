@@ -7,6 +7,7 @@ backward pass, with the vocabulary split over (fsdp, tensor), so no array of [to
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -220,6 +221,17 @@ def row_rewards(
     reward_BS = jnp.where(rows.example_BS >= 0, model.reward(params, hidden_BSD), 0.0)
     by_slot = jax.vmap(functools.partial(jax.ops.segment_sum, num_segments=rows.example_BS.shape[1]))
     return reward_BS, by_slot(jnp.ones(rows.slot_BM.shape, jnp.float32), rows.slot_BM)
+
+
+def row_features(arch: Arch, params: dict, rows: Rows, *, mesh: Mesh, dtype: Any, backend: str = "auto") -> jax.Array:
+    """phi_BSD float32: the last hidden state of every branch slot's last token, divided by √D; 0 in empty slots.
+
+    It is what a reward model of these weights reads (`row_rewards`); divided so that its length is about 1 at any
+    width. The arguments are as `row_logps` has them.
+    """
+    hidden_BLD = _hidden(arch, params, rows, mesh=mesh, dtype=dtype, remat="none", backend=backend)
+    hidden_BSD = jnp.take_along_axis(hidden_BLD, last_tokens(rows)[:, :, None], axis=1).astype(jnp.float32)
+    return jnp.where(rows.example_BS[:, :, None] >= 0, hidden_BSD / math.sqrt(arch.width), 0.0)
 
 
 def last_tokens(rows: Rows) -> jax.Array:

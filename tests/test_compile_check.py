@@ -425,6 +425,22 @@ def test_memory_of_a_program_and_its_parts(eight_devices, tiny_config):
     assert parts["gradients"] == parts["weights"] == case.holds["optimiser"] // 2 - case.holds["optimiser"] % 8 // 2
 
 
+def test_a_mixture_decodes_with_two_models(one_device, tiny_config):
+    """Both models' weights and caches are counted, and are arguments of the program."""
+    holds, taken = {}, {}
+    for mixture in ("0", "0.5"):
+        setting = setting_of(tiny_config(f"--bootstrap.mixture={mixture}"), one_device)
+        case = cases.CASES["decode"](setting)
+        holds[mixture] = case.holds
+        taken[mixture] = len(case.trace().jaxpr.in_avals)
+    assert holds["0.5"] == holds["0"] | {
+        "weights of the second model": holds["0"]["weights"],
+        "its cache": holds["0"]["cache"],
+    }
+    # Weights, both caches, lengths and logits of the second model, and α.
+    assert taken["0.5"] - taken["0"] == len(jax.tree.leaves(model.abstract(ARCH))) + 2 + 2 + 1
+
+
 # --- programs of a config ---------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from sera_jax import policies, processes, programs
 from sera_jax import run as runs
 from sera_jax.config import TrainConfig
 from sera_jax.policies import Live, Name
-from sera_jax.train import check, fresh, outcome, rounds, select, update, validate, watch
+from sera_jax.train import check, fresh, outcome, rounds, select, uncertainty, update, validate, watch
 from sera_jax.train import world as worlds
 from sera_jax.train.world import World
 
@@ -51,6 +51,7 @@ def train(config: TrainConfig) -> pathlib.Path:
 def walk(world: World) -> pathlib.Path:
     """Start, iterations, export; what an earlier process has done is not done again."""
     live, moments = update.start(world), None
+    world = uncertainty.informed(world, live)
     first = max(1, live.name.t)  # on resume the policy in memory is iterate `first`, as far as it was trained
     summaries = outcome.read_summaries(world, first - 1)
     for t in range(first, world.config.loop.iterations + 1):

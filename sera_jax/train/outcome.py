@@ -65,11 +65,14 @@ def write_pairs(
             "reward_rejected": fresh.reward_F2[:, 1],
             "win_chosen": fresh.win_F2[:, 0],
             "win_rejected": fresh.win_F2[:, 1],
+            "preference_chosen": fresh.preference_F2[:, 0],
+            "preference_rejected": fresh.preference_F2[:, 1],
             "length_chosen": [len(tree.branches[0]) for tree in fresh.trees],
             "length_rejected": [len(tree.branches[1]) for tree in fresh.trees],
             "finished_chosen": [bool(candidates.finished_PC[p, c]) for p, c, _ in picks],
             "finished_rejected": [bool(candidates.finished_PC[p, r]) for p, _, r in picks],
             "kept": fresh.kept_F,
+            **({} if fresh.gamma_F is None else {"gamma": fresh.gamma_F}),
             **({} if prob_PCC is None else {"probability": prob_PCC[fresh.prompt_F, *fresh.pair_F2.T]}),
             **({} if gold_F2 is None else {"gold_chosen": gold_F2[:, 0], "gold_rejected": gold_F2[:, 1]}),
             "prompt_tokens": [tree.prompt for tree in fresh.trees],
@@ -82,7 +85,8 @@ def write_pairs(
 
 
 def _probabilities(candidates: Candidates, prob_PCC: np.ndarray) -> dict[str, Any]:
-    """Every two candidates of a prompt that were compared: the probability that the first is better than the second."""
+    """Every two candidates of a prompt that were compared: the probability that the first is better than the second.
+    Opponents are counted behind the candidates."""
     found = np.argwhere(np.isfinite(prob_PCC) & np.triu(np.ones(prob_PCC.shape[1:], bool), 1))
     return {
         "prompt_id": [candidates.ids[p] for p, _, _ in found],
@@ -172,23 +176,30 @@ def _flops(
     earlier = set().union(*(_scores_of(world, s) for s in range(1, t)))
     size = {False: _tokens(world.given.trees, False), True: _tokens(world.given.trees, True)}
     scored = sum(size[shared] for _, shared in _scores_of(world, t) - earlier)
-    sampled = 0
+    decoded, told, explores = 0, world.loss.target == "bonus", config.bootstrap.pair_rule == "explore"
+    if t == (1 if told else config.bootstrap.from_iteration) and (told or (made is not None and explores)):
+        scored += size[False]  # features of the given pairs
     if made is not None:
         candidates = rewards.trees(made.candidates)
         sampled = sum(tree.length for tree in candidates)
+        opposed = sum(tree.length for tree in rewards.trees(made.opponents)) if made.opponents else 0
+        # A mixture takes two passes for a token; before any update it is one of equals, and none.
+        twice = 0 if config.bootstrap.mixture == 0 or t == 1 else opposed if made.opponents else sampled
+        decoded = sampled + opposed + twice
         known: set[Name | None] = set()
         if config.reward.source == "implicit":
             scorer = Live(Name("iterate", t - 1), None)
             known = {*ensemble(world, scorer)[0], reward_reference(world, scorer)} - {None}
-            scored += sampled * len(known)
+            scored += (sampled + opposed) * len(known)
         kept = [tree for tree, kept in zip(made.fresh.trees, made.fresh.kept_F) if kept]
         if world.loss.reference:
             scored += _tokens(kept, False) * (loss_reference(world, t) not in known)
             scored += _tokens(kept, True) * (config.loss.ld_alpha < 1)
+        scored += (sampled + _tokens(kept, False)) * explores + _tokens(kept, False) * told
     return {
         "flops/train": float(update * sum(trained[batch].sum() for batch in batches)),
         "flops/score": float(forward * scored),
-        "flops/sample": float(forward * sampled),
+        "flops/sample": float(forward * decoded),
     }
 
 
@@ -299,13 +310,14 @@ def _of_candidates(made: Made | None, gold_F2: np.ndarray | None) -> dict[str, A
     if made is None:
         return {}
     fresh = made.fresh
-    kept = fresh.kept_F.any()
+    kept, explored = fresh.kept_F.any(), fresh.gamma_F is not None
     length = np.array([[len(b) for b in tree.branches] for tree in fresh.trees], np.float64).reshape(-1, 2)
     return {
         "sera/fresh_made": len(fresh.trees),
         "sera/fresh_pairs": int(fresh.kept_F.sum()),
         "sera/fresh_margin_mean": float(fresh.margin_F[fresh.kept_F].mean()) if kept else None,
         "sera/fresh_length_gap": float((length[:, 0] - length[:, 1])[fresh.kept_F].mean()) if kept else None,
+        **({"sera/fresh_gamma_mean": float(fresh.gamma_F[fresh.kept_F].mean())} if explored and kept else {}),
         **_of_fresh_gold(fresh.kept_F, gold_F2),
         **({} if made.ranked.kl is None else {"gen/kl": made.ranked.kl}),
         **made.ranked.told,

@@ -39,11 +39,13 @@ from sera_jax.ledger import Ledger, branch_key, derived_tag
 from sera_jax.losses import Loss
 from sera_jax.model import Arch, Lora
 from sera_jax.policies import Folder, Policies
+from sera_jax.preference import Form
 from sera_jax.records import Pair, Prompt, Tree, Unpaired
 from sera_jax.rows import Plan
 from sera_jax.run import Run
 
-KEYS = {"sft": 0, "sample": 1, "select": 2, "update": 3, "pairs": 4, "evaluate": 5, "reward": 6}  # folded into run.seed
+# Folded into run.seed.
+KEYS = {"sft": 0, "sample": 1, "select": 2, "update": 3, "pairs": 4, "evaluate": 5, "reward": 6, "opponents": 7}
 DECIDING = ("model", "mode", "template", "temperature", "max_tokens")  # keys of the judge that change its answers
 
 
@@ -67,7 +69,8 @@ class Given:
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """What does not change while a run walks. ranker: the reward model that ranks candidates, None = no such model."""
+    """What does not change while a run walks. ranker: the reward model or preference model that ranks candidates, None
+    = no such model; form: how the preference model is asked, None = it is none."""
 
     config: TrainConfig
     run: Run
@@ -82,6 +85,7 @@ class World:
     plans: tuple[Plan, ...]
     score_plan: Plan
     ranker: Folder | None
+    form: Form | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +96,7 @@ class _Files:
     given: Given
     first: Folder | None
     ranker: Folder | None
+    form: Form | None
     content: str
 
 
@@ -109,9 +114,9 @@ def _read(config: TrainConfig, mesh: Mesh) -> _Files:
     )
     given = load(config, start)
     check_scores(config, given.pairs)
-    first, ranker = _first(config, start, mesh), _ranker(config, start, mesh)
+    first, (ranker, form) = _first(config, start, mesh), _ranker(config, start, mesh)
     asked = [judge.template(config.judge.template, config.judge.mode)] if judges(config) else []
-    return _Files(start, given, first, ranker, _content(given, start, first, ranker, asked))
+    return _Files(start, given, first, ranker, form, _content(given, start, first, ranker, asked))
 
 
 def prepare(config: TrainConfig) -> World:
@@ -169,6 +174,7 @@ def prepare(config: TrainConfig) -> World:
         plans=plans,
         score_plan=score_plan,
         ranker=files.ranker,
+        form=files.form,
     )
     _describe(world)
     return world
@@ -182,7 +188,8 @@ def lora_of(config: TrainConfig) -> Lora | None:
 
 def loss_of(config: TrainConfig) -> tuple[Loss, dict[str, Any]]:
     """The loss that trains and whose implicit reward ranks, and its keys."""
-    loss = _mixture((config.loss.name, *config.loss.mix), (1.0, *config.loss.mix.values()), config.loss.sft_weight)
+    given = config.loss
+    loss = _mixture((given.name, *given.mix), (1.0, *given.mix.values()), given.sft_weight, given.optimism)
     return loss, {"beta": config.loss.beta, **{key: getattr(config.loss, key) for key in loss.keys}}
 
 
@@ -256,7 +263,7 @@ def _check_early(config: TrainConfig) -> None:
     """
     selects = config.loop.iterations >= config.select.from_iteration and not on_policy(config)
     gaps = config.select.score == "reward_gap" and selects
-    if gaps or (config.reward.source == "function" and ranks(config)):
+    if gaps or (config.reward.source in configs.FUNCTION_SOURCES and ranks(config)):
         rewards.load_function(config.reward.function)
     if config.evaluate.function:
         rewards.load_function(config.evaluate.function)
@@ -511,15 +518,17 @@ def _first(config: TrainConfig, start: Folder, mesh: Mesh) -> Folder | None:
     return folder
 
 
-def _ranker(config: TrainConfig, start: Folder, mesh: Mesh) -> Folder | None:
-    """The reward model that ranks candidates, if one does.
+def _ranker(config: TrainConfig, start: Folder, mesh: Mesh) -> tuple[Folder | None, Form | None]:
+    """The reward model that ranks candidates, or the preference model and its form, if one does.
 
     Raises:
         ValueError: a folder of something else, or a reward model of other tokens than those of model.path.
     """
     if not config.reward.model:
-        return None
+        return None, None
     how = {"compute": config.model.compute, "attention": config.model.attention}
+    if config.reward.source == "preference":
+        return policies.open_preference_model(config.reward.model, mesh, **how)
     folder = policies.open_reward_model(config.reward.model, mesh, **how)
     if not policies.same_tokens(folder, start):
         raise ValueError(
@@ -527,7 +536,7 @@ def _ranker(config: TrainConfig, start: Folder, mesh: Mesh) -> Folder | None:
             f"{config.model.path}, expected the same vocabulary and EOS ids: it is given the sampled ids. Give a "
             "reward model that was trained from a checkpoint with these tokens."
         )
-    return folder
+    return folder, None
 
 
 def _content(given: Given, start: Folder, first: Folder | None, ranker: Folder | None, asked: Sequence[str]) -> str:
@@ -627,9 +636,9 @@ def ranks(config: TrainConfig) -> bool:
 
 
 @functools.cache
-def _mixture(names: tuple[str, ...], weights: tuple[float, ...], sft_weight: float) -> Loss:
+def _mixture(names: tuple[str, ...], weights: tuple[float, ...], sft_weight: float, optimistic: float) -> Loss:
     """One record for the same plain values, so that the runs of a process share their programs."""
-    return losses.mixture(dict(zip(names, weights)), sft_weight)
+    return losses.mixture(dict(zip(names, weights)), sft_weight, optimistic)
 
 
 @functools.cache
