@@ -477,6 +477,43 @@ def random_pair(rewards_PC, valid_PC, key):
     return jnp.take_along_axis(pair_PQ2, picked_P[:, None, None], axis=1), jnp.any(ok_PQ, axis=1)[:, None]
 
 
+def _met(prob_PCC, valid_PC):
+    """bool [P, C, C]: two valid candidates of which P knows."""
+    apart = ~jnp.eye(valid_PC.shape[1], dtype=bool)[None]
+    return valid_PC[:, :, None] & valid_PC[:, None, :] & apart & jnp.isfinite(prob_PCC)
+
+
+def most_certain(prob_PCC, valid_PC, key):
+    """The pair (i, j) with the highest P[i, j]: there is one even where preferences go in a circle and no candidate is
+    better than another on average."""
+    count = valid_PC.shape[1]
+    flat_PX = jnp.where(_met(prob_PCC, valid_PC), prob_PCC, -jnp.inf).reshape(-1, count * count)
+    first_P = jnp.argmax(flat_PX, axis=1)
+    pair_PQ2 = jnp.stack([first_P // count, first_P % count], axis=1)[:, None]
+    return pair_PQ2.astype(jnp.int32), (jnp.max(flat_PX, axis=1) > 0.5)[:, None]
+
+
+def condorcet(prob_PCC, valid_PC, key):
+    """The Condorcet winner, preferred to every other valid candidate, against the Condorcet loser, to which every other
+    is preferred; none where either is missing, as where preferences go in a circle."""
+    met_PCC = _met(prob_PCC, valid_PC)
+    others_P1 = jnp.sum(valid_PC, axis=1, keepdims=True) - 1
+    count = lambda flag_PCC: jnp.sum(flag_PCC & met_PCC, axis=2)
+    whole_PC = valid_PC & (others_P1 > 0)
+    wins_PC = whole_PC & (count(prob_PCC > 0.5) == others_P1)
+    loses_PC = whole_PC & (count(prob_PCC < 0.5) == others_P1)
+    pair_PQ2 = jnp.stack([jnp.argmax(wins_PC, axis=1), jnp.argmax(loses_PC, axis=1)], axis=1)[:, None]
+    return pair_PQ2.astype(jnp.int32), (jnp.any(wins_PC, axis=1) & jnp.any(loses_PC, axis=1))[:, None]
+
+
+WIN_RULES: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
+    "most_certain": most_certain,
+    "condorcet": condorcet,
+}
+"""rule(prob_PCC, valid_PC, key) -> (pair_PQ2, ok_PQ), Q = 1: as PAIR_RULES, but of P[p, i, j], the probability that
+candidate i is better than j, which need not be transitive; NaN = they were not compared. The chosen one's P against the
+rejected one is above ½."""
+
 PAIR_RULES: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
     "best_worst": best_worst,
     "best_random": best_random,

@@ -307,6 +307,24 @@ def test_the_pairs_of_every_rule(rule):
     assert fresh.kept_F.all() and fresh.kept_F.dtype == bool
 
 
+def test_the_rule_that_explores():
+    """The most uncertain of the others is taken where a nat costs little; of all pairs, the most uncertain are kept."""
+    gamma = np.array([[0, 5, 2, 1], [9] * 4, [3, 4, 9, 9], [7, 9, 9, 8], [9] * 4, [1, 6, 2, 0]], np.float32)
+    of = lambda eta, keep=100: bootstrap.fresh_pairs(
+        candidates_of(GRID), REWARDS, VALID, rule="explore", keep=keep, key=jax.random.key(0), gamma_PC=gamma, eta=eta
+    )
+    # Prompt 2: candidates 0 to 2 are valid, 2 is the best; prompt 3: 0 and 3; prompt 5: all.
+    cheap, dear = of(1e-3), of(1e3)
+    assert [(p, *pair) for p, pair in zip(cheap.prompt_F, cheap.pair_F2.tolist())] == [
+        (0, 0, 1), (2, 2, 1), (3, 3, 0), (5, 3, 1)
+    ]  # fmt: skip
+    assert cheap.gamma_F.tolist() == [5, 4, 7, 6] and cheap.kept_F.all()
+    assert dear.pair_F2.tolist() == [[0, 1], [2, 0], [3, 0], [3, 0]]
+    assert cheap.margin_F.tolist() == [2, 4, 2, 2] and of(1e-3, keep=2).kept_F.tolist() == [False, False, True, True]
+    assert pairs_of("best_worst").gamma_F is None
+    assert set(bootstrap.PAIR_RULES) == {*sera.PAIR_RULES, "explore"}
+
+
 @pytest.mark.parametrize("keep", [0, 1, 2, 3, 50])
 def test_the_largest_margins_are_kept(keep):
     fresh = pairs_of("best_worst", keep)
@@ -320,6 +338,25 @@ def test_random_rules_draw_by_key():
     assert len(draws) > 3
     again = pairs_of("random", seed=3)
     np.testing.assert_array_equal(again.pair_F2, pairs_of("random", seed=3).pair_F2)
+
+
+def test_rules_that_read_probabilities_and_their_margins():
+    """The source's own P where it has one, whatever the mean rewards say; the margin is P(c > r) - P(r > c)."""
+    circle = np.array([[0.5, 0.9, 0.1, 0.5], [0.1, 0.5, 0.7, 0.5], [0.9, 0.3, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5]])
+    prob = np.tile(circle.astype(np.float32), (6, 1, 1))
+    prob[4, 2] = prob[4, :, 2] = 0.5
+    how = {"rule": "most_certain", "keep": 2, "key": jax.random.key(0)}
+    even = np.full_like(REWARDS, 0.5)
+    fresh = bootstrap.fresh_pairs(candidates_of(GRID), even, VALID, prob, **how)
+    assert list(zip(fresh.prompt_F.tolist(), map(tuple, fresh.pair_F2.tolist()))) == [(p, (0, 1)) for p in (0, 1, 2, 5)]
+    np.testing.assert_allclose(fresh.margin_F, 0.8, rtol=1e-6)
+    assert fresh.kept_F.tolist() == [True, True, False, False]
+    assert not len(bootstrap.fresh_pairs(candidates_of(GRID), even, VALID, prob, **how | {"rule": "best_worst"}).trees)
+    # Without P, σ of the rewards' differences.
+    fresh = bootstrap.fresh_pairs(candidates_of(GRID), REWARDS, VALID, **how)
+    odds = fresh.reward_F2[:, 0] - fresh.reward_F2[:, 1]
+    np.testing.assert_allclose(fresh.margin_F, np.tanh(odds / 2), rtol=1e-5)
+    assert odds.tolist() == [3, 9, 2, 3]
 
 
 def test_no_pairs_at_all():

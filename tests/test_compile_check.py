@@ -654,6 +654,9 @@ def test_errors(tiny, capsys, monkeypatch):
     assert "pairs is 0, expected at least 1" in error_of(capsys, model_path, "--topology=v5e:2x2", "--pairs=0")
     assert "config.json is missing" in error_of(capsys, "--model.path=nowhere", "--topology=v5e:2x2")
     assert "loss.beta is 0.0, expected" in error_of(capsys, model_path, "--topology=v5e:2x2", "--loss.beta=0")
+    raft = ("--on_policy.algorithm=raft", "--on_policy.beta=0", "--reward.source=random")
+    told = error_of(capsys, model_path, "--topology=v5e:2x2", *raft)
+    assert "on_policy.algorithm is 'raft', expected 'none': the programs of its rounds are not checked yet." in told
     monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
     told = error_of(capsys, model_path, "--topology=v5e:2x2")
     assert "topology v5e:2x2 needs the package libtpu" in told and "pip install 'sera_jax[tpu]'" in told

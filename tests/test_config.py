@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 import sera_jax
-from sera_jax import attention, config, data, generate, losses, model, programs, step
-from sera_jax.config import ConfigError, GenerateConfig, ReviewConfig, RewardModelConfig, TrainConfig
-from sera_jax.train import fresh, validate
+from sera_jax import attention, config, data, generate, losses, model, policy_gradient, programs, reward_model, step
+from sera_jax.config import AnnotateConfig, ConfigError, GenerateConfig, ReviewConfig, RewardModelConfig, TrainConfig
+from sera_jax.train import fresh, rounds, validate
 
 NEEDED = {"run": {"dir": "runs/a"}, "model": {"path": "models/m"}, "data": {"pairs": ["p.jsonl"]}}
 RECORDS = [r for r in vars(config).values() if dataclasses.is_dataclass(r)]
@@ -35,6 +35,7 @@ def base(record: type):
     return {
         TrainConfig: lambda: TrainConfig(config.RunConfig("r"), mine, config.DataConfig(("p.jsonl",))),
         GenerateConfig: lambda: GenerateConfig(mine, ("p",), "o"),
+        AnnotateConfig: lambda: AnnotateConfig("q.jsonl"),
         ReviewConfig: lambda: ReviewConfig("a", "b", config.DataConfig(("p.jsonl",)), "o"),
         RewardModelConfig: lambda: RewardModelConfig(
             config.RunConfig("r"), mine, config.DataConfig(("p.jsonl",), validation=0.1)
@@ -158,6 +159,7 @@ RANGES = {
     "loss.slic_delta": POSITIVE,
     "loss.slic_lambda": ([-0.1], [0.0]),
     "loss.sft_weight": ([-0.1], [0.0]),
+    "loss.optimism": ([-0.1], [0.0]),
     "loss.desirable_weight": ([-0.1], [0.0]),
     "loss.undesirable_weight": ([-0.1], [0.0]),
     "loss.ld_alpha": SHARE,
@@ -180,6 +182,12 @@ RANGES = {
     "select.from_iteration": ([0], [2]),
     "bootstrap.from_iteration": ([0], [2]),
     "select.keep": SHARE,
+    "on_policy.rounds": AT_LEAST_1,
+    "on_policy.prompts": AT_LEAST_1,
+    "on_policy.passes": AT_LEAST_1,
+    "on_policy.clip": POSITIVE,
+    "on_policy.clip_high": POSITIVE,
+    "on_policy.beta": ([-0.1, float("nan")], [0.0]),
     "bootstrap.fresh": ([-0.1], [0.0, 2.0]),
     "bootstrap.prompts_per_iteration": ([0.0, 1.1], [1.0, 0.01]),
     "bootstrap.temperature": ([-0.1], [0.0]),
@@ -188,6 +196,9 @@ RANGES = {
     "bootstrap.mixture": ([-0.1, 1.5], [0.0, 1.0]),
     "bootstrap.min_p": ([-0.1, 1.0], [0.0]),
     "bootstrap.max_new_tokens": AT_LEAST_1,
+    "explore.weight": ([0.0, float("inf")], [1e-9]),
+    "explore.regularisation": ([0.0, float("inf")], [1e-9]),
+    "explore.dimension": NOT_NEGATIVE,
     "evaluate.temperature": ([-0.1], [0.0]),
     "evaluate.top_p": ([0.0, 1.1], [1.0]),
     "evaluate.max_new_tokens": AT_LEAST_1,
@@ -232,6 +243,7 @@ OWNERS = {
     "lora.alpha": {"lora.rank": 1},
     "lora.targets": {"lora.rank": 1},
     "lora.dropout": {"lora.rank": 1},
+    **{f"explore.{key}": {"bootstrap.pair_rule": "explore"} for key in ("weight", "regularisation", "dimension")},
     "loss.f_alpha": {"loss.f_divergence": "alpha_divergence"},
     "loss.gamma": {"loss.name": "simpo"},
     "loss.gamma_beta_ratio": {"loss.name": "simpo"},
@@ -264,6 +276,7 @@ DOOR_RANGES = {
         "epochs": AT_LEAST_1,
         "validate_every": NOT_NEGATIVE,
     },
+    AnnotateConfig: {"per_prompt": NOT_NEGATIVE},
 }
 CASES = [(r, k, *v) for r, table in {TrainConfig: RANGES, **DOOR_RANGES}.items() for k, v in table.items()]
 
@@ -285,11 +298,18 @@ def test_every_range_is_tested():
 
 # --- combinations that cannot run -------------------------------------------------------------------------------------
 
+ON_POLICY = {"on_policy.algorithm": "policy_gradient", "reward.source": "function", "reward.function": "a:b"}
+
 
 @pytest.mark.parametrize(
     "changes, said",
     [
         ({"data.pairs": ()}, "data.pairs is empty, expected at least one file of preference pairs"),
+        (
+            {"explore.weight": 2.0},
+            "explore.weight is 2.0, but nothing reads it: set bootstrap.pair_rule to 'explore' or loss.name to "
+            "'dpo_pessimistic', or leave it out",
+        ),
         ({"bootstrap.candidates": 1}, "bootstrap.candidates is 1, expected at least 2: a best and a worst"),
         ({"bootstrap.slots": 3}, "bootstrap.slots is 3, expected at least bootstrap.candidates (4)"),
         ({"data.max_prompt_length": 1024}, "data.max_prompt_length is 1024, expected less than data.max_length (1024)"),
@@ -312,6 +332,32 @@ def test_every_range_is_tested():
         (
             {"reward.model": "a/export"},
             "reward.model is 'a/export' with reward.source 'implicit', expected none; leave it out",
+        ),
+        (
+            {"reward.source": "preference"},
+            "reward.model is '' with reward.source 'preference', expected the folder of a preference model",
+        ),
+        (
+            {"reward.tournament": True},
+            "reward.tournament is True with reward.source 'implicit', expected 'preference': other sources do not",
+        ),
+        (
+            {
+                "reward.source": "preference",
+                "reward.model": "m",
+                "bootstrap.pair_rule": "condorcet",
+                "reward.length_penalty": 0.1,
+            },
+            "reward.length_penalty is 0.1 with bootstrap.pair_rule 'condorcet', which reads the probabilities of",
+        ),
+        (
+            {
+                "reward.source": "judge",
+                "judge.model": "m",
+                "bootstrap.pair_rule": "most_certain",
+                "reward.length_normalise": True,
+            },
+            "reward.length_normalise is True with bootstrap.pair_rule 'most_certain', which reads the probabilities of",
         ),
         ({"reward.source": "file"}, "reward.source is 'file', expected bootstrap.candidates_file with the scores"),
         ({"loop.best": True}, "loop.best needs held-out pairs: set data.validation"),
@@ -432,6 +478,33 @@ def test_every_range_is_tested():
             "select.score is 'reward_gap' with reward.function '', expected 'module:function'",
         ),
         (
+            {"on_policy.algorithm": "raft"},
+            "reward.source is 'implicit' with on_policy.algorithm 'raft', expected someone who ranks fresh samples",
+        ),
+        (ON_POLICY | {"data.pairs": ()}, "needs none, and on_policy.algorithm with data.prompts."),
+        (
+            ON_POLICY | {"data.pairs": (), "data.prompts": ("p",), "sft.epochs": 1},
+            "data.pairs is empty, expected at least one file",
+        ),
+        (
+            ON_POLICY | {"bootstrap.candidates_file": "c.jsonl"},
+            "bootstrap.candidates_file is 'c.jsonl' with on_policy.algorithm 'policy_gradient', expected none",
+        ),
+        (ON_POLICY | {"bootstrap.candidates": 1}, "bootstrap.candidates is 1 with on_policy.algorithm"),
+        (ON_POLICY | {"bootstrap.slots": 3}, "expected at least bootstrap.candidates (4)"),
+        (ON_POLICY | {"loop.first": "a/export"}, "loop.first is 'a/export' with on_policy.algorithm"),
+        (ON_POLICY | {"loop.best": True, "data.validation": 0.1}, "loop.best is True with on_policy.algorithm"),
+        (ON_POLICY | {"loop.validate_every": 2, "data.validation": 0.1}, "loop.validate_every is 2 with on_policy.alg"),
+        (
+            ON_POLICY | {"loss.reference": "none"},
+            "on_policy.beta is 0.05 with on_policy.algorithm 'policy_gradient'",
+        ),
+        (ON_POLICY | {"loss.name": "orpo"}, "there is no KL to nothing"),
+        (
+            ON_POLICY | {"on_policy.algorithm": "raft", "on_policy.kl": "loss"},
+            "on_policy.kl is 'loss' with on_policy.algorithm 'raft', expected 'reward', or on_policy.beta 0",
+        ),
+        (
             {"bootstrap.mixture": 0.1, "bootstrap.candidates_file": "c.jsonl"},
             "bootstrap.mixture is 0.1 with bootstrap.candidates_file, expected candidates that the run samples itself",
         ),
@@ -480,6 +553,22 @@ def test_combinations_that_cannot_run(changes, said):
         {"reward.source": "random", "bootstrap.from_iteration": 1},
         {"reward.source": "judge", "judge.model": "m", "bootstrap.from_iteration": 1},
         {"reward.source": "model", "reward.model": "a/export", "bootstrap.from_iteration": 1},
+        {
+            "reward.source": "preference",
+            "reward.model": "m",
+            "reward.tournament": True,
+            "bootstrap.from_iteration": 1,
+            "bootstrap.pair_rule": "most_certain",
+            "reward.length_penalty": 0.1,
+        },
+        {"bootstrap.pair_rule": "most_certain", "reward.length_penalty": 0.1},
+        {
+            "reward.source": "judge",
+            "judge.model": "m",
+            "judge.mode": "grade",
+            "bootstrap.pair_rule": "condorcet",
+            "reward.length_penalty": 0.1,
+        },
         {"bootstrap.candidates_file": "c.jsonl", "bootstrap.candidates": 1, "bootstrap.slots": 1},
         {"loss.mix": {"ipo": 0.5}, "loss.normalisation": "mean"},
         {"loss.name": "exo_pair", "loss.label_smoothing": 1e-3},
@@ -498,6 +587,10 @@ def test_combinations_that_cannot_run(changes, said):
         {"select.score": "reference_logp", "reward.reference": "none", "loop.iterations": 1},
         {"select.score": "loss", "loss.reference": "ema"},
         {"select.score": "reward_gap", "reward.function": "a:b"},
+        ON_POLICY,
+        ON_POLICY | {"data.pairs": (), "data.prompts": ("p",)},
+        ON_POLICY | {"loss.reference": "none", "on_policy.beta": 0.0},
+        ON_POLICY | {"on_policy.algorithm": "raft", "on_policy.kl": "loss", "on_policy.beta": 0.0},
         {"loss.ld_alpha": 0.0, "loss.weighting": "wpo", "loss.sft_weight": 0.1, "loss.mix": {"ipo": 0.5}},
     ],
 )
@@ -514,6 +607,10 @@ def test_their_neighbours_run(changes):
 def test_a_review_ranks_pairs():
     refused(
         changed(base(ReviewConfig), "loss.name", "kto"), "loss.name is 'kto', but a review ranks pairs; use 'kto_pa"
+    )
+    refused(
+        changed(base(ReviewConfig), "loss.name", "dpo_pessimistic"),
+        "loss.name is 'dpo_pessimistic', but a review knows no Γ; use 'dpo', whose implicit reward is the same.",
     )
 
 
@@ -532,6 +629,16 @@ def test_a_review_ranks_pairs():
 )
 def test_a_reward_model_learns_from_pairs(key, value, said):
     refused(changed(base(RewardModelConfig), key, value), said)
+
+
+def test_keys_of_one_kind_of_reward_model_are_refused_by_the_others():
+    record = changed(base(RewardModelConfig), "kind", "preference_head")
+    said = "{} is for kind {!r}, but kind is {!r}; leave it out, or change kind."
+    refused(changed(record, "reward_loss.center", 0.1), said.format("reward_loss", "bradley_terry", "preference_head"))
+    refused(changed(record, "preference.orders", "both"), said.format("preference", "preference", "preference_head"))
+    labels = changed(base(RewardModelConfig), "preference.labels", ("yes", "no"))
+    refused(labels, said.format("preference", "preference", "bradley_terry"))
+    config.check(changed(labels, "kind", "preference"), "x.yaml")
 
 
 def test_checks_of_a_reward_model_need_held_out_pairs():
@@ -577,7 +684,11 @@ def test_names_are_those_of_the_tables():
     assert set(typing.get_args(config.TargetName)) == {*model.LINEAR, "head"}
     assert names(config.ModelConfig, "attention") == {"auto", *attention.ATTENTION}
     assert names(config.RewardConfig, "source") == set(fresh.SOURCES)
+    assert names(config.RewardModelConfig, "kind") == set(reward_model.KINDS)
     assert names(config.LoopConfig, "best_by") == set(validate.BEST)
+    assert names(config.OnPolicyConfig, "algorithm") == {"none", *rounds.LEARN}
+    assert names(config.OnPolicyConfig, "advantage") == set(policy_gradient.ADVANTAGES)
+    assert names(config.OnPolicyConfig, "ratio") == set(policy_gradient.RATIOS)
 
 
 # --- nothing in a config is idle: types followed through the syntax trees ---------------------------------------------

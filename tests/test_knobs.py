@@ -143,6 +143,7 @@ def test_references_of_held_out_pairs(base, made):
             lambda d, c, n: np.log1p(np.exp(-(0.1 * (-7 / n[0] + 12 / n[1]) - 0.3))),
         ),
         ({"loss__sft_weight": 0.5}, lambda d, c, n: np.log1p(np.exp(-0.1 * d)) + 0.5 * 7 / n[0]),
+        ({"loss__optimism": 0.5}, lambda d, c, n: np.log1p(np.exp(-0.1 * d)) + 0.5 * (-7 - 12) / 2),
         ({"loss__mix": {"slic": 0.25}}, lambda d, c, n: np.log1p(np.exp(-0.1 * d)) + 0.25 * np.maximum(0, 1 - 0.1 * d)),
     ],
     ids=lambda v: "-".join(v) if isinstance(v, dict) else "",
@@ -360,6 +361,24 @@ def test_pair_rules_and_length(base, made, tmp_path):
             np.testing.assert_allclose(per_token[tree.id], reward / [len(b) for b in tree.branches], rtol=1e-5)
             compared += 1
     assert 0 < compared < len(every.trees)  # some pairs changed their order
+
+
+def test_exploring_pairs(base, made, tmp_path):
+    """Where Γ counts for much, the most uncertain candidate is taken; where for nothing, the first other one. λ bounds
+    Γ, and the projection decides in how many directions it is looked for."""
+    of = lambda name, **changes: sampled(
+        base, made, tmp_path / name, bootstrap__pair_rule="explore", bootstrap__fresh=9.0, **changes
+    )
+    much, nothing = of("much", explore__weight=1e3).fresh, of("nothing", explore__weight=1e-6).fresh
+    assert [len(f.trees) for f in (much, nothing)] == [len(much.trees)] * 2 and len(much.trees) > 10
+    gamma = {tuple(pair): g for *pair, g in zip(nothing.prompt_F, nothing.pair_F2[:, 1], nothing.gamma_F)}
+    assert (much.pair_F2[:, 0] == nothing.pair_F2[:, 0]).all()
+    assert (much.gamma_F / 1e3 >= nothing.gamma_F / 1e-6 * (1 - 1e-5)).all() and len(gamma) == len(nothing.trees)
+    assert (much.pair_F2[:, 1] != nothing.pair_F2[:, 1]).sum() > 3
+    stiff = of("stiff", explore__weight=1e3, explore__regularisation=1e4).fresh
+    assert (stiff.gamma_F < 0.1 * much.gamma_F).all()
+    flat = of("flat", explore__weight=1e3, explore__dimension=1).fresh
+    assert (flat.pair_F2 != much.pair_F2).any() and np.isfinite(flat.gamma_F).all()
 
 
 def test_sources_of_rewards(base, made, tmp_path):

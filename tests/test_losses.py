@@ -89,6 +89,7 @@ CASES = {
     "sigmoid_norm alpha_divergence": dict(beta=2.0, f_divergence="alpha_divergence", f_alpha=0.5),
     "dpop": dict(beta=0.1, dpop_lambda=5.0),
     "rdpo": dict(beta=0.1, rdpo_alpha=0.05),
+    "dpo_pessimistic": dict(beta=0.1, label_smoothing=0.1),
     "nca_pair": dict(beta=0.1),
     "bco_pair": dict(beta=0.1),
     "sppo_hard": dict(beta=0.1),
@@ -120,7 +121,8 @@ every_case = pytest.mark.parametrize("case", CASES)
 
 def test_every_loss_and_every_key_of_it_has_a_case():
     assert set(NAME.values()) == set(PAIRED) == set(WITNESS) == set(REWARDS)
-    assert {name for name, _, _ in GOLDEN.values()} == set(PAIRED) - {"alphapo", "bco_pair_shift", *TOLD}
+    without = {"alphapo", "bco_pair_shift", "dpo_pessimistic", *TOLD}  # nobody has published numbers
+    assert {name for name, _, _ in GOLDEN.values()} == set(PAIRED) - without
     for name, loss in PAIRED.items():
         used = {key for case in CASES if NAME[case] == name for key in CASES[case]}
         assert used == {"beta", *loss.keys}, name
@@ -287,6 +289,9 @@ WITNESS = {
     "sigmoid_norm": lambda p, beta, **f: -log_sigmoid(beta * p.per_token(**f)),
     "dpop": lambda p, beta, dpop_lambda: -log_sigmoid(beta * (p.c - p.r - dpop_lambda * np.maximum(0, -p.c))),
     "rdpo": lambda p, beta, rdpo_alpha: -log_sigmoid(beta * (p.c - p.r) + rdpo_alpha * (p.lw - p.ll)),
+    "dpo_pessimistic": lambda p, beta, label_smoothing=0.0: bernoulli(
+        beta * (p.c - p.r) + p.told[:, 0] - p.told[:, 1], label_smoothing
+    ),
     "nca_pair": lambda p, beta: (
         -log_sigmoid(beta * p.c) - 0.5 * log_sigmoid(-beta * p.c) - 0.5 * log_sigmoid(-beta * p.r)
     ),
@@ -407,6 +412,7 @@ AT_REFERENCE = {
     "ipo": 25.0,
     "sigmoid_norm": np.log(2),
     "dpop": np.log(2),
+    "dpo_pessimistic": bernoulli(TARGET[:, 0].astype(np.float64) - TARGET[:, 1], 0.1),
     "nca_pair": 2 * np.log(2),
     "bco_pair": 2 * np.log(2),
     "sppo_hard": 50.0,
@@ -511,6 +517,10 @@ SWAPPED = {
     "ipo": lambda z, a, b, p, k: 2 * z / k["beta"] ** 2,
     "sigmoid_norm": lambda z, a, b, p, k: z,
     "rdpo": lambda z, a, b, p, k: z + k["rdpo_alpha"] * (p.lw - p.ll),
+    "dpo_pessimistic": lambda z, a, b, p, k: (
+        bernoulli(-z + p.told[:, 0] - p.told[:, 1], k["label_smoothing"])
+        - bernoulli(z + p.told[:, 0] - p.told[:, 1], k["label_smoothing"])
+    ),
     "nca_pair": lambda z, a, b, p, k: log_sigmoid(a) - log_sigmoid(b),
     "bco_pair": lambda z, a, b, p, k: z,
     "bco_pair_shift": lambda z, a, b, p, k: z,
@@ -740,6 +750,45 @@ def test_recipes_of_mixtures():
     assert float(np.mean(mpo - NLL) + 5.6 / 9) == pytest.approx(1.431659, abs=1e-6)
 
 
+def test_optimism_is_the_term_of_xpo_and_selm():
+    """Written anew from TRL's XPOTrainer (until 2026-09) and SELM's own trainer. Theirs have one sample ỹ of the
+    reference; with two, the pair, it is the mean of their losses with either for ỹ."""
+    arrays = (jnp.asarray(LOGP), jnp.asarray(REF), jnp.asarray(LENGTH))
+    got = losses.mixture({"dpo": 1.0}, optimistic=0.02).loss(*arrays, beta=0.1)
+    dpo = np.log1p(np.exp(-0.1 * ((LOGP - REF)[:, 0] - (LOGP - REF)[:, 1])))
+    xpo = [dpo + 0.02 * LOGP[:, sampled] for sampled in (0, 1)]
+    np.testing.assert_allclose(got, np.mean(xpo, axis=0), rtol=1e-6)
+    # SELM's α·β·(log π - log π_ref) differs by a constant: the same gradient, with α·β for α.
+    slope = lambda of: jax.grad(lambda logp: of(logp).sum())(arrays[0])
+    selm = lambda logp: losses.dpo(logp, *arrays[1:], beta=0.1) + 0.2 * 0.1 * (logp - arrays[1]).mean(axis=1)
+    mixed = lambda logp: losses.mixture({"dpo": 1.0}, optimistic=0.02).loss(logp, *arrays[1:], beta=0.1)
+    np.testing.assert_allclose(slope(mixed), slope(selm), rtol=1e-6)
+    plain = slope(lambda logp: losses.dpo(logp, *arrays[1:], beta=0.1))
+    np.testing.assert_allclose(slope(mixed) - plain, 0.01, rtol=1e-5)  # down with both, whichever is chosen
+    swapped = losses.mixture({"slic_hf": 1.0}, optimistic=1.0)
+    assert not swapped.reference and swapped.keys == losses.LOSSES["slic_hf"].keys
+    np.testing.assert_allclose(losses.optimism(LOGP), losses.optimism(LOGP[:, ::-1]))
+
+
+def test_pessimism_in_closed_form():
+    """The best policy of r - Γ over responses, at a price of β for a nat, explains the labels by r: its dpo_pessimistic
+    is the logistic loss of the rewards themselves, and no other policy has less on labels that follow r."""
+    rng = np.random.default_rng(0)
+    reference, reward, gamma = rng.dirichlet(np.ones(6)), rng.normal(size=6), rng.exponential(size=6)
+    policy = reference * np.exp((reward - gamma) / 0.3)
+    policy /= policy.sum()
+    one, other = map(np.array, zip(*[(a, b) for a in range(6) for b in range(6) if a != b]))
+    pair = lambda value: jnp.float32(np.stack([value[one], value[other]], axis=1))
+    length = jnp.ones((30, 2))
+    loss = lambda p: losses.dpo_pessimistic(pair(np.log(p)), pair(np.log(reference)), length, pair(gamma), beta=0.3)
+    np.testing.assert_allclose(loss(policy), np.log1p(np.exp(reward[other] - reward[one])), rtol=2e-4)
+    prefers = 1 / (1 + np.exp(reward[other] - reward[one]))
+    best = float(np.sum(prefers * loss(policy)))
+    for _ in range(20):
+        tried = policy * np.exp(0.3 * rng.normal(size=6))
+        assert np.sum(prefers * loss(tried / tried.sum())) > best
+
+
 def test_mixture_of_one_is_the_loss():
     for name, plain in PAIRED.items():
         mixed = losses.mixture({name: 1.0})
@@ -793,6 +842,7 @@ def test_accuracy_is_strict_and_weights_weigh():
 def test_config_names_and_keys_are_the_tables():
     assert typing.get_args(config.LossName) == tuple(losses.LOSSES)
     assert set(typing.get_args(config.DivergenceName)) == set(losses.DIVERGENCES)
+    assert [config.UNCERTAIN_LOSS] == [name for name, loss in losses.LOSSES.items() if loss.target == "bonus"]
     assert set(config.REFERENCE_FREE) == {name for name, loss in losses.LOSSES.items() if not loss.reference}
     owners = {key: {name for name, loss in losses.LOSSES.items() if key in loss.keys} for key, _ in config._LOSS_KEYS}
     assert owners == {key: set(names) for key, names in config._LOSS_KEYS}
@@ -805,7 +855,8 @@ def test_what_a_config_says_reaches_its_loss(name):
     """As the doors do it, with defaults where a loss has them."""
     needed = {"exo_pair": dict(label_smoothing=1e-3), "simpo": dict(gamma=0.5), "alphapo": dict(gamma_beta_ratio=0.5)}
     given = config.LossConfig(name=name, sft_weight=0.1, **needed.get(name, {}))
-    config.check(config.ReviewConfig("a", "b", config.DataConfig(("p.jsonl",)), "o", loss=given), "x.yaml")
+    if name != config.UNCERTAIN_LOSS:
+        config.check(config.ReviewConfig("a", "b", config.DataConfig(("p.jsonl",)), "o", loss=given), "x.yaml")
     loss = losses.mixture({given.name: 1.0, **given.mix}, given.sft_weight)
     keys = {"beta": given.beta, **{key: getattr(given, key) for key in loss.keys}}
     assert np.isfinite(value(loss, LOGP, REF, LENGTH, **keys)).all()
@@ -822,10 +873,9 @@ def test_readme_has_the_table():
     assert list(told) == list(losses.LOSSES)
     for name, loss in losses.LOSSES.items():
         needs, keys = told[name]
-        told_needs = tuple(
-            word in needs for word in ("reference", "batch", "labels", "wins", "probabilities", "rewards")
-        )
-        is_told = tuple(loss.target == kind for kind in ("label", "win", "preference", "reward"))
+        words = ("reference", "batch", "labels", "wins", "probabilities", "rewards", "Γ")
+        told_needs = tuple(word in needs for word in words)
+        is_told = tuple(loss.target == kind for kind in ("label", "win", "preference", "reward", "bonus"))
         assert told_needs == (loss.reference, loss.coupled, *is_told), name
         assert re.findall(r"`(\w+)`", keys) == [key for key in loss.keys if key != "f_alpha"], name
 
@@ -936,9 +986,9 @@ def test_a_mixture_is_of_pairs_or_of_single_responses():
     want = unpaired_witness(logp, ref, label, 0.3, desirable_weight=1.5)
     np.testing.assert_allclose(got, 2 * want, rtol=2e-5)
     assert not losses.mixture({"kto_pair": 1.0}).unpaired
-    for weights, sft_weight in (({"kto": 1.0, "dpo": 0.5}, 0.0), ({"kto": 1.0}, 0.1)):
+    for weights, *terms in (({"kto": 1.0, "dpo": 0.5}, 0.0), ({"kto": 1.0}, 0.1), ({"kto": 1.0}, 0.0, 0.1)):
         with pytest.raises(ValueError, match="expected 'kto' alone: it learns from single responses"):
-            losses.mixture(weights, sft_weight)
+            losses.mixture(weights, *terms)
     assert all(loss.coupled for loss in losses.LOSSES.values() if loss.unpaired)
     assert config.UNPAIRED_LOSSES == tuple(name for name, loss in losses.LOSSES.items() if loss.unpaired)
 

@@ -12,6 +12,7 @@ from sera_jax.data.files import (
     load_pairs,
     load_prompts,
     load_responses,
+    load_rows,
     load_texts,
     load_unpaired,
     prompts_of,
@@ -21,9 +22,12 @@ from sera_jax.data.forms import FORMATS, RANKED, UNPAIRED, Demonstration
 from sera_jax.data.mismatch import derangement, mismatched
 from sera_jax.data.order import batches, order, split_validation
 from sera_jax.data.tokens import (
+    CUTS,
     Counts,
     Tokenizer,
     bos_id,
+    continuations,
+    encoded,
     eos_ids,
     load_tokenizer,
     padding_id,
@@ -36,6 +40,7 @@ from sera_jax.data.tokens import (
 from sera_jax.data.told import valued
 
 __all__ = [
+    "CUTS",
     "FORMATS",
     "RANKED",
     "UNPAIRED",
@@ -47,12 +52,15 @@ __all__ = [
     "Tokenizer",
     "batches",
     "bos_id",
+    "continuations",
     "demonstrations_of",
     "derangement",
+    "encoded",
     "eos_ids",
     "load_pairs",
     "load_prompts",
     "load_responses",
+    "load_rows",
     "load_texts",
     "load_tokenizer",
     "load_unpaired",

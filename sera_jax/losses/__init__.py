@@ -41,6 +41,7 @@ from sera_jax.losses.implicit import (
 from sera_jax.losses.margins import (
     discopop,
     dpo,
+    dpo_pessimistic,
     dpop,
     exo_pair,
     ipo,
@@ -72,6 +73,7 @@ __all__ = [
     "cpo",
     "discopop",
     "dpo",
+    "dpo_pessimistic",
     "dpop",
     "exo_pair",
     "ipo",
@@ -86,6 +88,7 @@ __all__ = [
     "metrics",
     "mixture",
     "nca_pair",
+    "optimism",
     "orpo",
     "per_token",
     "rdpo",
@@ -136,6 +139,7 @@ TARGETS: dict[str, str] = {
     "win": "probability of beating another response of the policy that sampled it",
     "preference": "probability of being preferred to the other response of its pair",
     "reward": "of whoever scored it, in its units",
+    "bonus": "Γ, how uncertain its reward is, in the reward's units",
 }
 """What a loss may be told of each response (`records.Tree.values`)."""
 
@@ -165,6 +169,9 @@ LOSSES: dict[str, Loss] = {
     "sigmoid_norm": Loss(sigmoid_norm, log_ratio_per_token_reward, reference=True, coupled=False, keys=_DIVERGENCE),
     "dpop": Loss(dpop, log_ratio_reward, reference=True, coupled=False, keys=("dpop_lambda",)),
     "rdpo": Loss(rdpo, log_ratio_reward, reference=True, coupled=False, keys=("rdpo_alpha",)),
+    "dpo_pessimistic": Loss(
+        dpo_pessimistic, log_ratio_reward, reference=True, coupled=False, keys=("label_smoothing",), target="bonus"
+    ),
     "nca_pair": Loss(nca_pair, log_ratio_reward, reference=True, coupled=False),
     "bco_pair": Loss(bco_pair, log_ratio_reward, reference=True, coupled=False),
     "sppo_hard": Loss(sppo_hard, log_ratio_reward, reference=True, coupled=False),
@@ -207,18 +214,29 @@ def sft(logp, length):
     return -logp, length, per_token(-logp, length)
 
 
-def mixture(weights: Mapping[str, float], sft_weight: float = 0.0) -> Loss:
-    """Σ weight·loss, plus sft_weight · (NLL per token of the chosen response): one `Loss` built from several.
+def optimism(logp_P2):
+    """½(log π(y_w) + log π(y_l)), whichever is chosen: what an optimistic loss pays for, nats.
+
+    With weight α it is the term α·log π(ỹ), ỹ ~ π_ref, of XPO (Xie et al. 2024, algorithm 1), where both responses are
+    samples of π_ref: the likelier they are, the less is left for what was not seen. SELM (Zhang et al. 2024) has αβ in
+    the place of α, and for ỹ a sample of the policy before, which is its reference.
+    """
+    return jnp.mean(logp_P2, axis=-1)
+
+
+def mixture(weights: Mapping[str, float], sft_weight: float = 0.0, optimistic: float = 0.0) -> Loss:
+    """Σ weight·loss, plus sft_weight · (NLL per token of the chosen response), plus optimistic · `optimism`: one `Loss`
+    built from several.
 
     Args:
         weights: names of `LOSSES` by weight; they share β. The implicit reward is that of the first name.
-        sft_weight: of the SFT term, 0 = none.
+        sft_weight: of the SFT term, 0 = none. optimistic: α of the term of optimism, 0 = none.
 
     Returns:
         A Loss that knows the keys of all its members and is coupled, or needs a reference, if any member does.
 
     Raises:
-        ValueError: no name, or one that `LOSSES` lacks; an unpaired loss with others, or with an SFT term; losses of
+        ValueError: no name, or one that `LOSSES` lacks; an unpaired loss with others, or with another term; losses of
             different targets.
     """
     unknown = [name for name in weights if name not in LOSSES]
@@ -229,10 +247,11 @@ def mixture(weights: Mapping[str, float], sft_weight: float = 0.0) -> Loss:
         )
     members = {name: LOSSES[name] for name in weights}
     unpaired = [name for name, member in members.items() if member.unpaired]
-    if unpaired and (len(unpaired) < len(members) or sft_weight):
+    if unpaired and (len(unpaired) < len(members) or sft_weight or optimistic):
         raise ValueError(
-            f"mixture: got {' + '.join(members)} with sft_weight {sft_weight}, expected {unpaired[0]!r} alone: it "
-            "learns from single responses, desirable or not, the others from pairs and chosen responses."
+            f"mixture: got {' + '.join(members)} with sft_weight {sft_weight}, optimism {optimistic}, expected "
+            f"{unpaired[0]!r} alone: it learns from single responses, desirable or not, the others from pairs and "
+            "chosen responses."
         )
     targets = dict.fromkeys(member.target for member in members.values() if member.target)
     if len(targets) > 1:
@@ -259,6 +278,8 @@ def mixture(weights: Mapping[str, float], sft_weight: float = 0.0) -> Loss:
             total_P += weights[name] * member.loss(logp_P2, ref_P2, length_P2, *also, beta=beta, **own(member, keys))
         if sft_weight:
             total_P += sft_weight * sft(logp_P2[..., 0], length_P2[..., 0])[2]
+        if optimistic:
+            total_P += optimistic * optimism(logp_P2)
         return total_P
 
     def reward(logp, ref, length, *, beta, **keys):

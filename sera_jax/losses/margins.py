@@ -33,6 +33,20 @@ def robust_dpo(logp_P2, ref_P2, length_P2, *, beta, label_smoothing, **divergenc
     return ((1 - label_smoothing) * clean_P - label_smoothing * flipped_P) / (1 - 2 * label_smoothing)
 
 
+def dpo_pessimistic(logp_P2, ref_P2, length_P2, bonus_P2, *, beta, label_smoothing=0.0):
+    """ℓ(βd + Γ_w - Γ_l): GSHF's offline variant (Xiong et al. 2024), DPO for a reward less its uncertainty.
+
+    The policy that is best for r - Γ at a price of β for a nat is π_ref·exp((r - Γ)/β)/Z, so that r = β·log π/π_ref + Γ
+    up to what depends on the prompt alone. It is r that explains the labels; the policy is moved less towards what is
+    uncertain. Its implicit reward, β·log π/π_ref, is the pessimistic one.
+
+    Args:
+        bonus_P2: Γ(x, y) of each response, in the units of the reward.
+    """
+    margin_P = margin(log_ratio_reward(logp_P2, ref_P2, length_P2, beta=beta))
+    return logistic(margin_P + margin(bonus_P2), label_smoothing)
+
+
 def exo_pair(logp_P2, ref_P2, length_P2, *, beta, label_smoothing, **divergence):
     """KL(q ‖ p) with q = (σ(βd), σ(-βd)) and p = (1-ε, ε): EXO on pairs (Ji et al. 2024, eq. 16); 0 < ε, 1e-3 there."""
     if not label_smoothing > 0:

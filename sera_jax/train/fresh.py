@@ -11,12 +11,25 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from sera_jax import bootstrap, disk, judge, nash, policies, processes, programs, rewards, sample, score
+from sera_jax import (
+    bootstrap,
+    disk,
+    judge,
+    nash,
+    policies,
+    preference,
+    processes,
+    programs,
+    rewards,
+    sample,
+    score,
+)
 from sera_jax.bootstrap import Fresh
 from sera_jax.config import BootstrapConfig, EvaluateConfig
 from sera_jax.ledger import branch_key, derived_tag
 from sera_jax.policies import Live, Name
 from sera_jax.records import Candidates, Prompt
+from sera_jax.train import uncertainty
 from sera_jax.train import world as worlds
 from sera_jax.train.select import ensemble, reward_reference
 from sera_jax.train.world import World
@@ -80,26 +93,26 @@ def bootstrap_pairs(world: World, t: int, scored: Live) -> Made | None:
             mixture=b.mixture,
         )
     everybody = candidates if opponents is None else bootstrap.joined(candidates, opponents)
-    ranked = SOURCES[config.reward.source](world, t, scored, drawn, everybody)
-    rewards_PC = rewards.adjusted(
-        ranked.rewards_PC,
-        rewards.lengths(everybody),
-        penalty=config.reward.length_penalty,
-        normalise=config.reward.length_normalise,
-    )
-    rewards_PC = processes.once(lambda: rewards_PC)  # they decide what is trained on
+    ranked, rewards_PC = rewarded(world, t, scored, drawn, everybody)
     said_PC = said(world, everybody)
     own_PC = np.broadcast_to(np.arange(said_PC.shape[1]) < candidates.finished_PC.shape[1], said_PC.shape)
+    valid_PC, also = own_PC & (said_PC > 0), {}
+    if b.pair_rule == "explore":
+        gamma_PC = uncertainty.against_best(world, t, everybody, rewards_PC, valid_PC, scored)
+        also = {"gamma_PC": processes.once(lambda: gamma_PC), "eta": config.loss.beta}
     made = bootstrap.fresh_pairs(
         everybody,
         rewards_PC,
-        own_PC & (said_PC > 0),
+        valid_PC,
         ranked.prob_PCC,
         said_PC if opponents is None else np.where(own_PC, 0, said_PC),
         rule=b.pair_rule,
         keep=round(b.fresh * len(given.trees)),
         key=worlds.key(world, "pairs", t),
+        **also,
     )
+    if also:
+        uncertainty.learn(world, t, made, scored)
     return Made(prompts, candidates, made, ranked, opponents)
 
 
@@ -109,6 +122,27 @@ def said(world: World, candidates: Candidates) -> np.ndarray:
     b = world.config.bootstrap
     draws = 0 if world.given.imported else b.candidates
     return bootstrap.copies(candidates, keep_unfinished=b.unfinished == "keep", draws=draws)
+
+
+def rewarded(
+    world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Candidates
+) -> tuple[Ranked, np.ndarray]:
+    """What the run's source says of candidates, and their rewards [P, C] with the length's part."""
+    config = world.config.reward
+    ranked = SOURCES[config.source](world, t, scored, drawn, candidates)
+    rewards_PC = rewards.adjusted(
+        ranked.rewards_PC,
+        rewards.lengths(candidates),
+        penalty=config.length_penalty,
+        normalise=config.length_normalise,
+    )
+    # They decide what is trained on.
+    rewards_PC, prob_PCC = processes.once(lambda: (rewards_PC, ranked.prob_PCC))
+    if prob_PCC is not None:
+        circles, triples = preference.cycles(prob_PCC)
+        told = {**ranked.told, "sera/intransitive": circles / triples if triples else None}
+        ranked = dataclasses.replace(ranked, prob_PCC=prob_PCC, told=told)
+    return ranked, rewards_PC
 
 
 def valid(world: World, candidates: Candidates) -> np.ndarray:
@@ -152,7 +186,7 @@ def responses(
         shared = pathlib.Path(config.run.ledger) / "responses" / f"{said}.jsonl"
         processes.once(lambda: _copy(shared, path))
     made = bootstrap.sample_candidates(
-        _sampler(world, live, worlds.key(world, use, t), candidates, values, mixture),
+        sampler(world, live, worlds.key(world, use, t), candidates, values, mixture),
         prompts,
         tokens,
         lambda ids: world.policies.start.tokenizer.decode(ids, skip_special_tokens=True),
@@ -178,13 +212,13 @@ def _copy(source: pathlib.Path, to: pathlib.Path) -> None:
         os.replace(beside, to)
 
 
-def _sampler(
+def sampler(
     world: World,
     live: Live,
     key: jax.Array,
     candidates: int,
     values: BootstrapConfig | EvaluateConfig,
-    mixture: float,
+    mixture: float = 0.0,
 ) -> Callable:
     """Prompts on the host → candidates on the host (`bootstrap.sample_candidates`)."""
     where = world.policies
@@ -247,6 +281,30 @@ def _model(world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Ca
     return Ranked(rewards.on_grid(flat, candidates))
 
 
+def _preference(world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Candidates) -> Ranked:
+    """Probabilities of a preference model, which is in memory beside the policy while it ranks; of what may stand in a
+    pair. It reads texts, by its own tokeniser.
+    """
+    prompts, places = [world.given.prompts[i].prompt for i in drawn], []
+    valid_PC, texts_PC = valid(world, candidates), candidates.texts_PC
+
+    def ask(pairs: list[tuple[int, int, int]]) -> np.ndarray:
+        asked = [(prompts[p], texts_PC[p][i], texts_PC[p][j]) for p, i, j in pairs]
+        label = f"iteration {t}: {len(pairs)} pairs to the preference model"
+        prob_Q, place_Q2 = policies.folder_preferences(
+            world.ranker, world.form, asked, ledger=world.policies.ledger, label=label
+        )
+        places.extend([] if place_Q2 is None else [place_Q2])
+        return prob_Q
+
+    if world.config.reward.tournament:
+        rewards_PC, prob_PCC = preference.tournament(valid_PC, ask).astype(np.float32), None
+    else:
+        prob_PCC = preference.compared(valid_PC, ask)
+        rewards_PC, prob_PCC = judge.win_rewards(prob_PCC), prob_PCC.astype(np.float32)
+    return Ranked(rewards_PC, None, prob_PCC, preference.of_places(np.concatenate(places) if places else None))
+
+
 def _function(world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Candidates) -> Ranked:
     function = rewards.load_function(world.config.reward.function)
     prompts = [world.given.prompts[i].prompt for i in drawn]
@@ -298,6 +356,7 @@ def _random(world: World, t: int, scored: Live, drawn: np.ndarray, candidates: C
 SOURCES: dict[str, Callable[..., Ranked]] = {
     "implicit": _implicit,
     "model": _model,
+    "preference": _preference,
     "function": _function,
     "preference_function": _preference_function,
     "judge": _judge,

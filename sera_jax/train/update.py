@@ -20,10 +20,13 @@ from sera_jax.policies import Live, Name
 from sera_jax.records import Tree
 from sera_jax.run import Cursor, Stage
 from sera_jax.selection import Selection
+from sera_jax.train import uncertainty
 from sera_jax.train import world as worlds
 from sera_jax.train.fresh import Made
 from sera_jax.train.select import loss_logps, loss_reference
 from sera_jax.train.world import World
+
+FRESH = ("win", "preference", "reward")  # what fresh pairs are known by, of what a loss may be told
 
 
 def start(world: World) -> Live:
@@ -110,6 +113,7 @@ def training_set(world: World, t: int, scored: Live, chosen: Selection | None, m
     extra = _fresh(world, made.fresh) if made else []
     if config.bootstrap.replay:
         extra += [tree for earlier in range(1, t) for tree in _earlier_fresh(world, earlier)]
+    extra = uncertainty.told(world, extra, scored)
     trees = [*trees, *extra]
     if not trees:
         raise ValueError(f"iteration {t} has nothing to train on: no given pair was kept and no fresh pair was made.")
@@ -168,8 +172,8 @@ def _kept(world: World, chosen: Selection | None) -> tuple[list[Tree], np.ndarra
 
 def _fresh(world: World, fresh: Fresh) -> list[Tree]:
     """The fresh pairs an iteration trains on, with what the loss is told of them."""
-    told = getattr(fresh, f"{world.loss.target}_F2", None)
-    values = [()] * len(fresh.trees) if told is None else map(tuple, told.tolist())
+    told = world.loss.target
+    values = map(tuple, getattr(fresh, f"{told}_F2").tolist()) if told in FRESH else [()] * len(fresh.trees)
     return [
         dataclasses.replace(tree, values=value) for tree, value, kept in zip(fresh.trees, values, fresh.kept_F) if kept
     ]
@@ -189,14 +193,14 @@ def updates_before(world: World, t: int) -> int:
     """Updates of the run before iteration t."""
     config = world.config
     sft = config.sft.epochs * -(-len(world.given.sft) // config.sft.optimizer.batch_size)
-    return sft + (t - 1) * config.loop.epochs * -(-len(world.given.trees) // config.optimizer.batch_size)
+    return sft + (t - 1) * worlds.updates_of_iteration(config, len(world.given.trees))
 
 
 def _earlier_fresh(world: World, t: int) -> list[Tree]:
     """The fresh pairs that iteration t trained on, with the ids that were sampled."""
     path = worlds.folder(world, t) / "fresh.parquet"
     told = world.loss.target
-    values = [f"{told}_chosen", f"{told}_rejected"] if told else []
+    values = [f"{told}_chosen", f"{told}_rejected"] if told in FRESH else []
     columns = ["id", "prompt_tokens", "chosen_tokens", "rejected_tokens", "kept", *values]
     read = lambda: pyarrow.parquet.read_table(path, columns=columns).to_pylist() if path.is_file() else []
     return [
