@@ -23,7 +23,7 @@ def test_a_config_parses(file):
         return
     record = configs.RewardModelConfig if door and door[1] == "reward_model" else configs.TrainConfig
     paths = ["--model.path=model", "--data.pairs=[pairs.jsonl]"]
-    if "source: preference" in file.read_text(encoding="utf-8"):
+    if "source: preference\n" in file.read_text(encoding="utf-8"):
         paths.append("--reward.model=judge")
     assert configs.parse(record, ["--config", str(file), *paths]).run.dir.startswith("runs/")
 
