@@ -199,7 +199,7 @@ def figure(found: dict[str, list], path: pathlib.Path) -> None:
         axis.set_ylim(bottom=0)
     axes[0].legend(fontsize=8)
     drawn.tight_layout()
-    drawn.savefig(path, dpi=120)
+    drawn.savefig(path, dpi=90)
 
 
 if __name__ == "__main__":
