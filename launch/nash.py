@@ -56,9 +56,19 @@ def started(folder: pathlib.Path, seed: int) -> None:
     train(configs.parse(TrainConfig, [f"--run.dir={folder}/start", f"--run.seed={seed}", *flags]))
 
 
+def played(config: TrainConfig) -> None:
+    """Trains; a policy whose samples are all the same move makes no pair any more, and stays what it is."""
+    try:
+        train(config)
+    except ValueError as error:
+        if "has nothing to train on" not in str(error):
+            raise
+        print(f"{config.run.dir}: {error}")
+
+
 def iterates(config: TrainConfig) -> np.ndarray:
     """[iterates, prompts, moves + 1]: how probably each iterate, the initial policy first, plays each move; the rest
-    is last."""
+    is last. A policy that could not go on stays."""
     world = worlds.prepare(config)
     try:
         tokenizer, where = world.policies.start.tokenizer, world.policies
@@ -67,6 +77,9 @@ def iterates(config: TrainConfig) -> np.ndarray:
         how = {"live": Live(Name("iterate", -1), None), "plan": score.plan_for(trees, where.arch, world.mesh)}
         found = []
         for t in range(config.loop.iterations + 1):
+            if t and not (where.iterates / str(t)).exists():
+                found.append(found[-1])
+                continue
             flat = policies.logps(where, Name("iterate", t), trees, what="moves", **how)
             moves = np.exp(flat.reshape(len(trees), -1).astype(np.float64))
             found.append(np.concatenate([moves, np.maximum(1 - moves.sum(1, keepdims=True), 1e-9)], axis=1))
@@ -122,19 +135,19 @@ def main() -> None:
             config = configs.parse(TrainConfig, [*flags, *own])
             kept = folder / f"{short}.json"
             if not kept.is_file():
-                train(config)
+                played(config)
                 kept.write_text(json.dumps(iterates(config).tolist()))
             # All are held against the game of the same β, also those whose own is another.
             measure = measured if name in METHODS else of_scores
             policy_TPN = np.array(json.loads(kept.read_text()))[: config.loop.iterations + 1]
             found[name].append(measure(policy_TPN, beta=0.1))
     (arguments.out / "nash.json").write_text(json.dumps(found))
-    played, scored = ({n: s for n, s in found.items() if n in some} for some in (METHODS, GAPS))
-    told = (table(played) if played else "") + (table_of_scores(scored) if scored else "")
+    by_play, by_score = ({n: s for n, s in found.items() if n in some} for some in (METHODS, GAPS))
+    told = (table(by_play) if by_play else "") + (table_of_scores(by_score) if by_score else "")
     (arguments.out / "table.md").write_text(told)
     print(told)
-    if played:
-        figure(played, arguments.out / "nash.png")
+    if by_play:
+        figure(by_play, arguments.out / "nash.png")
 
 
 def cell(values: list[float]) -> str:
@@ -186,7 +199,7 @@ def figure(found: dict[str, list], path: pathlib.Path) -> None:
         axis.set_ylim(bottom=0)
     axes[0].legend(fontsize=8)
     drawn.tight_layout()
-    drawn.savefig(path, dpi=120)
+    drawn.savefig(path, dpi=90)
 
 
 if __name__ == "__main__":

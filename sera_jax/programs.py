@@ -759,7 +759,7 @@ def sampler(
             prefill = prefiller(arch, mesh, compute)
             many = {"candidates": candidates, "max_new_tokens": max_new_tokens, "slots": slots}
             decode = decoder(arch, mesh, compute, **many)
-            bound.append(sample_prompts(prefill, decode, weights, key, sampling, mesh, beside=other))
+            bound.append(sample_prompts(prefill, decode, weights, key, sampling, mesh, None, other))
         return bound[0](*prompts)
 
     return run
