@@ -406,7 +406,7 @@ class BootstrapConfig:
         fresh: k̃, fresh pairs as a share of the given ones; 0 = no bootstrapping.*
         candidates: C responses sampled for each prompt.*
         prompts_per_iteration: share of the prompts sampled from in each iteration.
-        temperature: of the sampling; 0 = greedy.*
+        temperature: of the sampling; 0 = greedy. A list splits the candidates evenly over its temperatures, in order.*
         top_k: 0 = off.
         top_p: nucleus; 1 = off.*
         min_p: 0 = off.
@@ -427,7 +427,7 @@ class BootstrapConfig:
     fresh: float = 0.3
     candidates: int = 4
     prompts_per_iteration: float = 1.0
-    temperature: float = 0.8
+    temperature: float | tuple[float, ...] = 0.8
     top_k: int = 0
     top_p: float = 0.95
     min_p: float = 0.0
@@ -728,7 +728,11 @@ _RANGES: tuple[tuple[str, Any, str], ...] = (
     ("select.keep", lambda v: 0 <= v <= 1, "a share between 0 and 1"),
     ("bootstrap.fresh", lambda v: v >= 0, "a share >= 0"),
     ("bootstrap.prompts_per_iteration", lambda v: 0 < v <= 1, "a share in (0, 1]"),
-    ("bootstrap.temperature", lambda v: v >= 0, "a number >= 0"),
+    (
+        "bootstrap.temperature",
+        lambda v: len(v) > 0 and all(t >= 0 for t in v) if isinstance(v, tuple) else v >= 0,
+        "a number >= 0, or a list of such",
+    ),
     ("bootstrap.top_p", lambda v: 0 < v <= 1, "a share in (0, 1]"),
     ("bootstrap.min_p", lambda v: 0 <= v < 1, "0 <= min_p < 1"),
     ("bootstrap.max_new_tokens", lambda v: v >= 1, "at least 1"),
@@ -975,6 +979,12 @@ def _check_train(config: TrainConfig, where: str) -> None:
             f"{where}: bootstrap.slots is {config.bootstrap.slots}, expected at least bootstrap.candidates "
             f"({config.bootstrap.candidates}): the candidates of a prompt are decoded side by side."
         )
+    if sampling and isinstance(config.bootstrap.temperature, tuple):
+        if len(config.bootstrap.temperature) > config.bootstrap.candidates:
+            raise ConfigError(
+                f"{where}: bootstrap.temperature has {len(config.bootstrap.temperature)} values, expected at most "
+                f"bootstrap.candidates ({config.bootstrap.candidates}): they are split over them."
+            )
     _check_room(config, where)
     if (config.reward.source == "model") != bool(config.reward.model):
         expected = "the folder of a reward model" if config.reward.source == "model" else "none; leave it out"

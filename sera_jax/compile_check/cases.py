@@ -270,7 +270,10 @@ def _decode(setting: Setting) -> Case:
     hashes = programs.abstract_prompts(mesh, prompts, longest)[2]
     one, two = (flops.seen_by(arch, longest, (new,) * n) for n in (0, 1))
     behind = [more - less for less, more in zip(one, two)]  # what the tokens of one response see
-    arguments = (weights, start, hashes, programs.abstract_key(mesh), programs.abstract_sampling(mesh))
+    made = worlds.bootstraps(setting.config) and not setting.config.bootstrap.candidates_file
+    temperature = sample.temperatures(setting.config.bootstrap.temperature if made else 1.0, candidates)
+    sampling = programs.abstract_sampling(mesh, temperature)
+    arguments = (weights, start, hashes, programs.abstract_key(mesh), sampling)
     return _case(
         "decode",
         f"{prompts} prompts × {candidates} candidates × {new} tokens behind {longest}",

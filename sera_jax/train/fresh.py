@@ -158,7 +158,7 @@ def _sampler(
     """Prompts on the host → candidates on the host (`bootstrap.sample_candidates`)."""
     where = world.policies
     sampling = sample.sampling(
-        temperature=values.temperature,
+        temperature=sample.temperatures(values.temperature, candidates),
         top_k=getattr(values, "top_k", 0),
         top_p=values.top_p,
         min_p=getattr(values, "min_p", 0.0),
