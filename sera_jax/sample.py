@@ -190,7 +190,6 @@ def decode(
         own = _stored(s.own, new, s.steps if shared else s.t_GS - 1, turned, mesh)
         return _emitted(dataclasses.replace(s, own=own), token_GS, of_slot(limit_GQ), sampling.eos_ids)
 
-
     def of_candidate(values: tuple[jax.Array, jax.Array | None]) -> jax.Array:
         keys_P, temperature_P = values
         own_sampling = at(temperature_P[:, None] if each else None)

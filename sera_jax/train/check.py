@@ -52,7 +52,7 @@ def check(config: TrainConfig) -> dict[str, Any]:
             return None
 
     found: dict[str, Any] = {}
-    read = attempt("data.pairs", lambda: _pairs(config, tokenizer, eos_ids))
+    read = attempt("data.pairs", lambda: _pairs(config, tokenizer, eos_ids)) if config.data.pairs else None
     pairs: list[Pair] | list[Unpaired] = []
     if read:
         pairs, trees, counts = read

@@ -35,7 +35,7 @@ def watched(world: World) -> tuple[Tree, ...]:
 
 def begin(world: World, t: int, scored: Live) -> None:
     """Keeps in the ledger what iterate 0 says of the watched pairs, while it is in memory."""
-    if t == 1:
+    if t == 1 and watched(world):
         pair_logps(world, Name("iterate", 0), watched(world), scored)
 
 
@@ -43,9 +43,12 @@ def of_policy(world: World, live: Live) -> dict[str, float]:
     """The policy on the watched pairs, rewards against iterate 0, and how much of a margin is the packing's.
 
     sera/margin_noise: the largest difference that another packing (each half of the pairs by itself) makes to a margin.
-    logp_per_token: of the chosen responses, the desirable ones of unpaired examples; missing where none is.
+    logp_per_token: of the chosen responses, the desirable ones of unpaired examples; missing where none is. Nothing of
+    a run without given pairs.
     """
     trees = watched(world)
+    if not trees:
+        return {}
     length_N2 = np.array([[len(b) for b in tree.branches] for tree in trees], np.float32)
     start_N2 = pair_logps(world, Name("iterate", 0), trees, live)
     logp_N2 = pair_logps(world, live.name, trees, live)
@@ -92,15 +95,15 @@ def of_samples(world: World, made: Made | None) -> dict[str, float]:
     """What the candidates of an iteration look like, beside the given chosen responses."""
     if made is None:
         return {}
-    length_PC = rewards.lengths(made.candidates)
+    length_PC = rewards.lengths(made.sampled)
     real_PC = length_PC > 0
-    chosen = np.mean([len(tree.branches[0]) for tree in world.given.trees])
-    texts = [text for row, real in zip(made.candidates.texts_PC, real_PC) for text, r in zip(row, real) if r]
-    different = sum(len({ids.tobytes() for ids in row if len(ids)}) for row in made.candidates.tokens_PC)
-    looks = winrate.texts(texts, length_PC[real_PC], made.candidates.finished_PC[real_PC])
+    chosen = [len(tree.branches[0]) for tree in world.given.trees]
+    texts = [text for row, real in zip(made.sampled.texts_PC, real_PC) for text, r in zip(row, real) if r]
+    different = sum(len({ids.tobytes() for ids in row if len(ids)}) for row in made.sampled.tokens_PC)
+    looks = winrate.texts(texts, length_PC[real_PC], made.sampled.finished_PC[real_PC])
     return {
         "gen/length": looks.length,
-        "gen/length_ratio": looks.length / float(chosen),
+        **({"gen/length_ratio": looks.length / float(np.mean(chosen))} if chosen else {}),
         "gen/finished": looks.finished,
         "gen/distinct_2": looks.distinct_2,
         "gen/identical": 1 - different / len(texts),
@@ -147,7 +150,7 @@ def diversity(summary: dict[str, Any], before: Sequence[dict[str, Any]]) -> str 
 
 
 def margin(summary: dict[str, Any], before: Sequence[dict[str, Any]]) -> str | None:
-    size = summary["watch/margin_size"]
+    size = summary.get("watch/margin_size", 0.0)
     if not size > MARGIN:
         return None
     return (
