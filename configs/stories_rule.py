@@ -4,8 +4,8 @@ The rule: a story scores one point for each *different* word of HAPPY that it ho
 once, present or not). Binary preferences follow: of two continuations the one with more points is chosen, ties make no
 pair.
 
-    python configs/stories_rule.py openings STORIES.txt.gz OUT_DIR          # train.jsonl, held_out.jsonl: {"id", "prompt"}
-    python configs/stories_rule.py pairs CANDIDATES.jsonl OUT.jsonl         # what sera_jax.generate wrote → pairs
+    python configs/stories_rule.py openings STORIES.txt.gz OUT_DIR     # train.jsonl, held_out.jsonl: {"id", "prompt"}
+    python configs/stories_rule.py pairs CANDIDATES.jsonl OUT.jsonl    # what sera_jax.generate wrote → pairs
 """
 
 import argparse
@@ -15,7 +15,8 @@ import pathlib
 import re
 
 HAPPY = frozenset(
-    "happy smile smiled laugh laughed love loved fun play played friend friends hug hugged joy kind nice good glad".split()
+    "happy smile smiled laugh laughed love loved fun play played friend friends hug hugged joy kind nice good "
+    "glad".split()
 )
 
 

@@ -117,8 +117,8 @@ def per_key(mesh: Mesh, width: int) -> float:
 
 
 def device_tokens(mesh: Mesh) -> int:
-    """As `rows.plan` takes it: tokens that a device computes at once. On a CPU few rows stay in its caches: 1,500 tokens
-    at a time take 15 % less than 6,000 (RESULTS, "Sharing")."""
+    """As `rows.plan` takes it: tokens that a device computes at once. On a CPU few rows stay in its caches: 1,500 at a
+    time take 15 % less than 6,000 (RESULTS, "Scoring")."""
     return 2048 if platform(mesh) == "cpu" else 8192
 
 

@@ -20,7 +20,8 @@ class Fresh:
     """Pairs made of candidates, best margins first cut off at K̃ or not (`kept`).
 
     trees: prompt, (chosen, rejected) with the sampled ids. pair_F2: candidate numbers (chosen, rejected); prompt_F:
-    index into the candidates. reward_F2, margin_F float32. kept_F bool: among the K̃ of the largest margin.
+    index into the candidates. reward_F2, margin_F float32. win_F2 float32: mean probability of beating the prompt's
+    other candidates. kept_F bool: among the K̃ of the largest margin.
     """
 
     trees: tuple[Tree, ...]
@@ -28,6 +29,7 @@ class Fresh:
     pair_F2: np.ndarray
     reward_F2: np.ndarray
     margin_F: np.ndarray
+    win_F2: np.ndarray
     kept_F: np.ndarray
 
 
@@ -284,11 +286,19 @@ def valid(candidates: Candidates, *, keep_unfinished: bool) -> np.ndarray:
 
 
 def fresh_pairs(
-    candidates: Candidates, rewards_PC: np.ndarray, valid_PC: np.ndarray, *, rule: str, keep: int, key: jax.Array
+    candidates: Candidates,
+    rewards_PC: np.ndarray,
+    valid_PC: np.ndarray,
+    prob_PCC: np.ndarray | None = None,
+    *,
+    rule: str,
+    keep: int,
+    key: jax.Array,
 ) -> Fresh:
     """Candidates and their rewards → pairs by a rule of sera.PAIR_RULES, of which the K̃ largest margins are kept.
 
     Args:
+        prob_PCC: probabilities that one candidate is better than another, of a source that compares (`sera.win_rates`).
         keep: K̃; fewer pairs than that are all kept. key: of the iteration, for the rules that draw.
 
     Raises:
@@ -308,6 +318,7 @@ def fresh_pairs(
     pair_F2 = pair_PQ2[prompt_F, q_F]
     reward_F2 = rewards_PC[prompt_F[:, None], pair_F2].astype(np.float32)
     margin_F = reward_F2[:, 0] - reward_F2[:, 1]
+    win_PC = np.asarray(sera.win_rates(jnp.asarray(rewards_PC), jnp.asarray(valid_PC), prob_PCC), np.float32)
     kept_F = np.zeros(len(prompt_F), bool)
     if len(prompt_F):
         one_group = jnp.zeros(len(prompt_F), jnp.int32)
@@ -320,4 +331,4 @@ def fresh_pairs(
         )
         for p, (chosen, rejected) in zip(prompt_F, pair_F2)
     )
-    return Fresh(trees, prompt_F, pair_F2, reward_F2, margin_F, kept_F)
+    return Fresh(trees, prompt_F, pair_F2, reward_F2, margin_F, win_PC[prompt_F[:, None], pair_F2], kept_F)

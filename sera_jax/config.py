@@ -29,6 +29,7 @@ LossName = Literal[
     "nca_pair",
     "bco_pair",
     "sppo_hard",
+    "sppo",
     "apo_zero",
     "apo_down",
     "simpo",
@@ -250,7 +251,7 @@ class LossConfig:
 
     Args:
         name: of the loss.
-        beta: β > 0 (τ of ipo, 1/η of sppo_hard, λ of orpo; slic_hf has it in its implicit reward only).
+        beta: β > 0 (τ of ipo, 1/η of sppo_hard and sppo, λ of orpo; slic_hf has it in its implicit reward only).
         label_smoothing: ε in [0, 0.5), the share of labels that are taken for wrong: dpo (cDPO), robust_dpo, exo_pair
             (which needs more than 0: 1e-3 in its paper), aot, aot_unpaired, simpo, alphapo, cpo.
         f_divergence: from the reference, in the place of the log-ratio (f-DPO): dpo, robust_dpo, exo_pair, discopop,

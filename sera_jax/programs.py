@@ -256,7 +256,7 @@ def batch_shardings(mesh: Mesh) -> Batch:
     """Rows of each microbatch over (data, fsdp)."""
     by_row = meshes.rows_sharding(mesh, axis=1)
     rows = Rows(*[by_row] * len(dataclasses.fields(Rows)))
-    return Batch(rows, reference_ABS=by_row, weight_ABS=by_row, label_ABS=by_row, count=meshes.replicated(mesh))
+    return Batch(rows, reference_ABS=by_row, weight_ABS=by_row, target_ABS=by_row, count=meshes.replicated(mesh))
 
 
 def abstract_batch(mesh: Mesh, plan: Plan, microbatches: int) -> Batch:
@@ -306,31 +306,32 @@ def preference_update(
 
     outputs = _outputs(arch, mesh, compute, tail=ld_alpha, alignment=weighting is not None)
 
-    def weighted_loss(sums: SlotSums, reference: jax.Array, weight: jax.Array, label: jax.Array | None) -> tuple:
+    def weighted_loss(sums: SlotSums, reference: jax.Array, weight: jax.Array, target: jax.Array) -> tuple:
         """Weighted sum of the loss over examples, Σ weight and metric sums; inputs [..., S]."""
         by_example = lambda slots: slots.reshape(-1, 2)
-        logp_P2, length_P2, reference_P2 = map(by_example, (sums.logp_BS, sums.length_BS, reference))
+        logp_P2, length_P2, reference_P2, target_P2 = map(by_example, (sums.logp_BS, sums.length_BS, reference, target))
         weight_P = by_example(weight)[:, 0]
         coupled = (weight_P > 0,) if loss.coupled else ()
-        labels = (by_example(label)[:, 0],) if loss.unpaired else ()
-        loss_P = loss.loss(logp_P2, reference_P2, length_P2, *coupled, *labels, **loss_keys)
+        told = losses.told(loss, target_P2)
+        loss_P = loss.loss(logp_P2, reference_P2, length_P2, *coupled, *told, **loss_keys)
         if weighting is not None:
             loss_P *= weighting(by_example(sums.alignment_BS), length_P2)
         logp_P2 = jax.lax.stop_gradient(logp_P2)
         reward_P2 = loss.reward(logp_P2, reference_P2, length_P2, **loss_keys)
         if loss.unpaired:
-            told = losses.unpaired_metrics(logp_P2, reference_P2, reward_P2, weight_P, *labels)
+            metrics = losses.unpaired_metrics(logp_P2, reference_P2, reward_P2, weight_P, *told)
         else:
-            told = losses.metrics(logp_P2, reward_P2, weight_P)
-        return jnp.sum(jnp.where(weight_P > 0, weight_P * loss_P, 0)), jnp.sum(weight_P), told
+            metrics = losses.metrics(logp_P2, reward_P2, weight_P)
+        return jnp.sum(jnp.where(weight_P > 0, weight_P * loss_P, 0)), jnp.sum(weight_P), metrics
 
     def loss_fn(trained: dict, frozen: dict, micro: Microbatch, key: jax.Array) -> tuple:
-        return weighted_loss(outputs(trained, frozen, micro, key), micro.reference_BS, micro.weight_BS, None)
+        sums = outputs(trained, frozen, micro, key)
+        return weighted_loss(sums, micro.reference_BS, micro.weight_BS, micro.target_BS)
 
     def outputs_loss(out: SlotSums, batch: Batch) -> tuple[jax.Array, dict]:
-        total, weight, told = weighted_loss(out, batch.reference_ABS, batch.weight_ABS, batch.label_ABS)
+        total, weight, metrics = weighted_loss(out, batch.reference_ABS, batch.weight_ABS, batch.target_ABS)
         weight = jnp.maximum(weight, 1e-30)
-        return total / weight, jax.tree.map(lambda m: m / weight, told)
+        return total / weight, jax.tree.map(lambda m: m / weight, metrics)
 
     if loss.coupled:
         gradients = functools.partial(step.coupled_gradients, outputs, outputs_loss)
@@ -492,8 +493,8 @@ def selector(
     The returned function takes keyword arrays, each split over (data, fsdp) along its example axis N (padded by the
     caller, `valid_N` tells), except the small ones:
         logp_EN2 float32 log-probs under each iterate of the ensemble · reward_reference_N2 · loss_reference_N2 ·
-        length_N2 · gap_N, reward_gap_N, gold_N (NaN where unknown) · valid_N bool · group_N int32 · example_N int32 ·
-        keep_G int32 · weights_E float32 · key
+        length_N2 · target_N2 · gap_N, reward_gap_N, gold_N (NaN where unknown) · valid_N bool · group_N int32 ·
+        example_N int32 · keep_G int32 · weights_E float32 · key
     and returns {"mask_N", "score_N", "margin_N", "reward_N2", "bad"}; bad as in sera.non_finite, of the scores, or of
     the margins where the rule keeps all.
 
@@ -508,6 +509,7 @@ def selector(
         reward_reference_N2,
         loss_reference_N2,
         length_N2,
+        target_N2,
         gap_N,
         reward_gap_N,
         gold_N,
@@ -522,8 +524,8 @@ def selector(
         rewards_EN2 = loss.reward(logp_EN2, reward_reference_N2[None], length_N2[None], **loss_keys)
         reward_N2 = jnp.sum(rewards_EN2 * weights_E[:, None, None], axis=0)
         margin_N = sera.margins(reward_N2)
-        coupled = (valid_N,) if loss.coupled else ()
-        loss_N = loss.loss(logp_EN2[-1], loss_reference_N2, length_N2, *coupled, **loss_keys)
+        batch = (*((valid_N,) if loss.coupled else ()), *losses.told(loss, target_N2))
+        loss_N = loss.loss(logp_EN2[-1], loss_reference_N2, length_N2, *batch, **loss_keys)
         score_N = sera.score(
             score_name,
             reward_N2=reward_N2,
@@ -549,8 +551,8 @@ def selector_shardings(mesh: Mesh) -> dict[str, NamedSharding]:
     by_example, whole = NamedSharding(mesh, P(ROW_AXES)), meshes.replicated(mesh)
     small = {"keep_G", "weights_E", "key"}
     names = (
-        "reward_reference_N2 loss_reference_N2 length_N2 gap_N reward_gap_N gold_N valid_N group_N example_N keep_G "
-        "weights_E key"
+        "reward_reference_N2 loss_reference_N2 length_N2 target_N2 gap_N reward_gap_N gold_N valid_N group_N "
+        "example_N keep_G weights_E key"
     ).split()
     where = {name: whole if name in small else by_example for name in names}
     return {"logp_EN2": NamedSharding(mesh, P(None, ROW_AXES)), **where}
@@ -560,7 +562,9 @@ def abstract_selection(mesh: Mesh, pairs: int, iterates: int, groups: int = 1) -
     """The keyword arguments of `selector` for so many pairs, iterates of the ensemble, and strata."""
     n = -(-pairs // meshes.row_shards(mesh)) * meshes.row_shards(mesh)
     by_pair = {name: ((n,), jnp.float32) for name in ("gap_N", "reward_gap_N", "gold_N")}
-    by_pair |= {name: ((n, 2), jnp.float32) for name in ("reward_reference_N2", "loss_reference_N2", "length_N2")}
+    by_pair |= {
+        name: ((n, 2), jnp.float32) for name in ("reward_reference_N2", "loss_reference_N2", "length_N2", "target_N2")
+    }
     by_pair |= {"valid_N": ((n,), jnp.bool_), "group_N": ((n,), jnp.int32), "example_N": ((n,), jnp.int32)}
     by_pair |= {"logp_EN2": ((iterates, n, 2), jnp.float32)}
     small = {"keep_G": ((groups,), jnp.int32), "weights_E": ((iterates,), jnp.float32)}

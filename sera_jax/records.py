@@ -78,6 +78,8 @@ class Tree:
     branches: int32 [r_i] each, EOS included unless that response was truncated; never empty.
     label: of an unpaired example, +1 desirable, -1 not; 0 = a pair, or nothing with a label. To train on, an unpaired
     example has two branches, (own completion, another example's completion: the mismatch).
+    values: what is known of each branch beside its tokens, as the loss asks for it (`losses.Loss.target`), () =
+    nothing.
     """
 
     id: str
@@ -85,11 +87,17 @@ class Tree:
     branches: tuple[np.ndarray, ...]
     weight: float = 1.0
     label: int = 0
+    values: tuple[float, ...] = ()
 
     @property
     def length(self) -> int:
         """Tokens the tree takes in a row."""
         return len(self.prompt) + self.targets
+
+    @property
+    def told(self) -> tuple[float, ...]:
+        """Of each branch: `values`, or the label."""
+        return self.values or (float(self.label),) * len(self.branches)
 
     @property
     def targets(self) -> int:
@@ -130,16 +138,16 @@ class Rows:
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """What one update consumes: `count` microbatches of rows (leading axis A, the rest of it padding) and,
-    slot by slot, the reference log-probs (the annotator's scores, where a reward model trains), the weights and the
-    labels of the examples (`Tree.label`).
+    slot by slot, the reference log-probs (the annotator's scores, where a reward model trains), the weights of the
+    examples, and their branches' targets (`Tree.values`, else `Tree.label`).
 
-    rows: Rows with leading axis A; reference_ABS, weight_ABS, label_ABS: float32; count: int32 scalar.
+    rows: Rows with leading axis A; reference_ABS, weight_ABS, target_ABS: float32; count: int32 scalar.
     """
 
     rows: Rows
     reference_ABS: np.ndarray | jax.Array
     weight_ABS: np.ndarray | jax.Array
-    label_ABS: np.ndarray | jax.Array
+    target_ABS: np.ndarray | jax.Array
     count: np.ndarray | jax.Array
 
 

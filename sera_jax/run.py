@@ -457,12 +457,12 @@ def loaded(stage: Stage, mesh: Mesh, done: int) -> Iterator[tuple[Batch, Fill]]:
         stacked, count = rowlib.microbatches(packed, plan, rowlib.most_microbatches(len(members), plan))
         branches = len(stage.trees[members[0]].branches)
         flat = (members[:, None] * branches + np.arange(branches)).reshape(-1)
-        label_N = np.array([stage.trees[i].label for i in members], np.float32)
+        told_F = np.concatenate([tree.told for tree in trees]).astype(np.float32)
         batch = Batch(
             rows=stacked,
             reference_ABS=rowlib.spread(stage.reference_F[flat], stacked.example_BS),
             weight_ABS=rowlib.spread(np.repeat(stage.weight_N[members], branches), stacked.example_BS),
-            label_ABS=rowlib.spread(np.repeat(label_N, branches), stacked.example_BS),
+            target_ABS=rowlib.spread(told_F, stacked.example_BS),
             count=np.int32(count),
         )
         return batch, rowlib.fill(packed)

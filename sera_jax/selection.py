@@ -57,6 +57,7 @@ def select(
         "reward_reference_N2": reward_reference_N2,
         "loss_reference_N2": loss_reference_N2,
         "length_N2": np.array([[len(b) for b in tree.branches] for tree in trees], np.float32),
+        "target_N2": np.array([tree.told for tree in trees], np.float32),
         "gap_N": gaps([pair.scores for pair in pairs]),
         "reward_gap_N": np.full(n, np.nan, np.float32) if reward_gap_N is None else reward_gap_N,
         "gold_N": gaps([pair.truth.gold for pair in pairs]),

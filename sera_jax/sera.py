@@ -402,6 +402,29 @@ def check_finite(bad: np.ndarray, ids: Sequence[str], what: str) -> None:
         )
 
 
+# --- Win rates: how a candidate stands among those of its prompt ------------------------------------------------------
+
+
+def win_rates(rewards_PC, valid_PC, prob_PCC=None):
+    """Mean probability of beating the prompt's other valid candidates -> float32 [P, C].
+
+    It is P(y > π | x) of the policy that sampled them, estimated as in SPPO (Wu et al. 2024, sec. 4.2), but without the
+    candidate itself.
+
+    Args:
+        rewards_PC: Bradley-Terry rewards: P(i > j) = σ(r_i - r_j) where nothing better is known.
+        prob_PCC: P(i > j), need not be transitive; NaN = not compared, which is left out.
+
+    Returns:
+        NaN for a candidate that is not valid, or that no other one was compared with.
+    """
+    if prob_PCC is None:
+        prob_PCC = jax.nn.sigmoid(rewards_PC[:, :, None] - rewards_PC[:, None, :])
+    others_PCC = valid_PC[:, :, None] & valid_PC[:, None, :] & ~jnp.eye(valid_PC.shape[1], dtype=bool)[None]
+    others_PCC &= ~jnp.isnan(prob_PCC)
+    return jnp.sum(jnp.where(others_PCC, prob_PCC, 0), axis=2) / jnp.sum(others_PCC, axis=2)
+
+
 # --- Pair rules: a prompt's candidates become pairs -------------------------------------------------------------------
 
 

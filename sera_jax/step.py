@@ -44,6 +44,7 @@ class Microbatch:
     rows: Any
     reference_BS: jax.Array
     weight_BS: jax.Array
+    target_BS: jax.Array
 
 
 def optimizer(
@@ -76,11 +77,12 @@ def learning_rate(step: jax.Array, total: jax.Array, *, peak: float, schedule: s
 
 def microbatch(batch: Batch, index: jax.Array) -> Microbatch:
     """Microbatch `index` of a batch."""
-    rows, reference, weight = jax.tree.map(
-        lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False),
-        (batch.rows, batch.reference_ABS, batch.weight_ABS),
+    return Microbatch(
+        *jax.tree.map(
+            lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False),
+            (batch.rows, batch.reference_ABS, batch.weight_ABS, batch.target_ABS),
+        )
     )
-    return Microbatch(rows, reference, weight)
 
 
 def gradients(loss_fn: Callable, params: Any, frozen: Any, batch: Batch, key: jax.Array) -> tuple[Any, dict]:

@@ -4,6 +4,7 @@ import itertools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -254,6 +255,41 @@ def allowed(rule: str, p: int) -> set[tuple[int, int]]:
         "best_each": {(a, b) for a, b in unlike if REWARDS[p, a] == best},
         "best_worst": {(a, b) for a, b in unlike if REWARDS[p, a] == best and REWARDS[p, b] == worst},
     }[rule]
+
+
+def mean_wins(probability, valid) -> np.ndarray:
+    """[P, C], in float64, one by one; NaN where a candidate meets none."""
+    out = np.full(valid.shape, np.nan)
+    for p, i in np.ndindex(valid.shape):
+        met = [probability(p, i, j) for j in range(valid.shape[1]) if j != i and valid[p, i] and valid[p, j]]
+        met = [value for value in met if not np.isnan(value)]
+        out[p, i] = np.mean(met) if met else np.nan
+    return out
+
+
+def test_how_often_a_candidate_wins():
+    """Of rewards σ(r_i - r_j); of a source that compares what it said, intransitive or not; among valid ones alone."""
+    from_rewards = lambda p, i, j: 1 / (1 + np.exp(REWARDS[p, j] - REWARDS[p, i], dtype=np.float64))
+    got = sera.win_rates(jnp.asarray(REWARDS), jnp.asarray(VALID))
+    np.testing.assert_allclose(got, mean_wins(from_rewards, VALID), rtol=1e-6)
+    prob = np.random.default_rng(0).uniform(size=(6, 4, 4)).astype(np.float32)
+    prob[0, 1, 2] = prob[0, 2, 1] = np.nan  # not compared
+    prob[5, 0, 1:] = np.nan  # with nobody
+    want = mean_wins(lambda p, i, j: prob[p, i, j], VALID)
+    np.testing.assert_allclose(sera.win_rates(REWARDS, jnp.asarray(VALID), jnp.asarray(prob)), want, rtol=1e-6)
+    assert np.isnan(want[5, 0]) and np.isnan(want[4]).all()
+    cycle = np.array([[[0.5, 1, 0], [0, 0.5, 1], [1, 0, 0.5]]], np.float32)  # rock, paper, scissors
+    assert sera.win_rates(np.zeros((1, 3)), jnp.ones((1, 3), bool), jnp.asarray(cycle)).tolist() == [[0.5] * 3]
+
+
+@pytest.mark.parametrize("compares", [False, True])
+def test_fresh_pairs_know_how_often_each_side_wins(compares):
+    prob = np.random.default_rng(1).uniform(size=(6, 4, 4)).astype(np.float32) if compares else None
+    how = {"rule": "best_worst", "keep": 9, "key": jax.random.key(0)}
+    fresh = bootstrap.fresh_pairs(candidates_of(GRID), REWARDS, VALID, prob, **how)
+    want = np.asarray(sera.win_rates(jnp.asarray(REWARDS), jnp.asarray(VALID), prob))
+    assert len(fresh.trees) == 4 and fresh.win_F2.dtype == np.float32
+    np.testing.assert_array_equal(fresh.win_F2, want[fresh.prompt_F[:, None], fresh.pair_F2])
 
 
 @pytest.mark.parametrize("rule", sera.PAIR_RULES)

@@ -5,6 +5,7 @@ REWARDS, and is told so. Losses of single responses (`unpaired`) do not: they kn
 section of their own has what holds of them.
 """
 
+import dataclasses
 import functools
 import pathlib
 import re
@@ -91,6 +92,7 @@ CASES = {
     "nca_pair": dict(beta=0.1),
     "bco_pair": dict(beta=0.1),
     "sppo_hard": dict(beta=0.1),
+    "sppo": dict(beta=0.1),
     "apo_zero": dict(beta=0.1),
     "apo_down": dict(beta=0.1),
     "simpo": dict(beta=2.0, gamma=0.5, label_smoothing=0.1),
@@ -114,7 +116,7 @@ every_case = pytest.mark.parametrize("case", CASES)
 
 def test_every_loss_and_every_key_of_it_has_a_case():
     assert set(NAME.values()) == set(PAIRED) == set(WITNESS) == set(REWARDS)
-    assert {name for name, _, _ in GOLDEN.values()} == set(PAIRED) - {"alphapo", "bco_pair_shift"}  # no numbers
+    assert {name for name, _, _ in GOLDEN.values()} == set(PAIRED) - {"alphapo", "bco_pair_shift", "sppo"}  # no numbers
     for name, loss in PAIRED.items():
         used = {key for case in CASES if NAME[case] == name for key in CASES[case]}
         assert used == {"beta", *loss.keys}, name
@@ -123,29 +125,30 @@ def test_every_loss_and_every_key_of_it_has_a_case():
 # --- running a case: one compiled program each, eight pairs at a time -------------------------------------------------
 
 PAIRS = 8
+TARGET = np.random.default_rng(7).uniform(0.02, 0.98, (PAIRS, 2)).astype(np.float32)  # of losses that are told more
 
 
 @functools.cache
 def program(case):
-    """(logp, ref, length, valid) → (loss_P, reward_P2, gradient of Σ loss over the valid pairs, by logp)."""
+    """(logp, ref, length, valid, target) → (loss_P, reward_P2, gradient of Σ loss over the valid pairs, by logp)."""
     loss, parameters = losses.LOSSES[NAME[case]], CASES[case]
 
-    def total(logp_P2, ref_P2, length_P2, valid_P):
-        batch = (valid_P,) if loss.coupled else ()
+    def total(logp_P2, ref_P2, length_P2, valid_P, target_P2):
+        batch = (*((valid_P,) if loss.coupled else ()), *losses.told(loss, target_P2))
         loss_P = loss.loss(logp_P2, ref_P2, length_P2, *batch, **parameters)
         return jnp.sum(jnp.where(valid_P, loss_P, 0)), loss_P
 
     @jax.jit
-    def run(logp_P2, ref_P2, length_P2, valid_P):
-        (_, loss_P), gradient_P2 = jax.value_and_grad(total, has_aux=True)(logp_P2, ref_P2, length_P2, valid_P)
+    def run(logp_P2, ref_P2, length_P2, *of):
+        (_, loss_P), gradient_P2 = jax.value_and_grad(total, has_aux=True)(logp_P2, ref_P2, length_P2, *of)
         return loss_P, loss.reward(logp_P2, ref_P2, length_P2, **parameters), gradient_P2
 
     return run
 
 
-def run(case, logp, ref, length, valid=None):
+def run(case, logp, ref, length, valid=None, target=TARGET):
     valid = np.ones(PAIRS, bool) if valid is None else valid
-    arrays = np.float32(logp), np.float32(ref), np.int32(length), valid
+    arrays = np.float32(logp), np.float32(ref), np.int32(length), valid, target
     loss, reward, gradient = map(np.asarray, program(case)(*arrays))
     assert loss.dtype == reward.dtype == gradient.dtype == np.float32
     assert loss.shape == (PAIRS,) and reward.shape == gradient.shape == (PAIRS, 2)
@@ -156,7 +159,8 @@ def value(name, logp, ref, length, valid=None, **parameters):
     """A loss outside of jit, by name or as a `Loss`."""
     loss = losses.LOSSES[name] if isinstance(name, str) else name
     valid = (jnp.ones(len(logp), bool) if valid is None else jnp.asarray(valid),) if loss.coupled else ()
-    return loss.loss(jnp.asarray(logp), jnp.asarray(ref), jnp.asarray(length), *valid, **parameters)
+    told = losses.told(loss, jnp.asarray(TARGET[: len(logp)]))
+    return loss.loss(jnp.asarray(logp), jnp.asarray(ref), jnp.asarray(length), *valid, *told, **parameters)
 
 
 def draw(seed, pairs=PAIRS, spread=3.0):
@@ -199,11 +203,12 @@ def slope(u, f_divergence="reverse_kl", f_alpha=0.5):
 class Pairs:
     """c, r, L_w, L_l and log π(y_w), log π(y_l), float64; at: log-probs where quantities without gradient are taken."""
 
-    def __init__(self, logp, ref, length, at=None):
+    def __init__(self, logp, ref, length, at=None, target=TARGET):
         logp, ref, length = (np.asarray(x, np.float64) for x in (logp, ref, length))
         at = logp if at is None else np.asarray(at, np.float64)
         (self.c, self.r), (self.w, self.l), (self.lw, self.ll) = (logp - ref).T, logp.T, np.maximum(length, 1).T
         self.ref = ref[:, 0] - ref[:, 1]
+        self.told = np.asarray(target[: len(logp)], np.float64)
         self.mean_at = (at - ref).mean()
 
     def d(self, **divergence):
@@ -275,6 +280,7 @@ WITNESS = {
     ),
     "bco_pair": lambda p, beta: -log_sigmoid(beta * p.c) - log_sigmoid(-beta * p.r),
     "sppo_hard": lambda p, beta: (p.c - 0.5 / beta) ** 2 + (p.r + 0.5 / beta) ** 2,
+    "sppo": lambda p, beta: (p.c - (p.told[:, 0] - 0.5) / beta) ** 2 + (p.r - (p.told[:, 1] - 0.5) / beta) ** 2,
     "apo_zero": lambda p, beta: 1 - sigmoid(beta * p.c) + sigmoid(beta * p.r),
     "apo_down": lambda p, beta: sigmoid(beta * p.c) + 1 - sigmoid(beta * (p.c - p.r)),
     "simpo": lambda p, beta, label_smoothing=0.0, **g: bernoulli(
@@ -294,8 +300,8 @@ WITNESS = {
 }
 
 
-def witness(name, logp, ref, length, at=None, **parameters):
-    return WITNESS[name](Pairs(logp, ref, length, at), **parameters)
+def witness(name, logp, ref, length, at=None, target=TARGET, **parameters):
+    return WITNESS[name](Pairs(logp, ref, length, at, target), **parameters)
 
 
 log_ratio = lambda x, ref, n, beta, f_divergence="reverse_kl", f_alpha=0.5, **_: (
@@ -387,6 +393,7 @@ AT_REFERENCE = {
     "nca_pair": 2 * np.log(2),
     "bco_pair": 2 * np.log(2),
     "sppo_hard": 50.0,
+    "sppo": (((TARGET - 0.5) / 0.1) ** 2).sum(1),
     "apo_zero": 1.0,
     "apo_down": 1.0,
     "kto_pair": 0.5,
@@ -396,7 +403,8 @@ AT_REFERENCE = {
 }
 # Cases that raising log π(y_w) does not lower there, with the signs of their gradient. discopop is not monotone: at the
 # paper's τ it falls only beyond a margin. apo_down wants both responses lower: its two terms cancel on y_w.
-NOT_LOWERED = {"discopop": (1, -1), "apo_down": (0, 1)}
+# sppo raises what wins more often than not.
+NOT_LOWERED = {"discopop": (1, -1), "apo_down": (0, 1), "sppo": -np.sign(TARGET - 0.5).T}
 
 
 @pytest.mark.parametrize("case", sorted(REFERENCED))
@@ -408,7 +416,7 @@ def test_policy_that_equals_its_reference(case):
     assert not reward.any()
     # Every pair is pushed apart from the start, also where a term has a kink there (KL of kto_pair, dpop).
     chosen, rejected = NOT_LOWERED.get(case, (-1, 1))
-    assert (np.sign(gradient) == [chosen, rejected]).all()
+    assert (np.sign(gradient) == np.transpose([chosen, rejected])).all()
 
 
 @pytest.mark.parametrize("case", sorted(set(CASES) - REFERENCED))
@@ -484,6 +492,7 @@ SWAPPED = {
     "bco_pair": lambda z, a, b, p, k: z,
     "bco_pair_shift": lambda z, a, b, p, k: z,
     "sppo_hard": lambda z, a, b, p, k: 2 * z / k["beta"] ** 2,
+    "sppo": lambda z, a, b, p, k: 2 * z * (p.told[:, 0] - p.told[:, 1]) / k["beta"] ** 2,  # what is told stays
     "apo_zero": lambda z, a, b, p, k: 2 * (sigmoid(a) - sigmoid(b)),
     "apo_down": lambda z, a, b, p, k: sigmoid(b) - sigmoid(a) + np.tanh(z / 2),
     "cpo": lambda z, a, b, p, k: (1 - 2 * k["label_smoothing"]) * z,
@@ -536,7 +545,7 @@ def test_smoothing_of_one_half_knows_no_label():
 def test_the_order_of_pairs_is_of_no_matter(case):
     arrays = draw(5)
     order = np.random.default_rng(0).permutation(PAIRS)
-    for got, want in zip(run(case, *(x[order] for x in arrays)), run(case, *arrays)):
+    for got, want in zip(run(case, *(x[order] for x in arrays), target=TARGET[order]), run(case, *arrays)):
         np.testing.assert_allclose(got, want[order], rtol=1e-5, atol=1e-7)
 
 
@@ -554,7 +563,7 @@ def test_only_coupled_losses_see_other_pairs(case):
 def test_padding_pairs_change_nothing(case):
     valid = np.array([True, True, False, True, True, False, False, True])
     logp, ref, length = draw(7)
-    want = witness(NAME[case], logp[valid], ref[valid], length[valid], **CASES[case])
+    want = witness(NAME[case], logp[valid], ref[valid], length[valid], target=TARGET[valid], **CASES[case])
     seen = []
     for fill in [(0.0, 0.0), (-80.0, 3.0), (900.0, -2.0)]:
         for array, padding in zip((logp, ref, length), (*fill, 0)):
@@ -786,8 +795,9 @@ def test_readme_has_the_table():
     assert list(told) == list(losses.LOSSES)
     for name, loss in losses.LOSSES.items():
         needs, keys = told[name]
-        told_needs = tuple(word in needs for word in ("reference", "batch", "labels"))
-        assert told_needs == (loss.reference, loss.coupled, loss.unpaired), name
+        told_needs = tuple(word in needs for word in ("reference", "batch", "labels", "wins", "rewards"))
+        is_told = tuple(loss.target == kind for kind in ("label", "win", "reward"))
+        assert told_needs == (loss.reference, loss.coupled, *is_told), name
         assert re.findall(r"`(\w+)`", keys) == [key for key in loss.keys if key != "f_alpha"], name
 
 
@@ -928,6 +938,27 @@ def test_golden_ld_dpo(alpha, expected):
     """TRL 1.16's value: policy and reference are weighted alike."""
     logp, ref = (weighted_sums(who, alpha) for who in ("policy", "reference"))
     np.testing.assert_allclose(value("dpo", logp, ref, LENGTH, beta=0.1).mean(), expected, atol=1e-6)
+
+
+def test_sppo_of_wins_and_losses_is_sppo_hard():
+    loss = lambda win: losses.sppo(jnp.asarray(LOGP), jnp.asarray(REF), LENGTH, jnp.asarray(win), beta=0.1)
+    np.testing.assert_allclose(loss(np.array([[1.0, 0.0]] * 3)), GOLDEN["sppo_hard"][2], rtol=2e-6)
+    assert (np.abs(np.asarray(loss(np.array([[0.7, 0.4]] * 3))) - GOLDEN["sppo_hard"][2]) > 1).all()
+
+
+def test_a_mixture_tells_each_member_what_it_asks_for():
+    """And no two different things."""
+    arrays, win = (jnp.asarray(LOGP), jnp.asarray(REF), jnp.asarray(LENGTH)), jnp.asarray(TARGET[:3])
+    mixed = losses.mixture({"dpo": 1.0, "sppo": 0.25, "kto_pair": 0.5})
+    assert mixed.target == "win" and mixed.coupled and not mixed.unpaired
+    valid = jnp.ones(3, bool)
+    want = losses.dpo(*arrays, beta=0.1) + 0.25 * losses.sppo(*arrays, win, beta=0.1)
+    want += 0.5 * losses.kto_pair(*arrays, valid, beta=0.1)
+    np.testing.assert_allclose(mixed.loss(*arrays, valid, win, beta=0.1), want, rtol=1e-6)
+    other = dataclasses.replace(losses.LOSSES["sppo"], target="reward")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match=r"told different things .*win, reward"):
+        patch.setitem(losses.LOSSES, "other", other)
+        losses.mixture({"sppo": 1.0, "other": 1.0})
 
 
 def test_golden_wpo():

@@ -38,6 +38,7 @@ LOSSES = {
         {"beta": 0.3, "label_smoothing": 0.1, "normalisation": "sum"},
     ),
     "ld_wpo": (losses.LOSSES["dpo"], {"beta": 0.3}),
+    "sppo": (losses.LOSSES["sppo"], {"beta": 3.0}),
     "kto": (losses.LOSSES["kto"], {"beta": 0.3, "desirable_weight": 1.5, "undesirable_weight": 0.7}),
 }
 OPTIONS = {"ld_wpo": {"ld_alpha": 0.4, "weighting": losses.wpo}}  # of the update, beside the loss
@@ -64,6 +65,8 @@ TREES = trees_of()
 REFERENCE_F = -5.2 * np.array([n for t in TREES for n in map(len, t.branches)], np.float32) + np.arange(14) % 3 - 1
 WEIGHT_N = np.array([1, 0.5, 2, 1, 1, 0.25, 1], np.float32)
 LABEL_N = np.array([tree.label for tree in TREES])
+WIN_N2 = np.random.default_rng(3).uniform(size=(len(TREES), 2)).astype(np.float32)
+TOLD = [dataclasses.replace(tree, values=tuple(win.tolist())) for tree, win in zip(TREES, WIN_N2)]  # of wins
 
 
 def laid(trees, plan: Plan, how: str) -> Rows:
@@ -90,7 +93,7 @@ def batch_of(
         stacked,
         rowlib.spread(reference_F, stacked.example_BS),
         rowlib.spread(np.repeat(weight_N, branches), stacked.example_BS),
-        rowlib.spread(np.repeat([tree.label for tree in trees], branches), stacked.example_BS),
+        rowlib.spread(np.concatenate([tree.told for tree in trees]), stacked.example_BS),
         np.int32(count),
     )
     return meshes.put(batch, programs.batch_shardings(mesh)), count
@@ -128,7 +131,8 @@ def updated(name: str, layout: str) -> tuple[dict, dict, dict]:
     """(gradient, new weights, metrics) of one update, on the host."""
     devices, plan, how = LAYOUTS[layout]
     mesh, update = mesh_of(devices), update_of(name, devices)
-    batch, count = batch_of(TREES, plan, REFERENCE_F, WEIGHT_N, mesh, most=4 if devices == 1 else 1, how=how)
+    trees = TOLD if LOSSES[name][0].target == "win" else TREES
+    batch, count = batch_of(trees, plan, REFERENCE_F, WEIGHT_N, mesh, most=4 if devices == 1 else 1, how=how)
     assert count == {"all in one row": 1, "one tree a row": 4, "eight devices": 1}[layout]
     state, metrics = update(new_state(mesh), {}, batch, *small(mesh))
     assert int(state.step) == 1
@@ -247,7 +251,7 @@ def told(name, logp_P2, reward_P2) -> dict[str, float]:
     return out | {"rewards/accuracies": np.average(reward_P2[:, 0] > reward_P2[:, 1], weights=WEIGHT_N)}
 
 
-@pytest.mark.parametrize("name", ["dpo", "kto_pair", "mixture", "ld_wpo", "kto"])
+@pytest.mark.parametrize("name", ["dpo", "kto_pair", "mixture", "ld_wpo", "sppo", "kto"])
 def test_the_update_follows_the_gradient_of_the_global_loss(name):
     """Σ weight·loss / Σ weight over all pairs at once; the coupled losses see the whole batch."""
     loss, keys = LOSSES[name]
@@ -256,7 +260,7 @@ def test_the_update_follows_the_gradient_of_the_global_loss(name):
         sums = direct(params, tail=OPTIONS.get(name, {}).get("ld_alpha", 1.0), alignment=name == "ld_wpo")
         logp_P2, length_P2 = (a.reshape(-1, 2) for a in (sums.logp_BS, sums.length_BS))
         valid = (jnp.ones(len(TREES), bool),) if loss.coupled else ()
-        label = (jnp.asarray(LABEL_N),) if loss.unpaired else ()
+        label = {"kto": (jnp.asarray(LABEL_N),), "sppo": (jnp.asarray(WIN_N2),)}.get(name, ())
         loss_P = loss.loss(logp_P2, jnp.asarray(REFERENCE_F).reshape(-1, 2), length_P2, *valid, *label, **keys)
         if name == "ld_wpo":
             weight_P = jnp.minimum(jnp.exp((sums.alignment_BS.reshape(-1, 2) / length_P2).sum(1)), 1)
@@ -310,15 +314,22 @@ def any_of(coupled: bool, devices: int):
     keys = [{key: KEYS[key] for key in ("beta", *loss.keys)} for loss in rows.values()]
 
     def pick(part):
-        branches = [functools.partial(getattr(loss, part), **keys) for loss, keys in zip(rows.values(), keys)]
+        def member(loss, keys):
+            valid = lambda batch: batch[:1] if coupled else ()
+            batch = lambda all_: (*valid(all_), *losses.told(loss, all_[-1])) if all_ else ()
+            return lambda logp, reference, length, *all_: getattr(loss, part)(
+                logp, reference, length, *batch(all_), **keys
+            )
 
-        def run(logp_P2, reference_P2, length_P2, *valid_P):
+        branches = [member(loss, keys) for loss, keys in zip(rows.values(), keys)]
+
+        def run(logp_P2, reference_P2, length_P2, *batch):
             number = (jnp.max(length_P2) // PICK).astype(jnp.int32)
-            return jax.lax.switch(number, branches, logp_P2, reference_P2, length_P2 % PICK, *valid_P)
+            return jax.lax.switch(number, branches, logp_P2, reference_P2, length_P2 % PICK, *batch)
 
         return run
 
-    either = losses.Loss(pick("loss"), pick("reward"), reference=True, coupled=coupled)
+    either = losses.Loss(pick("loss"), pick("reward"), reference=True, coupled=coupled, target="win")
     mesh = mesh_of(devices)
     update = programs.preference_update(BIGRAM, mesh, COMPUTE, GRADIENT, either, {}, SCHEDULE)
     return list(rows), programs.fresh_state(BIGRAM, mesh, GRADIENT), update
@@ -336,7 +347,7 @@ def test_any_split_of_a_batch_gives_the_same_update_for_every_loss(name, monkeyp
     for devices, plan, how in LAYOUTS.values():
         mesh, (names, begin, update) = mesh_of(devices), any_of(loss.coupled, devices)
         most = 4 if devices == 1 else 1
-        batch, _ = batch_of(TREES, plan, BIGRAM_REFERENCE_F, WEIGHT_N, mesh, most=most, how=how)
+        batch, _ = batch_of(TOLD, plan, BIGRAM_REFERENCE_F, WEIGHT_N, mesh, most=most, how=how)
         params = bigram_params() | {"final_norm": {"scale": np.full(BIGRAM.width, names.index(name), np.float32)}}
         state = begin(meshes.put(params, programs.param_shardings(BIGRAM, mesh)))
         state, metrics = update(state, {}, batch, *small(mesh))
@@ -356,7 +367,8 @@ def test_any_split_of_a_batch_gives_the_same_update_for_every_loss(name, monkeyp
     logp_P2, length_P2 = (a.reshape(-1)[flat].reshape(-1, 2) for a in bigram(bigram_params(), packed))
     valid = (jnp.ones(len(TREES), bool),) if loss.coupled else ()
     keys = {key: KEYS[key] for key in ("beta", *loss.keys)}
-    loss_P = loss.loss(logp_P2, BIGRAM_REFERENCE_F.reshape(-1, 2), length_P2, *valid, **keys)
+    told = losses.told(loss, jnp.asarray(WIN_N2))
+    loss_P = loss.loss(logp_P2, BIGRAM_REFERENCE_F.reshape(-1, 2), length_P2, *valid, *told, **keys)
     assert float(metrics["loss"]) == pytest.approx(float(np.average(loss_P, weights=WEIGHT_N)), rel=1e-5)
 
 
@@ -484,6 +496,7 @@ def signals(n: int = 64) -> dict[str, np.ndarray]:
         "reward_reference_N2": rng.normal(size=(n, 2), scale=5).astype(np.float32),
         "loss_reference_N2": rng.normal(size=(n, 2), scale=5).astype(np.float32),
         "length_N2": rng.integers(1, 40, (n, 2)).astype(np.float32),
+        "target_N2": rng.uniform(size=(n, 2)).astype(np.float32),
         "reward_gap_N": rng.normal(size=n).astype(np.float32),
         "gold_N": rng.normal(size=n).astype(np.float32),
         "gap_N": rng.integers(0, 4, n).astype(np.float32),  # many ties

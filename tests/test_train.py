@@ -771,6 +771,40 @@ def test_a_loss_without_reference_may_bootstrap_at_once(tiny_config):
     assert told["flops/score"] == told["flops/sample"] > 0 and told["sera/fresh_pairs"] > 0
 
 
+@pytest.mark.parametrize("loss", ["sppo", "dpo"])
+def test_what_a_loss_is_told_of_each_response(tiny_config, monkeypatch, loss):
+    """sppo: of fresh pairs, earlier ones among them, how often each side won; of given ones, also where a selection has
+    swapped them, that the chosen response won. dpo: nothing."""
+    trained = {}
+    build = runs.run_stage
+
+    def stage(run, of, *args, **keywords):
+        trained[of.iteration] = of.trees
+        return build(run, of, *args, **keywords)
+
+    monkeypatch.setattr(runs, "run_stage", stage)
+    flags = ("--bootstrap.replay=true", "--loop.iterations=3", "--select.unselected=relabel", "--bootstrap.fresh=0.5")
+    config = tiny_config(f"--loss.name={loss}", *flags, "--loss.beta=1")
+    trainer.train(config)
+    told, folder = {}, pathlib.Path(config.run.dir) / "iterations"
+    for t in (2, 3):
+        table = pyarrow.parquet.read_table(folder / str(t) / "fresh.parquet").to_pylist()
+        told |= {(t, row["id"]): (row["win_chosen"], row["win_rejected"]) for row in table if row["kept"]}
+    assert len(told) > 10 and all(0 < w < 1 and 0 < l < 1 for w, l in told.values())
+    given = {tree.id for tree in trained[1]}
+    swapped = {tree.id for tree in trained[3] if tree.id in given} - {
+        row["id"] for row in pyarrow.parquet.read_table(folder / "3" / "kept.parquet").to_pylist() if row["kept"]
+    }
+    assert len(swapped) > 5
+    fresh = [tree for tree in trained[3] if tree.id not in given]
+    assert len(fresh) == len(told)  # of iterations 2 and 3
+    if loss == "dpo":
+        assert all(tree.values == () for tree in trained[3])
+        return
+    assert {tree.values for tree in trained[3] if tree.id in given} == {(1.0, 0.0)}
+    assert sorted(tree.values for tree in fresh) == sorted(told.values())
+
+
 def weights_of(folder: pathlib.Path) -> list[np.ndarray]:
     """Every array of a checkpoint, by orbax alone."""
     from orbax.checkpoint import v1 as ocp

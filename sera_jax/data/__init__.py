@@ -1,7 +1,8 @@
 """From files and `datasets` to preference pairs, to tokens, to the order of batches.
 
 `files` reads rows, `forms` says what they mean, `tokens` makes trees of texts, `mismatch` adds what KTO compares them
-with, `order` says which of them an update takes, `evaluations` reads what several judged. All on the host, NumPy only.
+with, `told` what else a loss is told, `order` says which of them an update takes, `evaluations` reads what several
+judged. All on the host, NumPy only.
 """
 
 from sera_jax.data.evaluations import Evaluated, load_evaluated
@@ -34,6 +35,7 @@ from sera_jax.data.tokens import (
     tokenise_texts,
     tokenise_unpaired,
 )
+from sera_jax.data.told import valued
 
 __all__ = [
     "FORMATS",
@@ -71,4 +73,5 @@ __all__ = [
     "tokenise_responses",
     "tokenise_texts",
     "tokenise_unpaired",
+    "valued",
 ]

@@ -7,7 +7,8 @@ Notation, for a pair (y_w, y_l) of a prompt x, log-probs summed over response to
 Every loss is  f(logp_P2, ref_P2, length_P2, *, beta, <own keys>) -> loss_P  in float32, each pair on its own. A
 *coupled* loss takes the whole batch, with valid_P (bool) after the lengths, and is meaningless on a part of it. An
 *unpaired* one learns from single responses, desirable or not: P counts these, column 0 is the response, column 1 a
-response of another example under the same prompt (the mismatch), and label_P (+1 or -1) follows valid_P.
+response of another example under the same prompt (the mismatch), and label_P (+1 or -1) follows valid_P. So does the
+target_P2 of a loss that is told more of each response than its log-probs (`Loss.target`).
     logp_P2    log-probs of (chosen, rejected) under the policy, nats     ref_P2   under the reference; unread where
     length_P2  response tokens, 0 in padding slots                                 `reference` is False (may be None)
 Every loss names its own implicit reward, reward(logp, ref, length, *, beta, <own keys>), elementwise on any shape.
@@ -23,7 +24,7 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from sera_jax.losses.apart import apo_down, apo_zero, bco_pair, nca_pair, sppo_hard
+from sera_jax.losses.apart import apo_down, apo_zero, bco_pair, nca_pair, sppo, sppo_hard
 from sera_jax.losses.bradley_terry import bradley_terry
 from sera_jax.losses.coupled import aot, aot_unpaired, bco_pair_shift, kto, kto_pair, reference_point
 from sera_jax.losses.implicit import (
@@ -82,7 +83,9 @@ __all__ = [
     "simpo_reward",
     "slic",
     "slic_hf",
+    "sppo",
     "sppo_hard",
+    "told",
     "unpaired_metrics",
     "wpo",
 ]
@@ -93,8 +96,9 @@ class Loss:
     """A loss and what it needs.
 
     loss, reward: see the module. reference: reads reference log-probs. coupled: needs the global batch and `valid_P`.
-    keys: the keyword parameters that it knows beside `beta`; both `loss` and `reward` take them. unpaired: learns from
-    labelled single responses and takes `label_P`; such a loss is coupled too.
+    keys: the keyword parameters that it knows beside `beta`; both `loss` and `reward` take them. target: what it takes
+    of each response beside log-probs, "" = nothing, a key of `TARGETS`; a loss with "label" learns from labelled single
+    responses (unpaired) and is coupled.
     """
 
     loss: Callable[..., jax.Array]
@@ -102,7 +106,24 @@ class Loss:
     reference: bool
     coupled: bool
     keys: tuple[str, ...] = ()
-    unpaired: bool = False
+    target: str = ""
+
+    @property
+    def unpaired(self) -> bool:
+        return self.target == "label"
+
+
+TARGETS: dict[str, str] = {
+    "label": "+1 desirable, -1 not",
+    "win": "probability of beating another response of the policy that sampled it",
+    "reward": "of whoever scored it, in its units",
+}
+"""What a loss may be told of each response (`records.Tree.values`)."""
+
+
+def told(loss: Loss, target_P2: jax.Array) -> tuple[jax.Array, ...]:
+    """What `loss` takes of a batch's targets, behind valid_P: target_P2, of an unpaired one label_P, or nothing."""
+    return (target_P2[..., 0],) if loss.unpaired else (target_P2,) if loss.target else ()
 
 
 _DIVERGENCE = ("f_divergence", "f_alpha")
@@ -123,6 +144,7 @@ LOSSES: dict[str, Loss] = {
     "nca_pair": Loss(nca_pair, log_ratio_reward, reference=True, coupled=False),
     "bco_pair": Loss(bco_pair, log_ratio_reward, reference=True, coupled=False),
     "sppo_hard": Loss(sppo_hard, log_ratio_reward, reference=True, coupled=False),
+    "sppo": Loss(sppo, log_ratio_reward, reference=True, coupled=False, target="win"),
     "apo_zero": Loss(apo_zero, log_ratio_reward, reference=True, coupled=False),
     "apo_down": Loss(apo_down, log_ratio_reward, reference=True, coupled=False),
     "simpo": Loss(simpo, simpo_reward, reference=False, coupled=False, keys=_GAMMA),
@@ -134,7 +156,7 @@ LOSSES: dict[str, Loss] = {
     "bco_pair_shift": Loss(bco_pair_shift, log_ratio_reward, reference=True, coupled=True),
     "aot": Loss(aot, log_ratio_reward, reference=True, coupled=True, keys=("label_smoothing",)),
     "aot_unpaired": Loss(aot_unpaired, log_ratio_reward, reference=True, coupled=True, keys=("label_smoothing",)),
-    "kto": Loss(kto, log_ratio_reward, reference=True, coupled=True, keys=_KTO, unpaired=True),
+    "kto": Loss(kto, log_ratio_reward, reference=True, coupled=True, keys=_KTO, target="label"),
 }
 
 
@@ -172,7 +194,8 @@ def mixture(weights: Mapping[str, float], sft_weight: float = 0.0) -> Loss:
         A Loss that knows the keys of all its members and is coupled, or needs a reference, if any member does.
 
     Raises:
-        ValueError: no name, or one that `LOSSES` lacks; an unpaired loss with others, or with an SFT term.
+        ValueError: no name, or one that `LOSSES` lacks; an unpaired loss with others, or with an SFT term; losses of
+            different targets.
     """
     unknown = [name for name in weights if name not in LOSSES]
     if unknown or not weights:
@@ -186,6 +209,12 @@ def mixture(weights: Mapping[str, float], sft_weight: float = 0.0) -> Loss:
         raise ValueError(
             f"mixture: got {' + '.join(members)} with sft_weight {sft_weight}, expected {unpaired[0]!r} alone: it "
             "learns from single responses, desirable or not, the others from pairs and chosen responses."
+        )
+    targets = dict.fromkeys(member.target for member in members.values() if member.target)
+    if len(targets) > 1:
+        raise ValueError(
+            f"mixture: got {' + '.join(members)}, which are told different things of each response "
+            f"({', '.join(targets)}); expected one of them at most."
         )
     first = next(iter(members.values()))
     known = tuple(dict.fromkeys(key for member in members.values() for key in member.keys))
@@ -201,7 +230,8 @@ def mixture(weights: Mapping[str, float], sft_weight: float = 0.0) -> Loss:
     def loss(logp_P2, ref_P2, length_P2, *batch, beta, **keys):
         total_P = 0.0
         for name, member in members.items():
-            also = batch if member.coupled else ()
+            valid, target = (batch[:-1], batch[-1:]) if targets else (batch, ())
+            also = (*(valid if member.coupled else ()), *(target if member.target else ()))
             total_P += weights[name] * member.loss(logp_P2, ref_P2, length_P2, *also, beta=beta, **own(member, keys))
         if sft_weight:
             total_P += sft_weight * sft(logp_P2[..., 0], length_P2[..., 0])[2]
@@ -216,7 +246,7 @@ def mixture(weights: Mapping[str, float], sft_weight: float = 0.0) -> Loss:
         reference=any(member.reference for member in members.values()),
         coupled=any(member.coupled for member in members.values()),
         keys=known,
-        unpaired=bool(unpaired),
+        target=next(iter(targets), ""),
     )
 
 

@@ -29,6 +29,15 @@ def sppo_hard(logp_P2, ref_P2, length_P2, *, beta):
     return (ratio_P2[..., 0] - 0.5 / beta) ** 2 + (ratio_P2[..., 1] + 0.5 / beta) ** 2
 
 
+def sppo(logp_P2, ref_P2, length_P2, win_P2, *, beta):
+    """(c - (p_w - ½)/β)² + (r - (p_l - ½)/β)²: SPPO (Wu et al. 2024, eq. 4.6), β is their 1/η.
+
+    Args:
+        win_P2: p, how probably each response beats one of the policy that sampled it, by the candidates of its prompt.
+    """
+    return ((logp_P2 - ref_P2 - (win_P2 - 0.5) / beta) ** 2).sum(-1)
+
+
 def apo_zero(logp_P2, ref_P2, length_P2, *, beta):
     """1 - σ(βc) + σ(βr): APO-zero (D'Oosterlinck et al. 2024, eq. 7), for y_w better than what the model says."""
     chosen_P, rejected_P = _rewards(logp_P2, ref_P2, length_P2, beta)

@@ -127,7 +127,7 @@ def _mismatches(config: TrainConfig, examples: Sequence[Unpaired], trees: Sequen
         ids = {example.id for example in part}
         of_part = [tree for tree in trees if tree.id in ids]
         if of_part:
-            worlds.mismatched(config, of_part, key)
+            worlds.trees_of(config, part, of_part, key)
     metrics.say(f"{config.loss.name}: every example finds a completion of another prompt")
 
 

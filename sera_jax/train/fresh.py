@@ -95,6 +95,7 @@ def bootstrap_pairs(world: World, t: int, scored: Live) -> Made | None:
         candidates,
         rewards_PC,
         valid(world, candidates),
+        ranked.prob_PCC,
         rule=b.pair_rule,
         keep=round(b.fresh * worlds.size_of_pass(config, given, t)),
         key=worlds.key(world, "pairs", t),

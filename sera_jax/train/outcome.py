@@ -66,6 +66,8 @@ def write_pairs(
             "rejected": [text(p, r) for p, _, r in picks],
             "reward_chosen": fresh.reward_F2[:, 0],
             "reward_rejected": fresh.reward_F2[:, 1],
+            "win_chosen": fresh.win_F2[:, 0],
+            "win_rejected": fresh.win_F2[:, 1],
             "length_chosen": [len(tree.branches[0]) for tree in fresh.trees],
             "length_rejected": [len(tree.branches[1]) for tree in fresh.trees],
             "finished_chosen": [bool(candidates.finished_PC[p, c]) for p, c, _ in picks],

@@ -13,6 +13,7 @@ from sera_jax import data, policies, processes, programs, sera, step
 from sera_jax import mesh as meshes
 from sera_jax import rows as rowlib
 from sera_jax import run as runs
+from sera_jax.bootstrap import Fresh
 from sera_jax.config import TrainConfig
 from sera_jax.ledger import branch_key
 from sera_jax.policies import Live, Name
@@ -105,9 +106,9 @@ def starting_state(world: World, live: Live, moments: Any) -> step.TrainState:
 def training_set(world: World, t: int, scored: Live, chosen: Selection | None, made: Made | None) -> Stage:
     """Kept ∪ fresh pairs, their reference log-probs and weights; as many updates as loop.passes says."""
     config, given = world.config, worlds.given_at(world.given, t)
-    trees, weight_N = _kept(config, given, t, chosen)
+    trees, weight_N = _kept(world, given, t, chosen)
     whole = given.trees if trees else ()
-    extra = [tree for tree, kept in zip(made.fresh.trees, made.fresh.kept_F) if kept] if made else []
+    extra = _fresh(world, made.fresh) if made else []
     if config.bootstrap.replay:
         since = max(1, t - config.bootstrap.replay_last) if config.bootstrap.replay_last else 1
         extra += [tree for earlier in range(since, t) for tree in _earlier_fresh(world, earlier)]
@@ -152,8 +153,9 @@ def _keys(trees: Sequence[Tree]) -> list[tuple[bytes, int]]:
     ]
 
 
-def _kept(config: TrainConfig, given: Given, t: int, chosen: Selection | None) -> tuple[list[Tree], np.ndarray]:
+def _kept(world: World, given: Given, t: int, chosen: Selection | None) -> tuple[list[Tree], np.ndarray]:
     """The given pairs an iteration trains on, and their weights."""
+    config = world.config
     if config.select.rule == "none" and t >= config.select.from_iteration:
         return [], np.zeros(0, np.float32)
     own_N = np.array([tree.weight for tree in given.trees], np.float32)
@@ -163,11 +165,22 @@ def _kept(config: TrainConfig, given: Given, t: int, chosen: Selection | None) -
         return [tree for tree, kept in zip(given.trees, chosen.mask_N) if kept], own_N[chosen.mask_N]
     if config.select.unselected == "soft_weight":
         return list(given.trees), own_N * np.asarray(sera.soft_weight(chosen.score_N), np.float32)
+    # A pair that is swapped takes its scores along; whoever is chosen then has won.
+    values = lambda tree: tree.values if world.loss.target == "win" else tree.values[::-1]
     swapped = [
-        tree if kept else dataclasses.replace(tree, branches=tree.branches[::-1])
+        tree if kept else dataclasses.replace(tree, branches=tree.branches[::-1], values=values(tree))
         for tree, kept in zip(given.trees, chosen.mask_N)
     ]
     return swapped, own_N
+
+
+def _fresh(world: World, fresh: Fresh) -> list[Tree]:
+    """The fresh pairs an iteration trains on, with what the loss is told of them."""
+    told = {"win": fresh.win_F2, "reward": fresh.reward_F2}.get(world.loss.target)
+    values = [()] * len(fresh.trees) if told is None else map(tuple, told.tolist())
+    return [
+        dataclasses.replace(tree, values=value) for tree, value, kept in zip(fresh.trees, values, fresh.kept_F) if kept
+    ]
 
 
 def _batches(n: int, size: int, config: TrainConfig, iteration: int, epochs: int, full: int) -> list[np.ndarray]:
@@ -197,13 +210,16 @@ def updates_before(world: World, t: int, before: Sequence[dict[str, Any]]) -> in
 def _earlier_fresh(world: World, t: int) -> list[Tree]:
     """The fresh pairs that iteration t trained on, with the ids that were sampled."""
     path = worlds.folder(world, t) / "fresh.parquet"
-    columns = ["id", "prompt_tokens", "chosen_tokens", "rejected_tokens", "kept"]
+    told = {"win": "win", "reward": "reward"}.get(world.loss.target)
+    values = [] if told is None else [f"{told}_chosen", f"{told}_rejected"]
+    columns = ["id", "prompt_tokens", "chosen_tokens", "rejected_tokens", "kept", *values]
     read = lambda: pyarrow.parquet.read_table(path, columns=columns).to_pylist() if path.is_file() else []
     return [
         Tree(
             row["id"],
             np.array(row["prompt_tokens"], np.int32),
             (np.array(row["chosen_tokens"], np.int32), np.array(row["rejected_tokens"], np.int32)),
+            values=tuple(row[column] for column in values),
         )
         for row in processes.once(read)
         if row["kept"]

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from sera_jax import policies, programs, score
+from sera_jax import losses, policies, programs, score
 from sera_jax.policies import Live, Name
 from sera_jax.records import Tree
 from sera_jax.run import Checks, Validation
@@ -57,7 +57,7 @@ def measured(world: World, logp_N2: np.ndarray, seen_N2: np.ndarray, reference: 
     length_N2 = jnp.array([[len(b) for b in tree.branches] for tree in trees], jnp.float32)
     weight_N = np.array([tree.weight for tree in trees], np.float64)
     batch = (jnp.asarray(weight_N > 0),) if world.loss.coupled else ()
-    batch += (jnp.array([tree.label for tree in trees], jnp.float32),) if world.loss.unpaired else ()
+    batch += losses.told(world.loss, jnp.array([tree.told for tree in trees], jnp.float32))
     loss_N = world.loss.loss(jnp.asarray(seen_N2), jnp.asarray(reference.loss_N2), length_N2, *batch, **world.loss_keys)
     reward_N2 = world.loss.reward(jnp.asarray(logp_N2), jnp.asarray(reference.start_N2), length_N2, **world.loss_keys)
     margin_N = margins(world, trees, np.asarray(reward_N2))

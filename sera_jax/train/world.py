@@ -270,7 +270,7 @@ def load(config: TrainConfig, start: Folder) -> Given:
     pairs = told(read_pairs(config)) if config.data.pairs else []
     pairs, held_out = data.split_validation(pairs, config.data.validation, config.run.seed)
     trees, held_out = (
-        mismatched(config, told(tokenise(config, some, tokenizer, eos_ids)), key) if some else []
+        trees_of(config, some, told(tokenise(config, some, tokenizer, eos_ids)), key) if some else []
         for some, key in ((pairs, "data.pairs"), (held_out, "data.validation"))
     )
     if not trees and config.data.pairs:
@@ -378,16 +378,19 @@ def tokenise(
     return make(pairs, tokenizer, eos_ids, **cutting(config))
 
 
-def mismatched(config: TrainConfig, trees: list[Tree], key: str) -> list[Tree]:
-    """Of an unpaired loss: each with a mismatch out of the same trees. Others as they are. key: where they come from.
+def trees_of(
+    config: TrainConfig, pairs: Sequence[Pair] | Sequence[Unpaired], trees: list[Tree], key: str
+) -> list[Tree]:
+    """Trees of what `tokenise` made of the pairs, with all that the loss takes: mismatches out of the same trees, or
+    the values that it is told. key: where they come from.
 
     Raises:
-        ValueError: more than half of them have the same prompt.
+        ValueError: more than half of them have the same prompt, or pairs that lack scores.
     """
-    if not unpaired(config):
-        return trees
     try:
-        return data.mismatched(trees, max_length=config.data.max_length, seed=config.run.seed)
+        if unpaired(config):
+            return data.mismatched(trees, max_length=config.data.max_length, seed=config.run.seed)
+        return data.valued(trees, pairs, loss_of(config)[0].target)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
 

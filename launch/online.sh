@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Offline against online (configs/online.yaml): worlds, more labels, reward models, a judge, then arms × seeds.
+#
+#   launch/online.sh                                 all of it; stopped, it goes on where it was
+#   SEEDS="0 1" launch/online.sh --only '[dpo, online_gold]'       further flags go to `python -m sera_jax.arms`
+set -euo pipefail
+export PYTHON=${PYTHON:-python3} R=${R:-runs/online} SEEDS=${SEEDS:-0 1 2 3 4} LABELS=hard
+PORT=${PORT:-8001} NOISE=${NOISE:-0.3}
+bash launch/worlds.sh
+for seed in $SEEDS; do
+    W=$R/worlds/$seed
+    [ -f "$W/more_candidates.jsonl" ] || "$PYTHON" -m sera_jax.generate --model.path "$W/sft/export" \
+        --prompts "[$W/world/prompts.jsonl]" --out "$W/more_candidates.jsonl" --candidates 4 --temperature 1 \
+        --max_new_tokens 48 --slots 256 --seed "$((seed + 1000))"
+    [ -f "$W/more.jsonl" ] || "$PYTHON" -m sera_jax.toyworld --label "$W/more_candidates.jsonl" --seed "$seed" \
+        --out "$W/more.jsonl" --limit 2000
+    [ -f "$W/bt/result.json" ] || "$PYTHON" -m sera_jax.reward_model --config configs/online_bt.yaml \
+        --model.path "$W/sft/export" --data.pairs "[$W/hard.jsonl]" --run.dir "$W/bt" --run.seed "$seed"
+done
+"$PYTHON" launch/judge_server.py --port "$PORT" --noise "$NOISE" &
+trap 'kill $!' EXIT
+"$PYTHON" -m sera_jax.arms --config configs/online.yaml --out "$R/hard" --seeds "[${SEEDS// /, }]" \
+    --words "{worlds: $R/worlds, judge: \"http://127.0.0.1:$PORT/v1\"}" "$@"
