@@ -70,7 +70,8 @@ def agree(config: AgreeConfig) -> dict[str, Any]:
         )
     group_N = np.repeat(np.arange(len(rows)), [len(row.responses) for row in rows])
     place: dict[str, int] = {}
-    prompt_R = [place.setdefault(selection.shown(row.prompt), len(place)) for row in rows]
+    # Rows without a prompt have nothing in common.
+    prompt_R = [place.setdefault(selection.shown(row.prompt) or f"row {i}", len(place)) for i, row in enumerate(rows)]
     found = {
         (one, other): correlation.agreement(
             scores[one],
