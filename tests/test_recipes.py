@@ -15,6 +15,7 @@ from sera_jax import train as trainer
 from sera_jax.train import fresh, select, update
 
 ROOT = pathlib.Path(__file__).parents[1]
+LIVE = policies.Live(policies.Name("iterate", 9), None)  # nothing is in memory: what is asked for is in the ledger
 SIZES = (
     "--run.compilation_cache=off",
     "--run.log_every=1",
@@ -74,7 +75,7 @@ def test_spin_plays_given_responses_against_the_policys_own(run, tiny):
         given = {tree.prompt.tobytes(): tree.branches[0].tobytes() for tree in world.given.trees}
         samples = {p.tobytes(): row[0].tobytes() for p, row in zip(made_.sampled.prompts, made_.sampled.tokens_PC)}
         made[t] = [tree.id for tree in made_.fresh.trees]
-        assert 6 <= len(made[t]) <= 8 and made_.fresh.kept_F.all()
+        assert 5 <= len(made[t]) <= 8 and made_.fresh.kept_F.all()
         for tree in stage.trees:
             assert tree.branches[0].tobytes() == given[tree.prompt.tobytes()]
         for tree in made_.fresh.trees:
@@ -95,7 +96,7 @@ def test_sdpo_takes_one_file_after_the_other(run, tiny, tmp_path):
     assert ids == {1: [f"p{i}" for i in range(6)], 2: [f"p{i}" for i in range(6, 20)]}
     for t, (world, stage, made) in caught.items():
         assert made is None and select.loss_reference(world, t).t == t - 1
-        want = select.pair_logps(world, select.loss_reference(world, t), stage.trees, policies.Live(None, None))
+        want = select.pair_logps(world, select.loss_reference(world, t), stage.trees, LIVE)
         np.testing.assert_array_equal(stage.reference_F, want.reshape(-1))
     assert [summary["updates"] for summary in told] == [1, 2] and [s["pairs/given"] for s in told] == [6, 14]
 
@@ -167,7 +168,7 @@ def test_rlhf_workflow_needs_prompts_and_a_reward_model(run, tiny, tmp_path, ran
     prompts = {t: {prompt.id for prompt in made.prompts} for t, (_, _, made) in caught.items()}
     assert len(prompts[1]) == len(prompts[2]) == 7 and not prompts[1] & prompts[2]
     for t, (world, stage, made) in caught.items():
-        reward = made.ranked.rewards_PC
+        reward = np.where(fresh.valid(world, made.candidates), made.ranked.rewards_PC, -np.inf)
         assert (
             made.fresh.kept_F.all() and (made.fresh.pair_F2[:, 0] == reward.argmax(axis=1)[made.fresh.prompt_F]).all()
         )
