@@ -71,7 +71,7 @@ def check(config: TrainConfig) -> dict[str, Any]:
             attempt("loss.name", lambda: _mismatches(config, pairs, trees))
         else:
             attempt("select.score", lambda: _scores(config, [pair for pair in pairs if pair.id in used]))
-        if config.loop.parts != "all":
+        if config.loop.parts != "all" and config.loop.iterations:
             attempt("loop.parts", lambda: _parts(config, [pair for pair in pairs if pair.id in used]))
     sets = {"data.pairs": [pair.prompt for pair in pairs]}
     if config.data.prompts:
