@@ -17,7 +17,11 @@ def ranks(values_N: np.ndarray, weights_N: np.ndarray | None = None) -> np.ndarr
         weights_N: how often each value is there, 0 or more; None = once. What is there twice takes up two ranks.
     """
     weights_N = np.ones(len(values_N)) if weights_N is None else np.asarray(weights_N, np.float64)
-    _, level_N = np.unique(values_N, return_inverse=True)
+    return _of_levels(np.unique(values_N, return_inverse=True)[1], weights_N)
+
+
+def _of_levels(level_N: np.ndarray, weights_N: np.ndarray) -> np.ndarray:
+    """Ranks of values that are numbered by size already, so that resampling sorts nothing again."""
     count_L = np.bincount(level_N, weights=weights_N)
     return (np.cumsum(count_L) - count_L / 2)[level_N]
 
@@ -113,12 +117,14 @@ def agreement(
     prompts, prompt_N = np.unique(np.asarray(prompt_N)[there_N], return_inverse=True)
     inside = [deviations(one_N, group_N), deviations(other_N, group_N)]
     placed = [deviations(group_ranks(values_N, group_N), group_N) for values_N in (one_N, other_N)]
+    levels = [np.unique(values_N, return_inverse=True)[1] for values_N in (one_N, other_N)]
     measures = (
         lambda weights_N: pearson(one_N, other_N, weights_N),
-        lambda weights_N: spearman(one_N, other_N, weights_N),
+        lambda weights_N: pearson(*(_of_levels(level_N, weights_N) for level_N in levels), weights_N),
         lambda weights_N: pearson(*inside, weights_N),  # a group is resampled whole: its mean stays
         lambda weights_N: pearson(*placed, weights_N),
     )
+    once_N = np.ones(len(one_N))
     rng, drawn = np.random.default_rng(seed), []
     for _ in range(resamples if len(prompts) else 0):
         times = np.bincount(rng.integers(len(prompts), size=len(prompts)), minlength=len(prompts))
@@ -128,5 +134,5 @@ def agreement(
         found = np.array([row[place] for row in drawn])
         found = found[np.isfinite(found)]
         low, high = np.quantile(found, [0.025, 0.975]) if len(found) else (math.nan, math.nan)
-        estimates.append(Estimate(measure(None), float(low), float(high)))
+        estimates.append(Estimate(measure(once_N), float(low), float(high)))
     return Agreement(len(one_N), len(prompts), *estimates)

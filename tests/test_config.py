@@ -765,14 +765,14 @@ def test_no_field_is_idle():
     [
         ("train/validate.py", "best_by", "best", ("LoopConfig", "best_by")),
         ("train/update.py", "config.bootstrap.replay", "False", ("BootstrapConfig", "replay")),
-        ("train/fresh.py", "values.temperature", "1.0", ("BootstrapConfig", "temperature")),
+        ("train/fresh.py", "values.top_p", "1.0", ("BootstrapConfig", "top_p")),
         ("train/fresh.py", '"top_k", 0', '"top_q", 0', ("BootstrapConfig", "top_k")),
         ("train/world.py", "optimizer.clip", "1.0", ("OptimizerConfig", "clip")),
         ("review.py", "config.uninformative", "0.1", ("ReviewConfig", "uninformative")),
     ],
 )
 def test_a_field_that_falls_idle_is_caught(file, used, instead, field):
-    """Also one whose name others have: temperature is read off other records all over the house."""
+    """Also one whose name others have: top_p is read off other records all over the house."""
     assert used in SOURCES[file]
     changed_sources = SOURCES | {file: SOURCES[file].replace(used, instead)}
     assert FIELDS - reads(changed_sources) - DYNAMIC >= {field}

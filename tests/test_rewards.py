@@ -194,8 +194,8 @@ def test_sources_are_combined_by_weight_or_by_the_worst():
     np.testing.assert_allclose(got[valid], np.minimum(z(one), z(other))[valid], rtol=1e-6)
     assert got.dtype == np.float32 and np.isnan(got[~valid]).all()
     np.testing.assert_allclose(
-        made(combine="weighted", scale="iteration")[valid], (z(one) + 0.5 * z(other))[valid], rtol=1e-5
+        made(combine="weighted", scale="iteration")[valid], (z(one) + 0.5 * z(other))[valid], rtol=1e-5, atol=1e-6
     )
     # A source that shouts does not decide by that.
     loud = rewards.combined(np.stack([one, 1000 * other]), valid, np.ones(2), combine="weighted", scale="iteration")
-    np.testing.assert_allclose(loud[valid], (z(one) + z(other))[valid], rtol=1e-5)
+    np.testing.assert_allclose(loud[valid], (z(one) + z(other))[valid], rtol=1e-5, atol=1e-6)
