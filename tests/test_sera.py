@@ -220,6 +220,8 @@ def expected_mask(rule, score_N, valid_N, group_N, keep_G, threshold=0.0):
     mask_N = np.zeros(len(score_N), bool)
     if rule == "threshold":
         return valid_N & (score_N.astype(np.float64) > threshold)
+    if rule == "none":
+        return np.zeros_like(valid_N)
     if rule == "all":
         return valid_N
     for group, keep in enumerate(keep_G):
