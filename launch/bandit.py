@@ -290,7 +290,7 @@ def figure(curves_: list[dict], dimensions_: list[dict], path: pathlib.Path) -> 
                 ]
             )
             middle, spread = logs_SG.mean(axis=0), 1.96 * logs_SG.std(axis=0, ddof=1) / np.sqrt(len(logs_SG))
-            line = axes.plot(grid, np.exp(middle), label=rule)[0]
+            line = axes.plot(grid, np.exp(middle), label=rule, color=f"C{RULES.index(rule)}")[0]
             shade = {"color": line.get_color(), "alpha": 0.15, "linewidth": 0}
             axes.fill_between(grid, np.exp(middle - spread), np.exp(middle + spread), **shade)
         axes.set(yscale="log", xscale="log", xlabel="labels", ylabel="gap", title=f"{world}, d = 8")
@@ -299,9 +299,12 @@ def figure(curves_: list[dict], dimensions_: list[dict], path: pathlib.Path) -> 
         needed = [d["labels"][(d["rule"] == rule) & (d["dimension"] == n)] for n in DIMENSIONS]
         low, high = np.array([interval(n) for n in needed]).T
         middle = np.array([np.median(n) for n in needed])
-        panels[2].errorbar(DIMENSIONS, middle, (middle - low, high - middle), label=rule, capsize=3)
+        panels[2].errorbar(
+            DIMENSIONS, middle, (middle - low, high - middle), capsize=3, label=rule, color=f"C{RULES.index(rule)}"
+        )
     panels[2].set(xscale="log", yscale="log", xlabel="d", ylabel=f"labels to {EPSILON:g}", title="even")
     panels[2].set_xticks(DIMENSIONS, [str(n) for n in DIMENSIONS], minor=False)
+    panels[2].minorticks_off()
     panels[2].legend(fontsize=7)
     drawn.savefig(path, dpi=110, metadata={"Software": None})
 
