@@ -328,7 +328,7 @@ def _preference(world: World, t: int, scored: Live, drawn: np.ndarray, candidate
         rewards_PC, prob_PCC = preference.tournament(valid_PC, ask).astype(np.float32), None
     else:
         prob_PCC = preference.compared(valid_PC, ask)
-        rewards_PC, prob_PCC = judge.win_rewards(prob_PCC), prob_PCC.astype(np.float32)
+        rewards_PC, prob_PCC = nash.win_rewards(prob_PCC), prob_PCC.astype(np.float32)
     return Ranked(rewards_PC, None, prob_PCC, preference.of_places(np.concatenate(places) if places else None))
 
 
