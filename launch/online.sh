@@ -14,6 +14,21 @@ for seed in $SEEDS; do
         --max_new_tokens 48 --slots 256 --seed "$((seed + 1000))"
     [ -f "$W/more.jsonl" ] || "$PYTHON" -m sera_jax.toyworld --label "$W/more_candidates.jsonl" --seed "$seed" \
         --out "$W/more.jsonl" --limit 2000
+    # 16 candidates a prompt, in groups of four: a pair each.
+    if [ ! -f "$W/many.jsonl" ]; then
+        "$PYTHON" -m sera_jax.generate --model.path "$W/sft/export" --prompts "[$W/world/prompts.jsonl]" \
+            --out "$W/sixteen.jsonl" --candidates 16 --temperature 1 --max_new_tokens 48 --slots 256 --seed "$((seed + 2000))"
+        "$PYTHON" -c '
+import json, sys
+for line in sys.stdin:
+    row = json.loads(line)
+    for g in range(0, 16, 4):
+        part = {key: row[key][g : g + 4] for key in ("responses", "finished", "lengths")}
+        print(json.dumps(row | part | {"id": row["id"] + "-" + str(g)}))' < "$W/sixteen.jsonl" > "$W/groups.jsonl"
+        "$PYTHON" -m sera_jax.toyworld --label "$W/groups.jsonl" --seed "$((seed + 1))" --out "$W/many.jsonl"
+    fi
+    [ -f "$W/bt_more/result.json" ] || "$PYTHON" -m sera_jax.reward_model --config configs/online_bt.yaml \
+        --model.path "$W/sft/export" --data.pairs "[$W/many.jsonl]" --run.dir "$W/bt_more" --run.seed "$seed"
     [ -f "$W/bt/result.json" ] || "$PYTHON" -m sera_jax.reward_model --config configs/online_bt.yaml \
         --model.path "$W/sft/export" --data.pairs "[$W/hard.jsonl]" --run.dir "$W/bt" --run.seed "$seed"
 done

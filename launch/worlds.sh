@@ -7,9 +7,11 @@
 #   hard     the better response by gold, always       bt       Bradley-Terry labels at temperature 0.3
 #   flip40   hard labels, 40 % of them exchanged (flip20: 20 %)
 #   off      hard labels, both responses by a stranger
+#   all      hard labels on every prompt, whatever its candidates are worth
 set -euo pipefail
 PYTHON=${PYTHON:-python3}
-declare -A DIALS=([hard]="" [bt]="--temperature 0.3" [flip20]="--flip 0.2" [flip40]="--flip 0.4" [off]="--off_policy 1")
+declare -A DIALS=([hard]="" [bt]="--temperature 0.3" [flip20]="--flip 0.2" [flip40]="--flip 0.4" [off]="--off_policy 1"
+    [all]="--coverage 1 --limit 0")
 
 for seed in $SEEDS; do
     W=$R/worlds/$seed

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sera_jax import data, disk, metrics, processes, sample, sera
+from sera_jax import data, disk, explore, metrics, processes, sample, sera
 from sera_jax.data import Responses, order
 from sera_jax.records import Candidates, Pair, Prompt, Text, Tree
 
@@ -21,7 +21,8 @@ class Fresh:
 
     trees: prompt, (chosen, rejected) with the sampled ids. pair_F2: candidate numbers (chosen, rejected); prompt_F:
     index into the candidates. reward_F2, margin_F float32. win_F2 float32: mean probability of beating the prompt's
-    other candidates. kept_F bool: among the K̃ of the largest margin.
+    other candidates; preference_F2 float32: the other one of the pair. kept_F bool: among the K̃ of the largest margin,
+    or, of the rule `explore`, of the largest Γ, which is gamma_F, float32.
     """
 
     trees: tuple[Tree, ...]
@@ -30,7 +31,9 @@ class Fresh:
     reward_F2: np.ndarray
     margin_F: np.ndarray
     win_F2: np.ndarray
+    preference_F2: np.ndarray
     kept_F: np.ndarray
+    gamma_F: np.ndarray | None = None
 
 
 def prompts_of_iteration(count: int, share: float, *, seed: int, iteration: int, turn: int | None = None) -> np.ndarray:
@@ -268,21 +271,58 @@ def chosen_of(prompts: Sequence[Prompt], pairs: Sequence[Pair], trees: Sequence[
     return tuple(first.get(_content(prompt.prompt), np.zeros(0, np.int32)) for prompt in prompts)
 
 
+def picked(candidates: Candidates, chosen_P: np.ndarray) -> Candidates:
+    """One candidate of each prompt."""
+    pick = lambda values_PC: tuple((row[c],) for row, c in zip(values_PC, chosen_P))
+    return dataclasses.replace(
+        candidates,
+        texts_PC=pick(candidates.texts_PC),
+        tokens_PC=pick(candidates.tokens_PC),
+        finished_PC=np.take_along_axis(candidates.finished_PC, np.asarray(chosen_P)[:, None], axis=1),
+    )
+
+
+def joined(one: Candidates, other: Candidates) -> Candidates:
+    """The candidates of the same prompts by two samplers, side by side."""
+    both = lambda a, b: tuple((*x, *y) for x, y in zip(a, b, strict=True))
+    return Candidates(
+        ids=one.ids,
+        prompts=one.prompts,
+        texts_PC=both(one.texts_PC, other.texts_PC),
+        tokens_PC=both(one.tokens_PC, other.tokens_PC),
+        finished_PC=np.concatenate((one.finished_PC, other.finished_PC), axis=1),
+    )
+
+
 def _content(prompt: Text) -> str:
     return json.dumps(prompt, sort_keys=True, ensure_ascii=False)
 
 
+def copies(candidates: Candidates, *, keep_unfinished: bool, draws: int = 0) -> np.ndarray:
+    """int32 [P, C]: how many of a prompt's candidates say the same, at the first of them; 0 at the others, and at those
+    that may stand in no pair: empty, or unfinished unless told otherwise.
+
+    Args:
+        draws: so many candidates in a row are looked at by themselves, those of several samplers; 0 = all.
+    """
+    out = np.zeros(candidates.finished_PC.shape, np.int32)
+    for p, tokens in enumerate(candidates.tokens_PC):
+        first: dict[tuple[int, bytes], int] = {}
+        for c, ids in enumerate(tokens):
+            place = first.setdefault((c // draws if draws else 0, ids.tobytes()), c)
+            usable = len(ids) > 0 and candidates.texts_PC[p][c].strip() != ""
+            usable &= keep_unfinished or bool(candidates.finished_PC[p, place])
+            out[p, place] += usable
+    return out
+
+
 def valid(candidates: Candidates, *, keep_unfinished: bool) -> np.ndarray:
     """bool [P, C]: which candidates may stand in a pair: not empty, not repeated, finished unless told otherwise."""
-    out = np.zeros(candidates.finished_PC.shape, bool)
-    for p, tokens in enumerate(candidates.tokens_PC):
-        seen: set[bytes] = set()
-        for c, ids in enumerate(tokens):
-            text = ids.tobytes()
-            usable = len(ids) > 0 and candidates.texts_PC[p][c].strip() != "" and text not in seen
-            out[p, c] = usable and (keep_unfinished or bool(candidates.finished_PC[p, c]))
-            seen.add(text)
-    return out
+    return copies(candidates, keep_unfinished=keep_unfinished) > 0
+
+
+PAIR_RULES: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {**sera.PAIR_RULES, "explore": explore.enhancer}
+"""Those of sera, and the one that takes Γ beside what they take."""
 
 
 def fresh_pairs(
@@ -290,16 +330,23 @@ def fresh_pairs(
     rewards_PC: np.ndarray,
     valid_PC: np.ndarray,
     prob_PCC: np.ndarray | None = None,
+    against_PC: np.ndarray | None = None,
     *,
     rule: str,
     keep: int,
     key: jax.Array,
+    gamma_PC: np.ndarray | None = None,
+    eta: float = 0.0,
 ) -> Fresh:
-    """Candidates and their rewards → pairs by a rule of sera.PAIR_RULES, of which the K̃ largest margins are kept.
+    """Candidates and their rewards → pairs by a rule of PAIR_RULES, of which the K̃ largest margins are kept; or by one
+    of sera.WIN_RULES, whose margin is P(chosen > rejected) - P(rejected > chosen).
 
     Args:
-        prob_PCC: probabilities that one candidate is better than another, of a source that compares (`sera.win_rates`).
+        prob_PCC: probabilities that one candidate is better than another, of a source that compares; against_PC: whom
+            they win against (`sera.win_rates`). WIN_RULES choose by them, and by σ of the rewards' differences where
+            there are none.
         keep: K̃; fewer pairs than that are all kept. key: of the iteration, for the rules that draw.
+        gamma_PC, eta: for the rule `explore` alone (explore.enhancer), whose K̃ pairs are those of the largest Γ.
 
     Raises:
         ValueError: the reward of a valid candidate is not finite.
@@ -311,18 +358,26 @@ def fresh_pairs(
             f"candidate {c} of prompt {candidates.ids[p]!r} has reward {rewards_PC[p, c]}, expected a finite number "
             f"({len(bad)} of {int(valid_PC.sum())} candidates)."
         )
-    pair_PQ2, ok_PQ = jax.device_get(
-        jax.jit(sera.PAIR_RULES[rule])(jnp.asarray(rewards_PC), jnp.asarray(valid_PC), key)
-    )
+    also = {} if gamma_PC is None else {"gamma_PC": jnp.asarray(gamma_PC), "eta": jnp.float32(eta)}
+    compares, known_PCC = rule in sera.WIN_RULES, np.asarray(sera.probabilities(jnp.asarray(rewards_PC), prob_PCC))
+    pick, told = (sera.WIN_RULES[rule], known_PCC) if compares else (PAIR_RULES[rule], rewards_PC)
+    pair_PQ2, ok_PQ = jax.device_get(jax.jit(pick)(jnp.asarray(told), jnp.asarray(valid_PC), key, **also))
     prompt_F, q_F = np.nonzero(ok_PQ)
     pair_F2 = pair_PQ2[prompt_F, q_F]
+    known = jnp.asarray(rewards_PC), jnp.asarray(valid_PC)
+    win_PC = np.asarray(sera.win_rates(*known, prob_PCC, against_PC), np.float32)
+    met_F = np.isfinite(win_PC[prompt_F[:, None], pair_F2]).all(axis=1)  # an opponent
+    prompt_F, pair_F2 = prompt_F[met_F], pair_F2[met_F]
     reward_F2 = rewards_PC[prompt_F[:, None], pair_F2].astype(np.float32)
     margin_F = reward_F2[:, 0] - reward_F2[:, 1]
-    win_PC = np.asarray(sera.win_rates(jnp.asarray(rewards_PC), jnp.asarray(valid_PC), prob_PCC), np.float32)
+    first_F = known_PCC[prompt_F, *pair_F2.T].astype(np.float32)
+    margin_F = 2 * first_F - 1 if compares else margin_F
+    gamma_F = None if gamma_PC is None else gamma_PC[prompt_F, pair_F2[:, 1]]
+    rank_F = margin_F if gamma_F is None else gamma_F
     kept_F = np.zeros(len(prompt_F), bool)
     if len(prompt_F):
         one_group = jnp.zeros(len(prompt_F), jnp.int32)
-        kept_F = np.array(jax.jit(sera.top_k_mask)(jnp.asarray(margin_F), one_group, jnp.array([keep], jnp.int32)))
+        kept_F = np.array(jax.jit(sera.top_k_mask)(jnp.asarray(rank_F), one_group, jnp.array([keep], jnp.int32)))
     trees = tuple(
         Tree(
             f"{candidates.ids[p]}/{chosen}>{rejected}",
@@ -331,4 +386,14 @@ def fresh_pairs(
         )
         for p, (chosen, rejected) in zip(prompt_F, pair_F2)
     )
-    return Fresh(trees, prompt_F, pair_F2, reward_F2, margin_F, win_PC[prompt_F[:, None], pair_F2], kept_F)
+    return Fresh(
+        trees,
+        prompt_F,
+        pair_F2,
+        reward_F2,
+        margin_F,
+        win_F2=win_PC[prompt_F[:, None], pair_F2],
+        preference_F2=np.stack([first_F, 1 - first_F], axis=1),
+        kept_F=kept_F,
+        gamma_F=gamma_F,
+    )

@@ -23,9 +23,14 @@ LossName = Literal[
     "discopop",
     "slic",
     "ipo",
+    "ipo_soft",
+    "rpo_bwd_kl",
+    "rpo_fwd_kl",
+    "rpo_sq",
     "sigmoid_norm",
     "dpop",
     "rdpo",
+    "dpo_pessimistic",
     "nca_pair",
     "bco_pair",
     "sppo_hard",
@@ -44,6 +49,7 @@ LossName = Literal[
     "kto",
 ]
 REFERENCE_FREE = ("simpo", "alphapo", "cpo", "orpo", "slic_hf")  # losses of log-probs alone
+UNCERTAIN_LOSS = "dpo_pessimistic"  # is told Γ
 UNPAIRED_LOSSES = ("kto",)  # learn from labelled single responses
 DivergenceName = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 EnsembleName = Literal["current", "two_term", "ema", "mean"]
@@ -66,12 +72,31 @@ MARGIN_SCORES = (
     "alignment_potential",
 )  # built on the implicit reward of the policy
 RuleName = Literal["top_k", "bottom_k", "middle", "threshold", "all", "none"]
-RewardName = Literal["implicit", "model", "function", "judge", "file", "random", "given", "combined"]
+RewardName = Literal[
+    "implicit",
+    "model",
+    "preference",
+    "function",
+    "preference_function",
+    "judge",
+    "file",
+    "random",
+    "given",
+    "combined",
+]
+FUNCTION_SOURCES = ("function", "preference_function")  # of reward.function
+SOURCE_KEYS = {"model": "model", "preference": "model", "function": "function", "preference_function": "function"}
 WITH_ARGUMENT = ("model", "function")  # sources that a key of reward.sources names with what they are of
 BestName = Literal["accuracy", "loss", "reward"]
 PartsName = Literal["all", "random", "sources", "easy_first"]
-PairRuleName = Literal["best_worst", "best_random", "best_second", "best_each", "random", "all_pairs"]
+RankedRuleName = Literal["best_worst", "best_random", "best_second", "best_each", "random", "all_pairs"]
+WinRuleName = Literal["most_certain", "condorcet"]  # read P(i > j) in the place of rewards
+PairRuleName = Literal[RankedRuleName, WinRuleName, "explore"]
+ModelKind = Literal["bradley_terry", "preference", "preference_head"]
 TargetName = Literal["query", "key", "value", "out", "gate", "up", "down", "head"]
+AlgorithmName = Literal["none", "policy_gradient", "raft"]
+AdvantageName = Literal["leave_one_out", "group", "centred"]
+RatioName = Literal["token", "sequence"]
 FormatName = Literal[
     "auto", "explicit", "conversational", "hh", "implicit", "ultrafeedback", "ranked", "tldr", "alpaca_eval", "unpaired"
 ]
@@ -180,7 +205,7 @@ class DataConfig:
     pairs: tuple[str, ...] = ()
     prompts: tuple[str, ...] = ()
     format: FormatName = "auto"
-    ranked: PairRuleName = "best_worst"
+    ranked: RankedRuleName = "best_worst"
     split: str = "train"
     subset: str = ""
     limit: int = 0
@@ -251,9 +276,10 @@ class LossConfig:
 
     Args:
         name: of the loss.
-        beta: β > 0 (τ of ipo, 1/η of sppo_hard and sppo, λ of orpo; slic_hf has it in its implicit reward only).
+        beta: β > 0 (τ of ipo and ipo_soft, 1/η of sppo_hard and sppo, λ of orpo; slic_hf has it in its implicit reward
+            only).
         label_smoothing: ε in [0, 0.5), the share of labels that are taken for wrong: dpo (cDPO), robust_dpo, exo_pair
-            (which needs more than 0: 1e-3 in its paper), aot, aot_unpaired, simpo, alphapo, cpo.
+            (which needs more than 0: 1e-3 in its paper), dpo_pessimistic, aot, aot_unpaired, simpo, alphapo, cpo.
         f_divergence: from the reference, in the place of the log-ratio (f-DPO): dpo, robust_dpo, exo_pair, discopop,
             slic, ipo, sigmoid_norm.
         f_alpha: α of alpha_divergence, as in TRL: 1 is reverse_kl, 0 forward_kl.
@@ -263,6 +289,7 @@ class LossConfig:
         alphapo_alpha: alphapo only: α of its reward, 0 is SimPO's.
         discopop_tau: discopop only: τ in (0, 1].
         dpop_lambda: dpop only: λ >= 0, against chosen responses that fall below the reference.
+        reward_scale: rpo_bwd_kl, rpo_fwd_kl and rpo_sq only: of the gaps of known rewards (NeMo's gt_reward_scale).
         rdpo_alpha: rdpo only: α >= 0, reward that a token of length explains.
         slic_delta: slic_hf only: δ > 0, the margin of log-probs that is enough, in nats.
         slic_lambda: slic_hf only: λ >= 0, weight of the negative log-prob (a sum) of the chosen response.
@@ -274,6 +301,8 @@ class LossConfig:
             updates alone, not on held-out pairs.
         sft_weight: weight of an added SFT term on the chosen response (per-token mean of each pair): RPO, CPO's
             behaviour cloning.
+        optimism: α of an added α·½(log π of the chosen + log π of the rejected response): XPO's term (alpha in TRL)
+            where both are the reference's samples, SELM's with αβ.
         mix: further losses by weight, e.g. {ipo: 0.2}; they share β, the other keys and the reference, the reward stays
             that of `name`.
         reference: of the policy that is trained: initial = the start of iteration 1, previous = the iterate before it,
@@ -291,6 +320,7 @@ class LossConfig:
     alphapo_alpha: float = 0.25
     discopop_tau: float = 0.05
     dpop_lambda: float = 50.0
+    reward_scale: float = 1.0
     rdpo_alpha: float = 0.05
     slic_delta: float = 1.0
     slic_lambda: float = 0.1
@@ -299,6 +329,7 @@ class LossConfig:
     ld_alpha: float = 1.0
     weighting: Literal["none", "wpo"] = "none"
     sft_weight: float = 0.0
+    optimism: float = 0.0
     mix: dict[LossName, float] = dataclasses.field(default_factory=dict)
     reference: Literal["initial", "previous", "ema", "none"] = "initial"
 
@@ -309,18 +340,23 @@ class RewardConfig:
 
     Args:
         source: of the candidates' rewards: implicit = the policy's own (SeRA); model = a reward model (RLHF Workflow);
-            function = a Python function; judge = a language model (section judge); file = the scores that
-            bootstrap.candidates_file brings; random = noise by run.seed (what ranking gives at least); given = 1 for
-            the given response of bootstrap.with_given, 0 for samples (SPIN); combined = several of these (sources). The
-            given pairs are always scored by the implicit reward.
+            preference = a pairwise preference model, of every two candidates in both orders (RLHF Workflow);
+            function = a Python function; preference_function = one that compares two responses; judge = a language
+            model (section judge); file = the scores that bootstrap.candidates_file brings; random = noise by run.seed
+            (what ranking gives at least); given = 1 for the given response of bootstrap.with_given, 0 for samples
+            (SPIN); combined = several of these (sources). The given pairs are always scored by the implicit reward.
         sources: of source combined: weight by source, each named as above, model and function with what they are of:
             {"model:FOLDER": 1.0, "function:my_module:reward": 0.5, "implicit": 1.0}.
         combine: weighted = the sum of the sources' rewards by weight; worst = the smallest of them (weights are 1).
         scale: of each source before that: iteration = standardised over the candidates of the iteration, prompt = over
             those of each prompt, none = as it is.
         model: Hugging Face folder of a reward model (…ForSequenceClassification with one label) with the policy's
-            tokens, as `sera_jax.reward_model` exports them; for source model.
-        function: "module:function", called as function(prompt, response) -> float on texts.
+            tokens, as `sera_jax.reward_model` exports them, for source model; or of a preference model with any tokens,
+            for source preference: likewise, or a policy that answers the same question (RLHFlow's).
+        tournament: of source preference: a knock-out of n-1 comparisons a prompt, in the place of all n(n-1)/2; rewards
+            are then log-odds along the defeats (sera_jax/preference.py), and probabilities of all pairs unknown.
+        function: "module:function", called as function(prompt, response) -> float on texts; for source
+            preference_function as function(prompt, first, second) -> the probability that the first is the better one.
         reference: of the policy that scores: initial, previous = the iterate before it, ema, none (see loss.reference).
         ensemble: over iterates (Eq. 7 of SeRA): two_term = (1-γ)·current + γ·previous, ema = recursive, mean = all
         alike.
@@ -337,6 +373,7 @@ class RewardConfig:
     combine: Literal["weighted", "worst"] = "weighted"
     scale: Literal["iteration", "prompt", "none"] = "iteration"
     model: str = ""
+    tournament: bool = False
     function: str = ""
     reference: Literal["initial", "previous", "ema", "none"] = "initial"
     ensemble: EnsembleName = "two_term"
@@ -434,9 +471,15 @@ class BootstrapConfig:
         refill: prompts in a sampling batch, in those for which there are slots. With 1 a batch waits for its longest
             response; with more, a slot whose response has ended takes the next one: for responses of very different
             lengths. A prompt's candidates then read its cache one by one, and that of all the batch's prompts is kept.
-        pair_rule: how a prompt's candidates become pairs.
+        pair_rule: how a prompt's candidates become pairs: by their rewards, or (most_certain, condorcet) by P(i > j),
+            the source's own where it compares two, else σ(r_i - r_j); explore = the best against the one of which the
+            reward is least certain (section explore).
         unfinished: drop = a candidate that did not reach EOS takes no part; keep = it does.
         with_given: the chosen response of a prompt's first given pair is one more candidate, number 0.
+        mixture: α of Nash-MD: responses of the geometric mixture π^(1-α)·π_0^α of the policy and the initial one, token
+            by token; 0 = off. Both are in memory while it samples.
+        mixture_of: opponents = C more responses a prompt, which stand in no pair but are whom the candidates' wins are
+            against (Nash-MD, with loss sppo); candidates = the candidates themselves (IPO-MD, with loss ipo_soft).
         replay: also train on the fresh pairs of earlier iterations.
         replay_last: of so many iterations before; 0 = of all.
         candidates_file: JSONL of candidates in the place of sampling, as `sera_jax.generate` writes it: {"prompt",
@@ -459,9 +502,69 @@ class BootstrapConfig:
     pair_rule: PairRuleName = "best_worst"
     unfinished: Literal["drop", "keep"] = "drop"
     with_given: bool = False
+    mixture: float = 0.0
+    mixture_of: Literal["opponents", "candidates"] = "opponents"
     replay: bool = False
     replay_last: int = 0
     candidates_file: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class OnPolicyConfig:
+    """Learning from the policy's own samples at once: the two-stage baseline of direct alignment.
+
+    An iteration is then `rounds` rounds, each of which samples bootstrap.candidates responses to some prompts from the
+    policy as it is, ranks them by reward.source (not the policy's own), and updates. Given pairs are only watched;
+    sections select and bootstrap (but for its sampling keys and `unfinished`), loop.epochs and loss (but for its
+    reference and the reward that is logged) are unread. KL is to loss.reference.
+
+    Args:
+        algorithm: none = the loop on pairs; policy_gradient; raft = supervised fine-tuning on each prompt's best
+            candidate (rejection sampling).
+        rounds: of an iteration.
+        prompts: of a round; drawn without replacement until all were used. An update takes optimizer.batch_size of
+            them, with all their candidates.
+        passes: over a round's prompts (TRL's num_iterations, PPO's epochs).
+        advantage: of a candidate: leave_one_out = its reward less the mean of the others' (RLOO); group = less the mean
+            of all, over their standard deviation (GRPO); centred = less the mean of all (Dr. GRPO).
+        ratio: π/π_old that is clipped: token = of each token (PPO, GRPO); sequence = of the response (TRL's RLOO).
+        average: of the loss: token = every token of an update weighs the same (TRL's dapo); sequence = every response
+            does (TRL's grpo; RLOO).
+        clip: ε, ratios are clipped to [1-ε, 1+ε_high].
+        clip_high: ε_high; none = ε.
+        kl: where it is: reward = subtracted from the reward, β·log π_old/π_ref of the response; loss = β·k3 of each
+            token is added to the loss.
+        beta: β, 0 = no KL.
+    """
+
+    algorithm: AlgorithmName = "none"
+    rounds: int = 50
+    prompts: int = 64
+    passes: int = 1
+    advantage: AdvantageName = "leave_one_out"
+    ratio: RatioName = "sequence"
+    average: Literal["token", "sequence"] = "sequence"
+    clip: float = 0.2
+    clip_high: float | None = None
+    kl: Literal["reward", "loss"] = "reward"
+    beta: float = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class ExploreConfig:
+    """Γ, how uncertain a reward that is linear in features of the initial policy is: for bootstrap.pair_rule explore,
+    and for loss dpo_pessimistic.
+
+    Args:
+        weight: β of Γ = β·‖Δφ‖_{Σ⁻¹}, in units of the reward.
+        regularisation: λ of Σ = λI + Σ ΔφΔφᵀ over the labelled pairs: so many pairs' worth of every direction.
+        dimension: features are projected at random (by run.seed) onto so many; 0, or the model's width or more = the
+            last hidden state as it is.
+    """
+
+    weight: float = 1.0
+    regularisation: float = 1.0
+    dimension: int = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -561,6 +664,8 @@ class TrainConfig:
         judge: who it is, where a judge ranks.
         select: which of the given pairs stay.
         bootstrap: fresh pairs.
+        on_policy: policy gradients and rejection sampling in the place of pairs.
+        explore: how uncertain the reward is, where that decides.
         optimizer: of the iterations.
         lora: adapters in the place of all weights.
         mesh: devices by axis.
@@ -577,6 +682,8 @@ class TrainConfig:
     judge: JudgeConfig = JudgeConfig()
     select: SelectConfig = SelectConfig()
     bootstrap: BootstrapConfig = BootstrapConfig()
+    on_policy: OnPolicyConfig = OnPolicyConfig()
+    explore: ExploreConfig = ExploreConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     lora: LoraConfig = LoraConfig()
     mesh: MeshConfig = MeshConfig()
@@ -593,6 +700,8 @@ class GenerateConfig:
         out: JSONL file to write, one line a prompt in their order: {"id", "prompt", "responses", "finished",
             "lengths"}, lengths in tokens. It appears when complete; an interrupted command goes on where it stopped.
         candidates: responses a prompt.
+        best_by: keep the best candidate of each prompt alone (best of n), by "module:function" or the folder of a
+            reward model with the policy's tokens; empty = keep all.
         temperature: 0 = greedy.
         top_k: 0 = off.
         top_p: 1 = off.
@@ -610,6 +719,7 @@ class GenerateConfig:
     prompts: tuple[str, ...]
     out: str
     candidates: int = 1
+    best_by: str = ""
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -729,14 +839,33 @@ class RewardLossConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PreferenceConfig:
+    """How a preference model is asked and taught.
+
+    Args:
+        labels: of kind preference: the answers that mean the first and the second response, one token each.
+        orders: of kind preference, in which a pair is trained on: random = one, drawn by run.seed and the pair's id;
+            both = a question in each, twice the updates. Asked is always in both.
+    """
+
+    labels: tuple[str, str] = ("A", "B")
+    orders: Literal["random", "both"] = "random"
+
+
+@dataclasses.dataclass(frozen=True)
 class RewardModelConfig:
-    """`python -m sera_jax.reward_model`: preference pairs in, a reward model out.
+    """`python -m sera_jax.reward_model`: preference pairs in, a reward model or a preference model out.
 
     Args:
         run: the run folder.
-        model: the checkpoint to start from: a policy, which gets a scalar head drawn from run.seed, or a reward model.
-        data: the pairs; a share of them (data.validation) is held out and measured on.
-        reward_loss: what is trained with.
+        model: the checkpoint to start from: a policy, which gets a scalar head drawn from run.seed where the kind has
+            one, or a model of the same kind.
+        data: the pairs; a share of them (data.validation) is held out and measured on. For preference models max_length
+            is that of a question with both responses.
+        kind: bradley_terry = a reward of each response; preference = a policy that reads both and answers with the
+            label of the better one (RLHF Workflow); preference_head = a scalar head in the place of the label.
+        reward_loss: what bradley_terry is trained with.
+        preference: of the other kinds.
         epochs: passes over the pairs.
         validate_every: updates between two checks on the held-out pairs; 0 = only at the end.
         optimizer: of the updates.
@@ -746,11 +875,43 @@ class RewardModelConfig:
     run: RunConfig
     model: ModelConfig
     data: DataConfig
+    kind: ModelKind = "bradley_terry"
     reward_loss: RewardLossConfig = RewardLossConfig()
+    preference: PreferenceConfig = PreferenceConfig()
     epochs: int = 1
     validate_every: int = 0
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5)
     mesh: MeshConfig = MeshConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class AnnotateConfig:
+    """`python -m sera_jax.annotate export` and `import`: pairs of responses out for people to label, labels back in.
+
+    Args:
+        questions: JSONL of the pairs to label, one a line: {"id", "prompt", "left", "right", "label"}; export writes
+            it, import reads it.
+        responses: for export: files of candidates, as `sera_jax.generate` writes them.
+        pairs: for export: files of pairs in any form, also fresh.parquet of a run; who was chosen is not told.
+        per_prompt: for export: pairs of a prompt's responses, drawn by seed; 0 = every two.
+        unfinished: for export: drop = a response that is marked as not finished is in no question; keep = it is.
+        limit: for export: at most so many questions, drawn by seed (0 = all).
+        seed: of which response is shown on the left, of the order of the questions, and of the draws.
+        labels: for import: JSONL or CSV of {"id", "label"} and, if known, "annotator" (else the file's name); label is
+            left, right or tie, empty = not labelled. The questions' file itself, filled in, is one, too.
+        out: for import: JSONL of preference pairs to write, for data.pairs; score_chosen and score_rejected are the
+            shares of the votes.
+    """
+
+    questions: str
+    responses: tuple[str, ...] = ()
+    pairs: tuple[str, ...] = ()
+    per_prompt: int = 1
+    unfinished: Literal["drop", "keep"] = "drop"
+    limit: int = 0
+    seed: int = 0
+    labels: tuple[str, ...] = ()
+    out: str = ""
 
 
 # (key, test of the value, what was expected); keys that a config lacks are passed over.
@@ -767,10 +928,12 @@ _RANGES: tuple[tuple[str, Any, str], ...] = (
     ("loss.alphapo_alpha", math.isfinite, "a finite number"),
     ("loss.discopop_tau", lambda v: 0 < v <= 1, "0 < τ <= 1"),
     ("loss.dpop_lambda", lambda v: v >= 0, "a number >= 0"),
+    ("loss.reward_scale", lambda v: 0 < v < math.inf, "a number > 0"),
     ("loss.rdpo_alpha", lambda v: v >= 0, "a number >= 0"),
     ("loss.slic_delta", lambda v: v > 0, "a number > 0"),
     ("loss.slic_lambda", lambda v: v >= 0, "a number >= 0"),
     ("loss.sft_weight", lambda v: v >= 0, "a number >= 0"),
+    ("loss.optimism", lambda v: v >= 0, "a number >= 0"),
     ("loss.desirable_weight", lambda v: v >= 0, "a number >= 0"),
     ("loss.undesirable_weight", lambda v: v >= 0, "a number >= 0"),
     ("loss.ld_alpha", lambda v: 0 <= v <= 1, "0 <= α <= 1"),
@@ -792,6 +955,12 @@ _RANGES: tuple[tuple[str, Any, str], ...] = (
     ("select.from_iteration", lambda v: v >= 1, "at least 1"),
     ("bootstrap.from_iteration", lambda v: v >= 1, "at least 1"),
     ("select.keep", lambda v: 0 <= v <= 1, "a share between 0 and 1"),
+    ("on_policy.rounds", lambda v: v >= 1, "at least 1"),
+    ("on_policy.prompts", lambda v: v >= 1, "at least 1"),
+    ("on_policy.passes", lambda v: v >= 1, "at least 1"),
+    ("on_policy.clip", lambda v: v > 0, "a number > 0"),
+    ("on_policy.clip_high", lambda v: v > 0, "a number > 0"),
+    ("on_policy.beta", lambda v: v >= 0, "a number >= 0"),
     ("bootstrap.fresh", lambda v: v >= 0, "a share >= 0"),
     ("bootstrap.prompts_per_iteration", lambda v: 0 < v <= 1, "a share in (0, 1]"),
     (
@@ -800,9 +969,13 @@ _RANGES: tuple[tuple[str, Any, str], ...] = (
         "a number >= 0, or a list of such",
     ),
     ("bootstrap.top_p", lambda v: 0 < v <= 1, "a share in (0, 1]"),
+    ("bootstrap.mixture", lambda v: 0 <= v <= 1, "0 <= α <= 1"),
     ("bootstrap.min_p", lambda v: 0 <= v < 1, "0 <= min_p < 1"),
     ("bootstrap.max_new_tokens", lambda v: v >= 1, "at least 1"),
     ("bootstrap.top_k", lambda v: v >= 0, "0 or more"),
+    ("explore.weight", lambda v: 0 < v < math.inf, "a number > 0"),
+    ("explore.regularisation", lambda v: 0 < v < math.inf, "a number > 0"),
+    ("explore.dimension", lambda v: v >= 0, "0 or more"),
     ("evaluate.temperature", lambda v: v >= 0, "a number >= 0"),
     ("evaluate.top_p", lambda v: 0 < v <= 1, "a share in (0, 1]"),
     ("evaluate.max_new_tokens", lambda v: v >= 1, "at least 1"),
@@ -813,6 +986,7 @@ _RANGES: tuple[tuple[str, Any, str], ...] = (
     ("top_k", lambda v: v >= 0, "0 or more"),
     ("limit", lambda v: v >= 0, "0 or more"),
     ("candidates", lambda v: v >= 1, "at least 1"),
+    ("per_prompt", lambda v: v >= 0, "0 or more"),
     ("max_new_tokens", lambda v: v >= 1, "at least 1"),
     ("max_prompt_length", lambda v: v >= 1, "at least 1 token"),
     ("slots", lambda v: v >= 1, "at least 1"),
@@ -865,8 +1039,9 @@ _RANGES: tuple[tuple[str, Any, str], ...] = (
 
 # Keys that only some losses know, and which.
 _DIVERGING = ("dpo", "robust_dpo", "exo_pair", "discopop", "slic", "ipo", "sigmoid_norm")
+_SMOOTHED = ("dpo", "robust_dpo", UNCERTAIN_LOSS, "exo_pair", "aot", "aot_unpaired", "simpo", "alphapo", "cpo")
 _LOSS_KEYS = (
-    ("label_smoothing", ("dpo", "robust_dpo", "exo_pair", "aot", "aot_unpaired", "simpo", "alphapo", "cpo")),
+    ("label_smoothing", _SMOOTHED),
     ("f_divergence", _DIVERGING),
     ("f_alpha", _DIVERGING),
     ("normalisation", ("ipo",)),
@@ -875,6 +1050,7 @@ _LOSS_KEYS = (
     ("alphapo_alpha", ("alphapo",)),
     ("discopop_tau", ("discopop",)),
     ("dpop_lambda", ("dpop",)),
+    ("reward_scale", ("rpo_bwd_kl", "rpo_fwd_kl", "rpo_sq")),
     ("rdpo_alpha", ("rdpo",)),
     ("slic_delta", ("slic_hf",)),
     ("slic_lambda", ("slic_hf",)),
@@ -963,8 +1139,13 @@ def _check_loss(config: Any, where: str) -> None:
 
 
 def _check_unpaired(config: Any, where: str) -> None:
-    """What single responses cannot do."""
+    """What single responses cannot do, and a review."""
     loss = config.loss
+    if isinstance(config, ReviewConfig) and UNCERTAIN_LOSS in (loss.name, *loss.mix):
+        raise ConfigError(
+            f"{where}: loss.name is {UNCERTAIN_LOSS!r}, but a review knows no Γ; use 'dpo', whose implicit reward is "
+            "the same."
+        )
     unpaired = next((name for name in UNPAIRED_LOSSES if name in (loss.name, *loss.mix)), None)
     if unpaired is None:
         if get(config, "data.format") == "unpaired":
@@ -972,7 +1153,7 @@ def _check_unpaired(config: Any, where: str) -> None:
                 f"{where}: data.format is 'unpaired', but loss {loss.name!r} learns from pairs; use loss.name 'kto'."
             )
         return
-    pairs_only = {"mix": {}, "sft_weight": 0.0, "ld_alpha": 1.0, "weighting": "none"}
+    pairs_only = {"mix": {}, "sft_weight": 0.0, "optimism": 0.0, "ld_alpha": 1.0, "weighting": "none"}
     for key, default in pairs_only.items():
         if getattr(loss, key) != default:
             raise ConfigError(
@@ -1008,6 +1189,17 @@ def _check_lora(config: TrainConfig, where: str) -> None:
             )
 
 
+def _check_explore(config: TrainConfig, where: str) -> None:
+    if config.bootstrap.pair_rule == "explore" or UNCERTAIN_LOSS in (config.loss.name, *config.loss.mix):
+        return
+    for field in dataclasses.fields(ExploreConfig):
+        if getattr(config.explore, field.name) != field.default:
+            raise ConfigError(
+                f"{where}: explore.{field.name} is {getattr(config.explore, field.name)!r}, but nothing reads it: set "
+                f"bootstrap.pair_rule to 'explore' or loss.name to {UNCERTAIN_LOSS!r}, or leave it out."
+            )
+
+
 def _check_room(config: TrainConfig | RewardModelConfig, where: str) -> None:
     if config.data.max_prompt_length >= config.data.max_length:
         raise ConfigError(
@@ -1023,6 +1215,15 @@ def _check_reward_model(config: RewardModelConfig, where: str) -> None:
         raise ConfigError(
             f"{where}: data.format is 'unpaired', but a reward model learns from pairs; use another form."
         )
+    for section, kinds, record in (
+        ("reward_loss", ("bradley_terry",), RewardLossConfig()),
+        ("preference", ("preference",), PreferenceConfig()),
+    ):
+        if config.kind not in kinds and get(config, section) != record:
+            raise ConfigError(
+                f"{where}: {section} is for kind {kinds[0]!r}, but kind is {config.kind!r}; leave it out, or change "
+                "kind."
+            )
     if config.validate_every and not config.data.validation:
         raise ConfigError(f"{where}: validate_every needs held-out pairs: set data.validation to a share > 0.")
     _check_room(config, where)
@@ -1030,8 +1231,12 @@ def _check_reward_model(config: RewardModelConfig, where: str) -> None:
 
 def _check_train(config: TrainConfig, where: str) -> None:
     _check_lora(config, where)
+    _check_explore(config, where)
     bootstrapping = config.bootstrap.fresh > 0 and config.loop.iterations >= config.bootstrap.from_iteration
     _check_given(config, where)
+    on_policy = config.on_policy.algorithm != "none"
+    if on_policy:
+        _check_on_policy(config, where)
     sampling = bootstrapping and not config.bootstrap.candidates_file
     least = 1 if config.bootstrap.with_given else 2
     if sampling and config.bootstrap.candidates < least:
@@ -1050,23 +1255,52 @@ def _check_train(config: TrainConfig, where: str) -> None:
                 f"{where}: bootstrap.temperature has {len(config.bootstrap.temperature)} values, expected at most "
                 f"bootstrap.candidates ({config.bootstrap.candidates}): they are split over them."
             )
+    if config.bootstrap.mixture and config.bootstrap.candidates_file:
+        raise ConfigError(
+            f"{where}: bootstrap.mixture is {config.bootstrap.mixture} with bootstrap.candidates_file, expected "
+            "candidates that the run samples itself. Leave one of them out."
+        )
+    if config.bootstrap.mixture_of != "opponents" and not config.bootstrap.mixture:
+        raise ConfigError(
+            f"{where}: bootstrap.mixture_of is {config.bootstrap.mixture_of!r} with bootstrap.mixture 0, so that there "
+            "is no mixture; set bootstrap.mixture, or leave it out."
+        )
     _check_room(config, where)
-    if (config.reward.source == "model") != bool(config.reward.model):
-        expected = "the folder of a reward model" if config.reward.source == "model" else "none; leave it out"
+    kinds = {"model": "the folder of a reward model", "preference": "the folder of a preference model"}
+    if (config.reward.source in kinds) != bool(config.reward.model):
+        expected = kinds.get(config.reward.source, "none; leave it out")
         raise ConfigError(
             f"{where}: reward.model is {config.reward.model!r} with reward.source {config.reward.source!r}, expected "
             f"{expected}."
         )
-    if config.reward.source == "function" and ":" not in config.reward.function:
+    if config.reward.tournament and config.reward.source != "preference":
+        raise ConfigError(
+            f"{where}: reward.tournament is True with reward.source {config.reward.source!r}, expected "
+            "'preference': other sources do not compare two by two, or in no rounds. Leave it out."
+        )
+    compares = {
+        "preference": not config.reward.tournament,
+        "judge": config.judge.mode == "pairwise",
+        "preference_function": True,
+    }.get(config.reward.source, False)
+    if compares and config.bootstrap.pair_rule in get_args(WinRuleName):
+        for key in ("length_penalty", "length_normalise"):
+            if getattr(config.reward, key):
+                raise ConfigError(
+                    f"{where}: reward.{key} is {getattr(config.reward, key)!r} with bootstrap.pair_rule "
+                    f"{config.bootstrap.pair_rule!r}, which reads the probabilities of reward.source "
+                    f"{config.reward.source!r}, and not its rewards. Leave it out, or use 'best_worst'."
+                )
+    if config.reward.source in FUNCTION_SOURCES and ":" not in config.reward.function:
         raise ConfigError(f"{where}: reward.function is {config.reward.function!r}, expected 'module:function'.")
     _check_sources(config, where)
-    kinds = [kind for kind, _ in sources(config.reward)]
-    if "file" in kinds and bootstrapping and not config.bootstrap.candidates_file:
+    ranking = [kind for kind, _ in sources(config.reward)]
+    if "file" in ranking and bootstrapping and not config.bootstrap.candidates_file:
         raise ConfigError(
             f"{where}: reward.source is {config.reward.source!r}, expected bootstrap.candidates_file with the scores. "
             "Set it, or use another reward.source."
         )
-    if "judge" in kinds and not config.judge.model:
+    if "judge" in ranking and not config.judge.model:
         raise ConfigError(
             f"{where}: judge.model is empty, expected the name of a model at judge.base_url ({config.judge.base_url}) "
             f"for reward.source {config.reward.source!r}."
@@ -1076,8 +1310,9 @@ def _check_train(config: TrainConfig, where: str) -> None:
             f"{where}: judge.key_env is no name of an environment variable, expected one such as 'OPENAI_API_KEY'. The "
             "key itself belongs into that variable, and into no file."
         )
-    ranks = config.reward.source in WITH_ARGUMENT and not config.evaluate.function
-    if (config.evaluate.prompts or config.evaluate.function) and ":" not in config.evaluate.function and not ranks:
+    rewards_them = config.reward.source in WITH_ARGUMENT and not config.evaluate.function
+    asks = config.evaluate.prompts or config.evaluate.function
+    if asks and ":" not in config.evaluate.function and not rewards_them:
         raise ConfigError(f"{where}: evaluate.function is {config.evaluate.function!r}, expected 'module:function'.")
     if config.loop.first and (config.loop.optimizer_state == "carried" or not config.loop.iterations):
         raise ConfigError(
@@ -1138,7 +1373,7 @@ def _check_train(config: TrainConfig, where: str) -> None:
     ranks = config.select.rule in ("top_k", "bottom_k", "middle") and config.select.unselected == "drop"
     selects = config.loop.iterations >= config.select.from_iteration
     fresh_from = config.bootstrap.from_iteration if config.bootstrap.fresh else math.inf
-    if selects and config.select.rule == "none" and fresh_from > config.select.from_iteration:
+    if selects and not on_policy and config.select.rule == "none" and fresh_from > config.select.from_iteration:
         raise ConfigError(
             f"{where}: select.rule is 'none' from iteration {config.select.from_iteration} on, expected fresh pairs to "
             "train on from then on: set bootstrap.fresh, and bootstrap.from_iteration to "
@@ -1152,19 +1387,21 @@ def _check_train(config: TrainConfig, where: str) -> None:
 def sources(reward: RewardConfig) -> tuple[tuple[str, str], ...]:
     """(kind, what it is of) of each source that ranks candidates: the one, or those of reward.sources."""
     if reward.source != "combined":
-        return ((reward.source, getattr(reward, reward.source) if reward.source in WITH_ARGUMENT else ""),)
+        return ((reward.source, getattr(reward, SOURCE_KEYS[reward.source]) if reward.source in SOURCE_KEYS else ""),)
     return tuple((kind, of) for kind, _, of in (name.partition(":") for name in reward.sources))
 
 
 def _check_given(config: TrainConfig, where: str) -> None:
     """Runs without given pairs, and what needs them."""
-    own = config.loop.iterations and config.data.prompts and config.bootstrap.fresh > 0
-    own = own and config.bootstrap.from_iteration == 1
-    if not config.data.pairs and not own and (config.loop.iterations or not config.sft.data):
+    on_policy = config.on_policy.algorithm != "none"
+    samples = on_policy or (config.bootstrap.fresh > 0 and config.bootstrap.from_iteration == 1)
+    texts_alone = config.sft.data and not config.loop.iterations
+    prompts_alone = samples and config.data.prompts and (config.sft.data or not config.sft.epochs)
+    if not (config.data.pairs or texts_alone or prompts_alone):
         raise ConfigError(
             f"{where}: data.pairs is empty, expected at least one file of preference pairs. Only an SFT stage on its "
-            "own data (sft.data, loop.iterations 0) needs none, and a run that samples from data.prompts with "
-            "bootstrap.from_iteration 1."
+            "own data (sft.data, loop.iterations 0) needs none, and on_policy.algorithm, or bootstrap.from_iteration "
+            "1, with data.prompts."
         )
     if "given" in [kind for kind, _ in sources(config.reward)] and not config.bootstrap.with_given:
         raise ConfigError(
@@ -1175,12 +1412,11 @@ def _check_given(config: TrainConfig, where: str) -> None:
         return
     selects = config.loop.iterations >= config.select.from_iteration and config.select.rule not in ("all", "none")
     wrong = {
-        "select.rule": selects,
+        "select.rule": selects and not on_policy,
         "loop.parts": config.loop.parts != "all",
         "loop.first": bool(config.loop.first),
         "data.validation": config.data.validation > 0,
         "bootstrap.with_given": config.bootstrap.with_given,
-        "sft.data": config.sft.epochs > 0 and not config.sft.data,
     }
     key = next((key for key, holds in wrong.items() if holds), None)
     if key:
@@ -1203,7 +1439,7 @@ def _check_sources(config: TrainConfig, where: str) -> None:
         raise ConfigError(f"{where}: reward.sources is {reward.sources!r}, expected two sources or more to combine.")
     for name in reward.sources:
         kind, _, of = name.partition(":")
-        known = kind in get_args(RewardName) and kind != "combined"
+        known = kind in ("implicit", "judge", "file", "random", "given", *WITH_ARGUMENT)
         fits = ":" in of if kind == "function" else bool(of) == (kind in WITH_ARGUMENT)
         if not (known and fits):
             raise ConfigError(
@@ -1215,6 +1451,34 @@ def _check_sources(config: TrainConfig, where: str) -> None:
             f"{where}: reward.sources has weights {tuple(reward.sources.values())} with reward.combine 'worst', which "
             "takes the smallest of the sources; expected weights of 1."
         )
+
+
+def _check_on_policy(config: TrainConfig, where: str) -> None:
+    """What rounds of samples cannot do."""
+    name, on_policy, sampled = config.on_policy.algorithm, config.on_policy, config.bootstrap
+
+    def refuse(key: str, expected: str) -> None:
+        raise ConfigError(
+            f"{where}: {key} is {get(config, key)!r} with on_policy.algorithm {name!r}, expected {expected}."
+        )
+
+    if {"implicit", "file", "given"} & {kind for kind, _ in sources(config.reward)}:
+        refuse("reward.source", "someone who ranks fresh samples and is not the policy: model, function or judge")
+    if sampled.candidates_file:
+        refuse("bootstrap.candidates_file", "none: candidates are the policy's own of that moment")
+    if sampled.candidates < 2:
+        refuse("bootstrap.candidates", "at least 2: a candidate is compared with the others of its prompt")
+    if sampled.slots < sampled.candidates:
+        refuse("bootstrap.slots", f"at least bootstrap.candidates ({sampled.candidates})")
+    if config.loop.first:
+        refuse("loop.first", "none")
+    for key in ("validate_every", "best"):
+        if getattr(config.loop, key) and not (key == "best" and config.loop.best_by == "reward"):
+            refuse(f"loop.{key}", "none: the loss of held-out pairs is not what is trained with")
+    if on_policy.beta and (config.loss.reference == "none" or config.loss.name in REFERENCE_FREE):
+        refuse("on_policy.beta", "0, or a loss.name and loss.reference with a reference: there is no KL to nothing")
+    if name == "raft" and on_policy.kl == "loss" and on_policy.beta:
+        refuse("on_policy.kl", "'reward', or on_policy.beta 0: its loss is that of SFT")
 
 
 def _check_references(config: TrainConfig, where: str) -> None:
@@ -1248,6 +1512,11 @@ def _check_references(config: TrainConfig, where: str) -> None:
             f"{where}: select.score is 'reward_gap' with reward.function {config.reward.function!r}, expected "
             "'module:function'."
         )
+    if selects and config.select.score == "reward_gap" and config.reward.source == "preference_function":
+        raise ConfigError(
+            f"{where}: select.score is 'reward_gap' with reward.source 'preference_function', whose function compares "
+            "two responses, expected one that scores each. Use another score, or reward.source 'function'."
+        )
     moving = config.reward.reference in ("previous", "ema")
     if moving and config.loop.iterations > 2 and config.reward.ensemble != "current":
         raise ConfigError(
@@ -1262,7 +1531,7 @@ def parse(record: type, args: list[str] | None = None) -> Any:
     `record`, and checks it.
 
     Args:
-        record: TrainConfig, GenerateConfig, EvaluateDoorConfig, ReviewConfig or RewardModelConfig.
+        record: TrainConfig, GenerateConfig, EvaluateDoorConfig, ReviewConfig, RewardModelConfig or AnnotateConfig.
         args: command line; None = sys.argv.
 
     Raises:

@@ -2,6 +2,8 @@
 
     python -m sera_jax.generate --model.path FOLDER --prompts '[prompts.jsonl]' --out OUT.jsonl [--candidates 4 ...]
 
+Best of n: --best_by my_module:reward, or the folder of a reward model, keeps each prompt's best candidate alone.
+
 OUT has one line a prompt, in the order of the prompts: {"id", "prompt", "responses", "finished", "lengths"}. It
 appears, whole, when the last response is there. Until then OUT.partial/ holds what is sampled so far and what was asked
 for, and the same command goes on from it. A response depends on seed, prompt and candidate number alone.
@@ -11,14 +13,27 @@ import json
 import pathlib
 import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
-from sera_jax import bootstrap, data, disk, ledger, metrics, policies, processes, programs, rewards, sample
+from sera_jax import (
+    bootstrap,
+    data,
+    disk,
+    ledger,
+    metrics,
+    policies,
+    policy_gradient,
+    processes,
+    programs,
+    rewards,
+    sample,
+)
 from sera_jax import config as configs
 from sera_jax import mesh as meshes
 from sera_jax.config import ConfigError, GenerateConfig
@@ -56,6 +71,10 @@ def generate(config: GenerateConfig) -> pathlib.Path:
             f"slots is {config.slots}, expected at least candidates ({config.candidates}): the candidates of a prompt "
             "are decoded side by side."
         )
+    if config.best_by and config.candidates < 2:
+        raise ConfigError(
+            f"best_by is {config.best_by!r} with candidates {config.candidates}, expected at least 2 to choose from."
+        )
     with programs.precision(config.model.compute):
         mesh = meshes.make(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, slices=config.mesh.slices)
         folder, prompts, tokens = processes.agreed(
@@ -63,6 +82,7 @@ def generate(config: GenerateConfig) -> pathlib.Path:
             lambda read: configs.dump(config) + json.dumps(_request(config, read[0], read[2])),
             "config, model and prompts",
         )
+        rank = _ranker(config, folder, mesh) if config.best_by else None
         partial = out.with_name(out.name + ".partial")
         processes.once(lambda: _claim(partial, _request(config, folder, tokens)))
         run, spent = _timed(
@@ -89,6 +109,9 @@ def generate(config: GenerateConfig) -> pathlib.Path:
             path=partial / "candidates.jsonl",
             label=f"sampling {config.candidates} × {len(prompts)} responses",
         )
+        if rank is not None:
+            best_P = policy_gradient.best(rank(prompts, candidates))
+            candidates = bootstrap.picked(candidates, best_P)
     processes.once(lambda: _finish(out, partial, prompts, candidates))
     rate = f", {spent['tokens'] / spent['seconds']:.0f} tokens/s" if spent["seconds"] else ""
     metrics.say(
@@ -118,6 +141,33 @@ def _prompts(config: GenerateConfig, folder: Folder) -> tuple[list[Prompt], list
         metrics.say(line)
     by_id = {prompt.id: prompt for prompt in prompts}
     return [by_id[tree.id] for tree in trees], [tree.prompt for tree in trees]
+
+
+def _ranker(config: GenerateConfig, folder: Folder, mesh: Mesh) -> Callable[[Sequence[Prompt], Candidates], np.ndarray]:
+    """(prompts, candidates) → rewards [P, C] of `best_by`.
+
+    Raises:
+        ValueError: neither folder of a reward model nor function; a reward model of other tokens.
+    """
+    if not pathlib.Path(config.best_by).is_dir():
+        function = rewards.load_function(config.best_by)
+        texts = lambda prompts: [prompt.prompt for prompt in prompts]
+        return lambda prompts, made: rewards.by_function(function, texts(prompts), made.texts_PC, "ranking candidates")
+    compute = {"compute": config.model.compute, "attention": config.model.attention}
+    model = policies.open_reward_model(config.best_by, mesh, **compute)
+    if not policies.same_tokens(model, folder):
+        raise ValueError(
+            f"best_by: the tokeniser of {config.best_by} differs from that of model.path {config.model.path}, expected "
+            "the same vocabulary and EOS ids: it is given the sampled ids."
+        )
+
+    def rank(prompts: Sequence[Prompt], made: Candidates) -> np.ndarray:
+        with tempfile.TemporaryDirectory() as scratch:
+            kept = processes.once(lambda: scratch)
+            told = {"ledger": ledger.Ledger(kept), "label": "rewards of the reward model"}
+            return rewards.on_grid(policies.folder_rewards(model, rewards.trees(made), **told), made)
+
+    return rank
 
 
 def _request(config: GenerateConfig, folder: Folder, tokens: list[np.ndarray]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Only process 0 writes and prints; on the others everything here is a null object
 """
 
 import contextlib
+import contextvars
 import dataclasses
 import functools
 import hashlib
@@ -288,7 +289,7 @@ def track(iterable: Iterable[T], *, total: int | None, label: str, unit: str) ->
     """Yields the items of `iterable` and shows how far the stage is.
 
     On a terminal a bar with rate and time left. Elsewhere exactly one line at the end (label, count, seconds, rate),
-    and before it at most a line a minute. On other processes than 0 nothing is shown.
+    and before it at most a line a minute. On other processes than 0, and where it is `quiet`, nothing is shown.
 
     Args:
         iterable: of the items.
@@ -296,12 +297,25 @@ def track(iterable: Iterable[T], *, total: int | None, label: str, unit: str) ->
         label: of the stage.
         unit: plural noun of an item ("pairs", "updates").
     """
-    if jax.process_index() != 0:
+    if jax.process_index() != 0 or _QUIET.get():
         yield from iterable
     elif _console().is_terminal:
         yield from _track_bar(iterable, total, label, unit)
     else:
         yield from _track_lines(iterable, total, label, unit)
+
+
+_QUIET: contextvars.ContextVar[bool] = contextvars.ContextVar("quiet", default=False)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Within it `track` shows nothing: for stages within a stage, which shows how far it is itself."""
+    token = _QUIET.set(True)
+    try:
+        yield
+    finally:
+        _QUIET.reset(token)
 
 
 def _track_bar(iterable: Iterable[T], total: int | None, label: str, unit: str) -> Iterator[T]:

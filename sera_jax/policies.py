@@ -21,10 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sera_jax import checkpoint, data, disk, hf, model, programs, sample, score
+from sera_jax import checkpoint, data, disk, hf, model, preference, programs, sample, score
 from sera_jax import mesh as meshes
 from sera_jax.ledger import Ledger, derived_tag, file_tag
 from sera_jax.model import Arch, Lora
+from sera_jax.preference import Asked, Form
 from sera_jax.programs import Compute
 from sera_jax.records import Rows, Tree
 from sera_jax.rows import Plan
@@ -109,8 +110,38 @@ def with_score(folder: Folder, seed: int) -> Folder:
 
 
 def open_reward_model(path: str, mesh: Mesh, **of: Any) -> Folder:
-    """`open_folder` for a reward model to rank with: its weights come in the compute dtype."""
-    folder = open_folder(path, mesh, read=hf.read_reward_arch, **of)
+    """`open_folder` for a reward model to rank with: its weights come in the compute dtype.
+
+    Raises:
+        ValueError: a preference model, whose score is that of two responses.
+    """
+    folder = _to_rank(path, mesh, hf.read_reward_arch, of)
+    if preference.KEY in hf.read_config(path):
+        raise ValueError(
+            f"{path}: config.json has the key {preference.KEY!r}: it is a preference model, which reads two responses "
+            "at once; expected a reward model. Use reward.source 'preference'."
+        )
+    return folder
+
+
+def open_preference_model(path: str, mesh: Mesh, **of: Any) -> tuple[Folder, Form]:
+    """The same for a pairwise preference model of either kind, and how it is asked.
+
+    Raises:
+        ValueError: a reward model of single responses; a policy whose tokeniser has no label tokens.
+    """
+    folder = _to_rank(path, mesh, hf.read_any_arch, of)
+    try:
+        form = preference.read(hf.read_config(path), folder.arch.scored)
+        if not form.head:
+            preference.label_ids(form, folder.tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return folder, form
+
+
+def _to_rank(path: str, mesh: Mesh, read: Callable[[str], Arch], of: dict[str, Any]) -> Folder:
+    folder = open_folder(path, mesh, read=read, **of)
     load = lambda: hf.load(path, folder.arch, mesh, dtype=folder.compute.dtype)
     return dataclasses.replace(folder, load=load)
 
@@ -139,6 +170,38 @@ def folder_rewards(folder: Folder, trees: Sequence[Tree], *, ledger: Ledger, lab
 
     plan = score.plan_for(trees, folder.arch, folder.mesh)
     return score.set_logps(trees, tag=folder.tag, ledger=ledger, load=load, plan=plan, label=label)
+
+
+def folder_preferences(
+    folder: Folder, form: Form, asked: Sequence[Asked], *, ledger: Ledger, label: str
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """What a preference model says of pairs of responses, through the ledger.
+
+    Returns:
+        P(one > other) of each pair, float64 [Q]; and preference.first_wins of them.
+
+    Raises:
+        ValueError: a pair's question does not fit into the form's max_length, however short its texts are cut.
+    """
+    if not asked:
+        return np.zeros(0), None
+    found = preference.questions(form, folder.tokenizer, asked)
+    if None in found.orders:
+        raise ValueError(
+            f"{folder.path}: {found.orders.count(None)} of {len(asked)} questions do not fit into max_length "
+            f"{form.max_length}, not even with their responses cut away. Raise max_length, or lower max_prompt_length "
+            f"({form.max_prompt_length}), in the key {preference.KEY!r} of its config.json."
+        )
+    names = [str(n) for n in range(len(asked))]
+    trees = [tree for some in preference.to_ask(form, folder.tokenizer, names, found) for tree in some]
+    ask = folder_rewards if form.head else _label_logps
+    value_F = ask(folder, trees, ledger=ledger, label=label)
+    return preference.probabilities(form, value_F), preference.first_wins(form, value_F)
+
+
+def _label_logps(folder: Folder, trees: Sequence[Tree], *, ledger: Ledger, label: str) -> np.ndarray:
+    plan = score.plan_for(trees, folder.arch, folder.mesh)
+    return folder_logps(folder, trees, ledger=ledger, plan=plan, label=label)
 
 
 def folder_sampler(
@@ -219,10 +282,10 @@ def tag(policies: Policies, name: Name) -> str:
     if name == Name("iterate", 1) and policies.first:
         return policies.first.tag
     kind = "iterate" if name.t == 0 else name.kind  # before the first iteration the mean is iterate 0 itself
-    return derived_tag(_fingerprint(policies, name.t), policies.start.tag, kind, name.t)
+    return derived_tag(fingerprint(policies, name.t), policies.start.tag, kind, name.t)
 
 
-def _fingerprint(policies: Policies, t: int) -> str:
+def fingerprint(policies: Policies, t: int) -> str:
     return [fingerprint for first, fingerprint in policies.fingerprints if first <= t][-1]
 
 

@@ -10,16 +10,17 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sera_jax import losses, model, sample, score, sera, step
+from sera_jax import explore, losses, model, policy_gradient, sample, score, sera, step
 from sera_jax import mesh as meshes
 from sera_jax import rows as rowlib
 from sera_jax.losses import Loss
@@ -234,11 +235,41 @@ def scorer(arch: Arch, mesh: Mesh, compute: Compute) -> Callable[[dict, Rows], j
 
 
 @functools.cache
+def token_scorer(arch: Arch, mesh: Mesh, compute: Compute) -> Callable[[dict, Rows], jax.Array]:
+    """(params, rows of one microbatch) → logp_BM float32, of each response token, on every process."""
+
+    def run(params: dict, rows: Rows) -> jax.Array:
+        how = {"dtype": compute.dtype, "chunk": compute.chunk, "backend": compute.attention}
+        return score.row_token_logps(arch, params, rows, mesh=mesh, **how)
+
+    return jax.jit(run, out_shardings=meshes.replicated(mesh))
+
+
+@functools.cache
 def reward_scorer(arch: Arch, mesh: Mesh, compute: Compute) -> Callable[[dict, Rows], jax.Array]:
     """(params of a reward model, rows of one microbatch) → reward_BS float32, on every process."""
 
     def run(params: dict, rows: Rows) -> jax.Array:
         return score.row_rewards(arch, params, rows, mesh=mesh, dtype=compute.dtype, backend=compute.attention)[0]
+
+    return jax.jit(run, out_shardings=meshes.replicated(mesh))
+
+
+@functools.cache
+def featurer(arch: Arch, mesh: Mesh, compute: Compute, dimension: int, seed: int) -> Callable[[dict, Rows], jax.Array]:
+    """(params, rows of one microbatch) → phi_BSd float32, on every process: score.row_features.
+
+    Args:
+        dimension: of a random projection drawn from `seed`; 0 = the width of the model, as they are.
+    """
+
+    def run(params: dict, rows: Rows) -> jax.Array:
+        how = {"dtype": compute.dtype, "backend": compute.attention}
+        phi_BSD = score.row_features(arch, params, rows, mesh=mesh, **how)
+        if not dimension:
+            return phi_BSD
+        onto_Dd = explore.projection(seed, arch.width, dimension)
+        return jnp.einsum("bsk,kd->bsd", phi_BSD, onto_Dd, precision=jax.lax.Precision.HIGHEST)
 
     return jax.jit(run, out_shardings=meshes.replicated(mesh))
 
@@ -252,11 +283,12 @@ def abstract_rows(mesh: Mesh, plan: Plan) -> Rows:
 # --- updates ----------------------------------------------------------------------------------------------------------
 
 
-def batch_shardings(mesh: Mesh) -> Batch:
-    """Rows of each microbatch over (data, fsdp)."""
+def batch_shardings(mesh: Mesh, tokens: Sequence[str] = ()) -> Batch:
+    """Rows of each microbatch over (data, fsdp). tokens: names of what the batch brings for each token."""
     by_row = meshes.rows_sharding(mesh, axis=1)
     rows = Rows(*[by_row] * len(dataclasses.fields(Rows)))
-    return Batch(rows, reference_ABS=by_row, weight_ABS=by_row, target_ABS=by_row, count=meshes.replicated(mesh))
+    by_token = dict.fromkeys(tokens, by_row)
+    return Batch(rows, by_row, by_row, target_ABS=by_row, count=meshes.replicated(mesh), tokens=by_token)
 
 
 def abstract_batch(mesh: Mesh, plan: Plan, microbatches: int) -> Batch:
@@ -348,14 +380,18 @@ def sft_update(
     transform: optax.GradientTransformation,
     schedule: dict[str, Any],
     *,
+    weighted: bool = False,
     moments: str = "device",
 ) -> Callable[[TrainState, dict, Batch, jax.Array, jax.Array], tuple[TrainState, dict]]:
-    """The same for single branches: mean negative log-prob of the batch's response tokens, each of weight 1."""
+    """The same for single branches: mean negative log-prob of the batch's response tokens, each of weight 1, or, where
+    `weighted`, of its example's."""
     outputs = _outputs(arch, mesh, compute)
 
     def loss_fn(trained: dict, frozen: dict, micro: Microbatch, key: jax.Array) -> tuple:
         sums = outputs(trained, frozen, micro, key)
         nll_BS, tokens_BS, _ = losses.sft(sums.logp_BS, sums.length_BS)
+        if weighted:
+            nll_BS, tokens_BS = micro.weight_BS * nll_BS, micro.weight_BS * tokens_BS
         return jnp.sum(nll_BS), jnp.sum(tokens_BS), {}
 
     return _update(arch, mesh, transform, functools.partial(step.gradients, loss_fn), schedule, moments)
@@ -370,10 +406,16 @@ def reward_update(
     loss_keys: dict[str, Any],
     schedule: dict[str, Any],
     *,
+    scale: float = 1.0,
     moments: str = "device",
 ) -> Callable[[TrainState, dict, Batch, jax.Array, jax.Array], tuple[TrainState, dict]]:
     """The same for a reward model (arch.scored): losses.bradley_terry with these keys, by the pairs' weights. What a
-    batch brings as reference_ABS are the annotator's scores."""
+    batch brings as reference_ABS are the annotator's scores.
+
+    Args:
+        scale: of the scalar head's value. ½ where the branches of a tree are the two orders of a preference model's
+            question: then the margin of a pair is the log-odds of σ(½ [s(a, b) - s(b, a)]).
+    """
 
     def loss_fn(trained: dict, frozen: dict, micro: Microbatch, key: jax.Array) -> tuple:
         reward_BS, length_BS = score.row_rewards(
@@ -386,13 +428,50 @@ def reward_update(
             backend=compute.attention,
         )
         by_example = lambda slots: slots.reshape(-1, 2)
-        reward_P2, length_P2, score_P2 = map(by_example, (reward_BS, length_BS, micro.reference_BS))
+        reward_P2, length_P2, score_P2 = map(by_example, (scale * reward_BS, length_BS, micro.reference_BS))
         weight_P = by_example(micro.weight_BS)[:, 0]
         loss_P = losses.bradley_terry(reward_P2, length_P2, score_P2, **loss_keys)
         told = losses.reward_metrics(jax.lax.stop_gradient(reward_P2), weight_P)
         return jnp.sum(jnp.where(weight_P > 0, weight_P * loss_P, 0)), jnp.sum(weight_P), told
 
     return _update(arch, mesh, transform, functools.partial(step.gradients, loss_fn), schedule, moments)
+
+
+@_by_value
+def policy_update(
+    arch: Arch,
+    mesh: Mesh,
+    compute: Compute,
+    transform: optax.GradientTransformation,
+    loss_keys: dict[str, Any],
+    schedule: dict[str, Any],
+    *,
+    tokens: tuple[str, ...],
+    moments: str = "device",
+) -> Callable[[TrainState, dict, Batch, jax.Array, jax.Array], tuple[TrainState, dict]]:
+    """The same for sampled candidates: policy_gradient.loss with these keys. What a batch brings as target_ABS are
+    their advantages, NaN for one that takes no part.
+
+    Args:
+        tokens: what it brings for each token: log-probs of "old", "reference", both or neither.
+    """
+
+    def loss_fn(trained: dict, frozen: dict, micro: Microbatch, key: jax.Array) -> tuple:
+        logp_BM = score.row_token_logps(
+            arch,
+            model.join(arch, trained, frozen),
+            micro.rows,
+            mesh=mesh,
+            dtype=compute.dtype,
+            remat=compute.remat,
+            chunk=compute.chunk,
+            backend=compute.attention,
+            key=key,
+        )
+        known = (micro.tokens.get(name) for name in ("old", "reference"))
+        return policy_gradient.loss(logp_BM, *known, micro.rows.slot_BM, micro.target_BS, **loss_keys)
+
+    return _update(arch, mesh, transform, functools.partial(step.gradients, loss_fn), schedule, moments, tokens)
 
 
 def _outputs(arch: Arch, mesh: Mesh, compute: Compute, **of: Any) -> Callable[..., SlotSums]:
@@ -416,7 +495,13 @@ def _outputs(arch: Arch, mesh: Mesh, compute: Compute, **of: Any) -> Callable[..
 
 
 def _update(
-    arch: Arch, mesh: Mesh, transform: Any, gradients: Callable, schedule: dict[str, Any], moments: str
+    arch: Arch,
+    mesh: Mesh,
+    transform: Any,
+    gradients: Callable,
+    schedule: dict[str, Any],
+    moments: str,
+    tokens: Sequence[str] = (),
 ) -> Callable:
     where, here = (state_shardings(arch, mesh, transform, memory) for memory in (moments, "device"))
 
@@ -433,7 +518,7 @@ def _update(
     whole = meshes.replicated(mesh)
     return jax.jit(
         update,
-        in_shardings=(where, frozen_shardings(arch, mesh), batch_shardings(mesh), whole, whole),
+        in_shardings=(where, frozen_shardings(arch, mesh), batch_shardings(mesh, tokens), whole, whole),
         out_shardings=(where, whole),
         donate_argnums=0,
     )
@@ -452,8 +537,8 @@ def prefiller(arch: Arch, mesh: Mesh, compute: Compute) -> Callable[[dict, jax.A
 def decoder(
     arch: Arch, mesh: Mesh, compute: Compute, *, candidates: int, max_new_tokens: int, slots: int | None = None
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """(decode weights, Prefilled, hash_P2, key, Sampling[, limit_PC]) → (tokens_PCT, finished_PC) on every process;
-    keywords as in sample.decode."""
+    """(decode weights, Prefilled, hash_P2, key, Sampling[, limit_PC[, Beside]]) → (tokens_PCT, finished_PC) on every
+    process; keywords as in sample.decode."""
     how = {"candidates": candidates, "max_new_tokens": max_new_tokens, "slots": slots}
     run = functools.partial(sample.decode, arch, **how, mesh=mesh, dtype=compute.dtype, backend=compute.attention)
     return jax.jit(run, out_shardings=(meshes.replicated(mesh),) * 2)
@@ -473,6 +558,37 @@ def abstract_sampling(mesh: Mesh, temperature: Any = 1.0) -> Sampling:
     values = sample.sampling(temperature=temperature, top_k=0, top_p=1.0, min_p=0.0, eos_ids=(0,))
     whole = meshes.replicated(mesh)
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), values)
+
+
+# --- exploration ------------------------------------------------------------------------------------------------------
+
+
+def covariance_sharding(mesh: Mesh, dimension: int) -> NamedSharding:
+    """Where Σ [D, D] lies between updates: rows over fsdp, columns over tensor."""
+    return NamedSharding(mesh, meshes.spec(mesh, "train", ("embed", "mlp"), (dimension, dimension)))
+
+
+@functools.cache
+def covariance_update(mesh: Mesh, dimension: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """(Σ, donated, dphi_ND split by rows) → Σ + ΔφᵀΔφ."""
+    where = covariance_sharding(mesh, dimension)
+    own = (where, meshes.rows_sharding(mesh))
+    return jax.jit(explore.observed, in_shardings=own, out_shardings=where, donate_argnums=0)
+
+
+@functools.cache
+def covariance_factor(mesh: Mesh, dimension: int) -> Callable[[jax.Array], jax.Array]:
+    """Σ → its Cholesky factor, whole on every device: XLA splits neither the factorisation nor the solves behind it."""
+    whole = meshes.replicated(mesh)
+    run = lambda sigma_DD: explore.factor(jax.lax.with_sharding_constraint(sigma_DD, whole))
+    return jax.jit(run, in_shardings=covariance_sharding(mesh, dimension), out_shardings=whole)
+
+
+@functools.cache
+def covariance_norms(mesh: Mesh) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """(factor, vector_ND split by rows) → ‖v‖_{Σ⁻¹} float32 [N], on every process."""
+    whole = meshes.replicated(mesh)
+    return jax.jit(explore.norms, in_shardings=(whole, meshes.rows_sharding(mesh)), out_shardings=whole)
 
 
 # --- selection --------------------------------------------------------------------------------------------------------
@@ -593,17 +709,22 @@ def sample_prompts(
     sampling: Sampling,
     mesh: Mesh,
     limit_PC: Any = None,
+    beside: tuple[dict, float] | None = None,
 ) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
     """A sampler bound to (decode-layout) weights: padded prompts on the host → tokens_PCT, finished_PC on the host
-    (`sample.run_batches`). limit_PC: of every batch, as in sample.decode."""
+    (`sample.run_batches`). limit_PC: of every batch, as in sample.decode. beside: weights and α of a mixture's
+    second model, None = no mixture."""
     whole = meshes.replicated(mesh)
     values, key = meshes.put(sampling, whole), meshes.put(key, whole)
-    limits = () if limit_PC is None else (meshes.put(limit_PC, by_prompt(mesh, limit_PC.shape)),)
+    limit = None if limit_PC is None else meshes.put(limit_PC, by_prompt(mesh, limit_PC.shape))
+    alpha = None if beside is None else meshes.put(np.float32(beside[1]), whole)
 
     def run(*prompts: Any) -> tuple[Any, Any]:
         tokens_PJ, length_P, hash_P2 = (meshes.put(array, by_prompt(mesh, array.shape)) for array in prompts)
-        start = prefill(weights, tokens_PJ, length_P)
-        return meshes.get(decode(weights, start, hash_P2, key, values, *limits))
+        start, other = prefill(weights, tokens_PJ, length_P), None
+        if beside is not None:
+            other = sample.Beside(beside[0], prefill(beside[0], tokens_PJ, length_P), alpha)
+        return meshes.get(decode(weights, start, hash_P2, key, values, limit, other))
 
     return run
 
@@ -624,18 +745,21 @@ def sampler(
     candidates: int,
     max_new_tokens: int,
     slots: int,
+    beside: tuple[Callable[[], dict], float] | None = None,
 ) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
     """`sample_prompts` with weights that nobody needs before the first prompt: `load` (→ weights on the training
-    layout) is called then, once, and they move to the decode layout."""
+    layout) is called then, once, and they move to the decode layout; those of `beside` after them."""
     bound: list[Callable] = []
 
     def run(*prompts: Any) -> tuple[Any, Any]:
         if not bound:
-            weights = to_decode(arch, mesh, compute.dtype)(load())
+            moved = to_decode(arch, mesh, compute.dtype)
+            weights = moved(load())
+            other = None if beside is None else (moved(beside[0]()), beside[1])
             prefill = prefiller(arch, mesh, compute)
             many = {"candidates": candidates, "max_new_tokens": max_new_tokens, "slots": slots}
             decode = decoder(arch, mesh, compute, **many)
-            bound.append(sample_prompts(prefill, decode, weights, key, sampling, mesh))
+            bound.append(sample_prompts(prefill, decode, weights, key, sampling, mesh, None, other))
         return bound[0](*prompts)
 
     return run

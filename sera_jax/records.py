@@ -141,7 +141,8 @@ class Batch:
     slot by slot, the reference log-probs (the annotator's scores, where a reward model trains), the weights of the
     examples, and their branches' targets (`Tree.values`, else `Tree.label`).
 
-    rows: Rows with leading axis A; reference_ABS, weight_ABS, target_ABS: float32; count: int32 scalar.
+    rows: Rows with leading axis A; reference_ABS, weight_ABS, target_ABS: float32; count: int32 scalar. tokens: by name
+    what is known of each response token, float32 [A, B, M] each (policy gradients: "old" and "reference" log-probs).
     """
 
     rows: Rows
@@ -149,6 +150,7 @@ class Batch:
     weight_ABS: np.ndarray | jax.Array
     target_ABS: np.ndarray | jax.Array
     count: np.ndarray | jax.Array
+    tokens: dict[str, np.ndarray | jax.Array] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

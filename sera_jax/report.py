@@ -35,6 +35,10 @@ _CURVES = (
     "logps/chosen",
     "validation/loss",
     "validation/accuracy",
+    "reward",
+    "kl",
+    "completions/mean_length",
+    "clip_ratio/region_mean",
 )
 _SUMMARY_KEYS = (
     "model.path",
@@ -51,6 +55,7 @@ _SUMMARY_KEYS = (
     "select.keep",
     "bootstrap.fresh",
     "bootstrap.candidates",
+    "on_policy.algorithm",
     "optimizer.learning_rate",
     "optimizer.batch_size",
     "run.seed",

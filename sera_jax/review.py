@@ -75,7 +75,7 @@ def review(config: ReviewConfig) -> pathlib.Path:
         )
     with programs.precision(config.compute):
         mesh = meshes.make(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, slices=config.mesh.slices)
-        loss = losses.mixture({config.loss.name: 1.0, **config.loss.mix}, config.loss.sft_weight)
+        loss = losses.mixture({config.loss.name: 1.0, **config.loss.mix}, config.loss.sft_weight, config.loss.optimism)
         policy, reference, pairs, trees = processes.agreed(
             lambda: _opened(config, loss, mesh),
             lambda found: configs.dump(config) + repr([model and model.tag for model in found[:2]]) + repr(found[2:]),

@@ -1,10 +1,14 @@
-"""A Bradley-Terry reward model: preference pairs in, a checkpoint of transformers with a scalar head out.
+"""A model of preferences, to rank by: preference pairs in, a checkpoint of transformers out.
 
     python -m sera_jax.reward_model --config configs/reward_hh.yaml --model.path FOLDER --data.pairs '[prefs.jsonl]'
 
-The run folder is that of `sera_jax.train` without iterations: config.yaml, metrics.jsonl, checkpoints/, export/ (a
-…ForSequenceClassification with one label, which `reward.model` takes, too), and result.json with what the held-out
-pairs say. The reward of a response is read at its last token.
+Of one of three kinds (KINDS). bradley_terry: a reward of each response, from a scalar head at its last token.
+preference and preference_head: which of two responses is better, read together (`sera_jax.preference`), from a policy's
+label token or from a scalar head.
+
+The run folder is that of `sera_jax.train` without iterations: config.yaml, metrics.jsonl, checkpoints/, export/ (with a
+scalar head a …ForSequenceClassification with one label, else a policy; `reward.model` takes either), and result.json
+with what the held-out pairs say.
 """
 
 import dataclasses
@@ -19,7 +23,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sera_jax import calibration, data, disk, hf, losses, metrics, policies, processes, programs, sample, score
+from sera_jax import (
+    calibration,
+    data,
+    disk,
+    hf,
+    losses,
+    metrics,
+    policies,
+    preference,
+    processes,
+    programs,
+    sample,
+    score,
+)
 from sera_jax import config as configs
 from sera_jax import mesh as meshes
 from sera_jax import rows as rowlib
@@ -28,6 +45,7 @@ from sera_jax.calibration import Calibration
 from sera_jax.config import RewardModelConfig
 from sera_jax.ledger import branch_key, derived_tag
 from sera_jax.policies import Folder
+from sera_jax.preference import Form
 from sera_jax.records import Pair, Tree
 from sera_jax.rows import Plan
 from sera_jax.run import Run, Stage, Validation
@@ -35,25 +53,46 @@ from sera_jax.train import world as worlds
 
 
 @dataclasses.dataclass(frozen=True)
-class Pairs:
-    """Pairs as they are trained or measured on: trees of two branches; score_N2 float32, the annotator's, 0 where none
-    are needed; weight_N float32."""
+class Examples:
+    """What is trained or measured on, float32. trees: of N examples, or of several a pair (`Kind.measured`).
+    score_F: by flat branch number, the annotator's, 0 where none are needed; weight_N: of the pairs that are measured
+    on, or of the trees that are trained on; length_N2: response tokens of the pairs (chosen, rejected)."""
 
     trees: tuple[Tree, ...]
-    score_N2: np.ndarray
+    score_F: np.ndarray
     weight_N: np.ndarray
+    length_N2: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
-    """What a process reads. padding: an id for transformers, which looks for the last token that is not padding.
-    content: hash of what is behind the config's paths."""
+    """What a process reads. form: how a preference model is asked, None of bradley_terry. padding: an id for
+    transformers, which looks for the last token that is not padding; None without scalar head. content: hash of what is
+    behind the config's paths."""
 
     start: Folder
-    pairs: Pairs
-    held_out: Pairs
-    padding: int
+    form: Form | None
+    pairs: Examples
+    held_out: Examples
+    padding: int | None
     content: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What a kind of model is made of.
+
+    scored: has it a scalar head? examples: (config, form, start, pairs, are they trained on?) → what is trained, or
+    measured, on. update: (config, start, transform) → the program of an update. scorer: a builder of programs, of what
+    `measured` reads. measured: (config, form, its values by flat branch number, held out) → log-odds of each pair,
+    float [N], its loss, and more to tell.
+    """
+
+    scored: bool
+    examples: Callable[[RewardModelConfig, Form | None, Folder, Sequence[Pair], bool], Examples]
+    update: Callable[[RewardModelConfig, Folder, Any], Callable]
+    scorer: Callable[..., Callable]
+    measured: Callable[..., tuple[np.ndarray, np.ndarray, dict[str, float]]]
 
 
 def main(args: list[str] | None = None) -> None:
@@ -101,11 +140,11 @@ def train(config: RewardModelConfig) -> pathlib.Path:
 def _trained(config: RewardModelConfig, mesh: Mesh, opened: Opened, run: Run) -> pathlib.Path:
     start, pairs, optimizer = opened.start, opened.pairs, config.optimizer
     metrics.say(
-        f"{start.arch.family.removesuffix('ForCausalLM')} with a scalar head, compute {config.model.compute}, mesh "
-        f"{'×'.join(f'{axis} {n}' for axis, n in mesh.shape.items())}; {len(pairs.trees)} pairs, "
-        f"{len(opened.held_out.trees)} held out; run folder {run.path}"
+        f"{config.kind}: {start.arch.family.removesuffix('ForCausalLM')}{' with a scalar head' * start.arch.scored}, "
+        f"compute {config.model.compute}, mesh {'×'.join(f'{axis} {n}' for axis, n in mesh.shape.items())}; "
+        f"{len(pairs.trees)} examples, {len(opened.held_out.weight_N)} pairs held out; run folder {run.path}"
     )
-    transform, keys = worlds.adam(optimizer, start.arch), _loss_keys(config)
+    transform = worlds.adam(optimizer, start.arch)
     if run.at is None:
         state = programs.fresh_state(start.arch, mesh, transform, optimizer.moments)(start.load())
     else:
@@ -126,20 +165,12 @@ def _trained(config: RewardModelConfig, mesh: Mesh, opened: Opened, run: Run) ->
                 )
             ],
             trees=pairs.trees,
-            reference_F=pairs.score_N2.reshape(-1),
+            reference_F=pairs.score_F,
             weight_N=pairs.weight_N,
             plans=worlds.update_plans(rowlib.measure(pairs.trees), optimizer, start.arch, mesh),
         ),
         state,
-        programs.reward_update(
-            start.arch,
-            mesh,
-            start.compute,
-            transform,
-            keys,
-            worlds.schedule(optimizer),
-            moments=optimizer.moments,
-        ),
+        KINDS[config.kind].update(config, start, transform),
         at=run.at,
         count=0,
         key=sample.seeded(config.run.seed),
@@ -150,17 +181,11 @@ def _trained(config: RewardModelConfig, mesh: Mesh, opened: Opened, run: Run) ->
     return _finish(config, opened, run, state.params, measure)
 
 
-def _loss_keys(config: RewardModelConfig) -> dict[str, float]:
-    """Keywords of losses.bradley_terry."""
-    loss = config.reward_loss
-    return {"margin": loss.margin, "center": loss.center, "length_alpha": loss.length_alpha}
-
-
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
 def _opened(config: RewardModelConfig, mesh: Mesh) -> Opened:
-    model = config.model
+    model, kind = config.model, KINDS[config.kind]
     folder = policies.open_folder(
         model.path,
         mesh,
@@ -169,10 +194,19 @@ def _opened(config: RewardModelConfig, mesh: Mesh) -> Opened:
         attention=model.attention,
         chat_template=config.data.chat_template,
         seed=config.run.seed if model.weights == "random" else None,
-        read=hf.read_any_arch,
+        read=hf.read_any_arch if kind.scored else hf.read_arch,
     )
-    start = folder if folder.arch.scored else policies.with_score(folder, config.run.seed)
-    padding = data.padding_id(start.tokenizer, start.eos_ids)
+    start = policies.with_score(folder, config.run.seed) if kind.scored and not folder.arch.scored else folder
+    padding = data.padding_id(start.tokenizer, start.eos_ids) if kind.scored else None
+    form = None
+    if config.kind != "bradley_terry":
+        form = Form(
+            head=kind.scored,
+            labels=config.preference.labels,
+            max_length=config.data.max_length,
+            max_prompt_length=config.data.max_prompt_length,
+            truncation=config.data.truncation,
+        )
     given, report = data.load_pairs(
         config.data.pairs,
         format=config.data.format,
@@ -186,22 +220,42 @@ def _opened(config: RewardModelConfig, mesh: Mesh) -> Opened:
     for line in report.lines():
         metrics.say(line)
     sides = data.split_validation(given, config.data.validation, config.run.seed)
-    pairs, held_out = (_tokenised(config, side, start) for side in sides)
+    pairs, held_out = (
+        kind.examples(config, form, start, side, trains)
+        if side
+        else Examples((), *[np.zeros(0, np.float32)] * 2, _pairs([]))
+        for side, trains in zip(sides, (True, False))
+    )
     if not pairs.trees:
         raise ValueError(
             "no pair is left after tokenising; expected at least one. See the counts above for the reasons."
         )
     told = [
-        repr((tree.id, branch_key(tree.prompt, branch).hex(), float(value), float(weight)))
+        repr((tree.id, branch_key(tree.prompt, branch).hex()))
         for some in (pairs, held_out)
-        for tree, score_2, weight in zip(some.trees, some.score_N2, some.weight_N)
-        for branch, value in zip(tree.branches, score_2)
+        for tree in some.trees
+        for branch in tree.branches
     ]
-    return Opened(start, pairs, held_out, padding, derived_tag(start.tag, *told))
+    told += [repr((some.score_F.tolist(), some.weight_N.tolist())) for some in (pairs, held_out)]
+    return Opened(start, form, pairs, held_out, padding, derived_tag(start.tag, *told))
 
 
-def _tokenised(config: RewardModelConfig, pairs: Sequence[Pair], start: Folder) -> Pairs:
-    """Raises ValueError, naming the first pair without, where the margin needs scores that are missing."""
+def _pairs(values: Sequence[tuple[float, float]]) -> np.ndarray:
+    """float32 [N, 2]."""
+    return np.array(values, np.float32).reshape(-1, 2)
+
+
+# --- kinds ------------------------------------------------------------------------------------------------------------
+
+
+def _responses(
+    config: RewardModelConfig, form: Form | None, start: Folder, pairs: Sequence[Pair], trains: bool
+) -> Examples:
+    """Trees of two branches, (chosen, rejected).
+
+    Raises:
+        ValueError: the margin needs scores that are missing; names the first pair without.
+    """
     lacking = [pair.id for pair in pairs if pair.scores is None]
     if lacking and config.reward_loss.margin:
         raise ValueError(
@@ -209,17 +263,97 @@ def _tokenised(config: RewardModelConfig, pairs: Sequence[Pair], start: Folder) 
             f"{len(pairs)} pairs have none, the first {lacking[0]!r}. Give score_chosen and score_rejected, or set it "
             "to 0."
         )
-    trees: Sequence[Tree] = ()
-    if pairs:
-        trees, counts = data.tokenise_pairs(pairs, start.tokenizer, start.eos_ids, **worlds.cutting(config))
-        for line in counts.lines():
-            metrics.say(line)
+    trees, counts = data.tokenise_pairs(pairs, start.tokenizer, start.eos_ids, **worlds.cutting(config))
+    for line in counts.lines():
+        metrics.say(line)
     scores = {pair.id: pair.scores or (0.0, 0.0) for pair in pairs}
-    return Pairs(
+    return Examples(
         trees=tuple(trees),
-        score_N2=np.array([scores[tree.id] for tree in trees], np.float32).reshape(-1, 2),
+        score_F=_pairs([scores[tree.id] for tree in trees]).reshape(-1),
         weight_N=np.array([tree.weight for tree in trees], np.float32),
+        length_N2=_pairs([[len(branch) for branch in tree.branches] for tree in trees]),
     )
+
+
+def _questions(config: RewardModelConfig, form: Form, start: Folder, pairs: Sequence[Pair], trains: bool) -> Examples:
+    """Trees of questions about (chosen, rejected), as they are trained on or, in both orders, asked."""
+    found = preference.questions(form, start.tokenizer, [(p.prompt, p.chosen, p.rejected) for p in pairs])
+    names = [pair.id for pair in pairs]
+    if trains:
+        both = config.preference.orders == "both"
+        trees = preference.to_train(form, start.tokenizer, names, found, seed=config.run.seed, both=both)
+    else:
+        trees = preference.to_ask(form, start.tokenizer, names, found)
+    flat = tuple(tree for some in trees for tree in some)
+    kept = [(pair, some) for pair, some in zip(pairs, trees) if some]
+    texts = [preference.answer(response) for pair, _ in kept for response in (pair.chosen, pair.rejected)]
+    metrics.say(
+        f"{len(kept)} of {len(pairs)} pairs as questions, the longest tree of "
+        f"{max((tree.length for tree in flat), default=0)} tokens; {found.cut} cut to data.max_length, "
+        f"{len(pairs) - len(kept)} that do not fit"
+    )
+    return Examples(
+        trees=flat,
+        score_F=np.zeros(sum(len(tree.branches) for tree in flat), np.float32),
+        weight_N=np.array([pair.weight for pair, some in kept for _ in (some if trains else [0])], np.float32),
+        length_N2=_pairs([len(ids) for ids in data.encoded(start.tokenizer, texts)]),
+    )
+
+
+def _scalar_update(config: RewardModelConfig, start: Folder, transform: Any) -> Callable:
+    return programs.reward_update(
+        start.arch,
+        start.mesh,
+        start.compute,
+        transform,
+        _loss_keys(config),
+        worlds.schedule(config.optimizer),
+        scale=1.0 if config.kind == "bradley_terry" else 0.5,
+        moments=config.optimizer.moments,
+    )
+
+
+def _label_update(config: RewardModelConfig, start: Folder, transform: Any) -> Callable:
+    return programs.sft_update(
+        start.arch,
+        start.mesh,
+        start.compute,
+        transform,
+        worlds.schedule(config.optimizer),
+        weighted=True,
+        moments=config.optimizer.moments,
+    )
+
+
+def _loss_keys(config: RewardModelConfig) -> dict[str, float]:
+    """Keywords of losses.bradley_terry."""
+    loss = config.reward_loss
+    return {"margin": loss.margin, "center": loss.center, "length_alpha": loss.length_alpha}
+
+
+def _of_rewards(
+    config: RewardModelConfig, form: Form | None, value_F: np.ndarray, held_out: Examples
+) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+    reward_N2, score_N2 = value_F.reshape(-1, 2), held_out.score_F.reshape(-1, 2)
+    arrays = map(jnp.asarray, (reward_N2, held_out.length_N2, score_N2))
+    loss_N = np.asarray(losses.bradley_terry(*arrays, **_loss_keys(config)))
+    return reward_N2[:, 0] - reward_N2[:, 1], loss_N, {"validation/reward": float(reward_N2.mean())}
+
+
+def _of_answers(
+    config: RewardModelConfig, form: Form, value_F: np.ndarray, held_out: Examples
+) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+    margin_N = preference.log_odds(preference.probabilities(form, value_F))
+    places = preference.of_places(preference.first_wins(form, value_F))
+    told = {key.replace("preference", "validation"): value for key, value in places.items()}
+    return margin_N, np.logaddexp(0, -margin_N), told
+
+
+KINDS: dict[str, Kind] = {
+    "bradley_terry": Kind(True, _responses, _scalar_update, programs.reward_scorer, _of_rewards),
+    "preference": Kind(False, _questions, _label_update, programs.scorer, _of_answers),
+    "preference_head": Kind(True, _questions, _scalar_update, programs.reward_scorer, _of_answers),
+}
 
 
 # --- what the held-out pairs say --------------------------------------------------------------------------------------
@@ -229,30 +363,27 @@ def _measured(
     config: RewardModelConfig, mesh: Mesh, opened: Opened
 ) -> Callable[[Any], tuple[dict[str, float], Calibration]]:
     """params → (numbers of the held-out pairs, {} without any; their calibration)."""
-    arch, held_out = opened.start.arch, opened.held_out
-    trees, keys = held_out.trees, _loss_keys(config)
-    scorer = programs.reward_scorer(arch, mesh, opened.start.compute)
-    length_N2 = np.array([[len(b) for b in tree.branches] for tree in trees], np.float32).reshape(-1, 2)
+    arch, held_out, kind = opened.start.arch, opened.held_out, KINDS[config.kind]
+    trees = held_out.trees
+    scorer = kind.scorer(arch, mesh, opened.start.compute)
     plan: Plan | None = score.plan_for(trees, arch, mesh) if trees else None
 
     def measure(params: Any) -> tuple[dict[str, float], Calibration]:
+        if not trees:
+            return {}, calibration.calibration(np.zeros(0))
         run = programs.score_rows(scorer, params, mesh)
         chunks = [trees[i : i + score.CHUNK] for i in range(0, len(trees), score.CHUNK)]
-        flat = [score.logps(chunk, run, plan) for chunk in chunks] or [np.zeros(0, np.float32)]
-        reward_N2 = np.concatenate(flat).reshape(-1, 2)
-        margin_N = reward_N2[:, 0] - reward_N2[:, 1]
+        value_F = np.concatenate([score.logps(chunk, run, plan) for chunk in chunks])
+        margin_N, loss_N, more = kind.measured(config, opened.form, value_F, held_out)
         calibrated = calibration.calibration(margin_N)
-        if not trees:
-            return {}, calibrated
-        loss_N = losses.bradley_terry(*map(jnp.asarray, (reward_N2, length_N2, held_out.score_N2)), **keys)
         weight_N = held_out.weight_N.astype(np.float64)
-        longer_N = (np.sign(length_N2[:, 0] - length_N2[:, 1]) + 1) / 2
+        longer_N = (np.sign(held_out.length_N2[:, 0] - held_out.length_N2[:, 1]) + 1) / 2
         return {
-            "validation/loss": float(np.sum(weight_N * np.asarray(loss_N)) / max(weight_N.sum(), 1e-30)),
-            "validation/accuracy": float((margin_N > 0).mean()),
+            "validation/loss": float(np.sum(weight_N * loss_N) / max(weight_N.sum(), 1e-30)),
+            "validation/accuracy": float((np.sign(margin_N) + 1).mean() / 2),
             "validation/longer": float(longer_N.mean()),
             "validation/margin": float(margin_N.mean()),
-            "validation/reward": float(reward_N2.mean()),
+            **more,
             "validation/calibration_error": calibrated.error,
         }, calibrated
 
@@ -284,21 +415,16 @@ def _finish(
             ["from", "to", "pairs", "confidence", "accuracy"],
             [list(one.values()) for one in bins],
         )
-    tokenizer, padding = opened.start.tokenizer, opened.padding
-    facts = [
-        f"A reward model, trained with sera_jax from `{config.model.path}`: one logit, the reward of the text's last "
-        f"token (EOS). Texts of a batch are filled up with `{tokenizer.convert_ids_to_tokens(padding)}`.",
-        *(f"- {key}: {value}" for key, value in found.items()),
-    ]
+    extra, beside, facts = _told(config, opened)
     export = hf.save(
         run.path / "export",
         opened.start.arch,
         params,
         source=config.model.path,
         dtype=jnp.float32,
-        card=facts,
-        extra={"pad_token_id": padding},
-        tokenizer={"pad_token": tokenizer.convert_ids_to_tokens(padding)},
+        card=[*facts, *(f"- {key}: {value}" for key, value in found.items())],
+        extra=extra,
+        tokenizer=beside,
     )
     if config.data.chat_template != "auto":
         template = pathlib.Path(config.data.chat_template).expanduser()
@@ -307,6 +433,29 @@ def _finish(
     processes.once(lambda: _write(run.path / "result.json", text))
     metrics.say(f"exported: {export}")
     return export
+
+
+def _told(config: RewardModelConfig, opened: Opened) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """Further keys of the export's config.json and of its tokenizer_config.json, and what its card says."""
+    extra, beside = {}, {}
+    facts = {
+        "bradley_terry": "A reward model: one logit, the reward of the text's last token (EOS).",
+        "preference": "A preference model: a question with two responses goes on with the label of the better one.",
+        "preference_head": "A preference model: one logit s(a, b) at the end of a question with two responses; P(a is "
+        "better than b) = σ(½ [s(a, b) - s(b, a)]).",
+    }
+    lines = [f"{facts[config.kind]} Trained with sera_jax from `{config.model.path}`."]
+    if opened.form is not None:
+        extra |= preference.told(opened.form)
+        asked = preference.question(opened.form, "{context}", "{first}", "{second}")
+        lines.append(
+            f"The question, the user's turn where there is a chat template: {json.dumps(asked)}; ask in both orders."
+        )
+    if opened.padding is not None:
+        padding = opened.start.tokenizer.convert_ids_to_tokens(opened.padding)
+        extra, beside = {**extra, "pad_token_id": opened.padding}, {"pad_token": padding}
+        lines.append(f"Texts of a batch are filled up with `{padding}`.")
+    return extra, beside, lines
 
 
 def _write(path: pathlib.Path, text: str) -> None:

@@ -5,6 +5,7 @@ implicit reward comes from log-probs that the trainer's own forward pass compute
 """
 
 import importlib
+import itertools
 import math
 import os
 import sys
@@ -76,6 +77,47 @@ def _asked(
                 )
             rewards_PC[p, c] = value
     return rewards_PC
+
+
+def by_preference(
+    function: Callable[[Text, str, str], float] | None,
+    prompts: Sequence[Text],
+    texts_PC: Sequence[Sequence[str | None]],
+    label: str,
+) -> np.ndarray:
+    """float32 [P, C, C]: P[p, i, j], a Python function's probability that response i is better than j, for i < j; the
+    rest follows, since P[p, i, j] + P[p, j, i] = 1 and equal texts have 0.5, unasked. NaN where there is no response.
+    Process 0 asks, all know.
+
+    Args:
+        function: from `load_function`; called with the prompt as it stands in the data and the texts of the two.
+        texts_PC: of the responses; None = none, the function is not asked.
+
+    Raises:
+        ValueError: it returned something that is not a probability.
+    """
+    return processes.once(lambda: _compared(function, prompts, texts_PC, label))
+
+
+def _compared(
+    function: Callable[[Text, str, str], float],
+    prompts: Sequence[Text],
+    texts_PC: Sequence[Sequence[str | None]],
+    label: str,
+) -> np.ndarray:
+    most = max(map(len, texts_PC), default=0)
+    prob_PCC = np.full((len(prompts), most, most), np.nan, np.float32)
+    for p, prompt in enumerate(metrics.track(prompts, total=len(prompts), label=label, unit="prompts")):
+        there = [(c, text) for c, text in enumerate(texts_PC[p]) if text is not None]
+        for (i, first), (j, second) in itertools.combinations_with_replacement(there, 2):
+            value = 0.5 if first == second else function(prompt, first, second)
+            if not isinstance(value, (int, float, np.number)) or not 0 <= value <= 1:
+                raise ValueError(
+                    f"the preference function returned {value!r} for prompt {p} and responses {first!r} and "
+                    f"{second!r}, expected a probability, that the first is better than the second."
+                )
+            prob_PCC[p, i, j], prob_PCC[p, j, i] = value, 1 - value
+    return prob_PCC
 
 
 def random(candidates: Candidates, key: jax.Array) -> np.ndarray:

@@ -238,10 +238,30 @@ def spread(values_F: np.ndarray, example_BS: np.ndarray, fill: float = 0.0) -> n
 
 
 def unpack(values_BS: np.ndarray, example_BS: np.ndarray, count: int) -> np.ndarray:
-    """Slot values → float32 [count] by flat branch number; NaN for a number that is in no slot."""
-    out = np.full(count, np.nan, np.float32)
+    """Slot values → float32 [count] by flat branch number; NaN for a number that is in no slot. A value may be an
+    array: axes behind the slot's stay."""
+    out = np.full((count, *values_BS.shape[example_BS.ndim :]), np.nan, np.float32)
     filled = example_BS >= 0
     out[example_BS[filled]] = values_BS[filled]
+    return out
+
+
+def spread_tokens(values_F: Sequence[np.ndarray], example_BS: np.ndarray, slot_BM: np.ndarray) -> np.ndarray:
+    """Values of each branch's predicted tokens, by flat branch number → targets of rows (any leading axes), float32; 0
+    where there is no token."""
+    out_BM = np.zeros(slot_BM.shape, np.float32)
+    for row in np.ndindex(slot_BM.shape[:-1]):
+        values = [values_F[branch] for branch in example_BS[row] if branch >= 0]  # targets stand slot by slot
+        out_BM[row][: sum(map(len, values))] = np.concatenate(values) if values else 0
+    return out_BM
+
+
+def unpack_tokens(values_BM: np.ndarray, example_BS: np.ndarray, slot_BM: np.ndarray, count: int) -> list[np.ndarray]:
+    """The inverse: float32 [tokens] of each of `count` flat branch numbers."""
+    out = [np.zeros(0, np.float32)] * count
+    for row in np.ndindex(slot_BM.shape[:-1]):
+        for slot in np.flatnonzero(example_BS[row] >= 0):
+            out[example_BS[row][slot]] = values_BM[row][slot_BM[row] == slot]
     return out
 
 

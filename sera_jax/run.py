@@ -14,7 +14,7 @@ import os
 import pathlib
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 import grain
@@ -322,7 +322,8 @@ class Stage:
 
     batches: int64 [batch] example numbers, one array an update. trees: the examples. reference_F: by flat branch
     number, log-probs under the loss's reference, or, for a reward model, the annotator's scores; weight_N: of the
-    examples. plans: shapes of rows, of which each batch takes one.
+    examples. plans: shapes of rows, of which each batch takes one. tokens_F: by name and flat branch number, what is
+    known of each response token (records.Batch).
     """
 
     name: str
@@ -332,6 +333,32 @@ class Stage:
     reference_F: np.ndarray
     weight_N: np.ndarray
     plans: tuple[Plan, ...]
+    tokens_F: Mapping[str, Sequence[np.ndarray]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """Updates."""
+        return len(self.batches)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounds:
+    """A stage that makes its own work, round by round, of what trains.
+
+    count: rounds; updates: of each. make: (number of the round, what trains as it begins) → the Stage of its updates;
+    a function of both alone, so that a resume makes the same again.
+    """
+
+    name: str
+    iteration: int
+    count: int
+    updates: int
+    make: Callable[[int, Any], Stage]
+
+    @property
+    def total(self) -> int:
+        """Updates of all rounds."""
+        return self.count * self.updates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -371,7 +398,7 @@ def checked(checks: Checks, update: int, found: dict[str, float], validation: Va
 
 def run_stage(
     run: Run,
-    stage: Stage,
+    stage: Stage | Rounds,
     state: TrainState,
     update: Callable,
     *,
@@ -385,17 +412,18 @@ def run_stage(
     """The updates of a stage from where it stands on, logged, checked and saved as the run says; always saved at its
     end.
 
-    Metrics of an update are read after the next one is dispatched, so that the devices never wait for the log.
+    Metrics of an update are read after the next one is dispatched, so that the devices never wait for the log. Within a
+    round nothing is saved: what it trains on was made by the policy at its beginning.
 
     Args:
-        state: donated. frozen: weights that no update changes ({} = none). update: programs.preference_update or
-            sft_update. at: where the stage stands, None = at its beginning. count: updates of the run before this
-            stage. key: of the stage; each update folds its number in.
+        state: donated. frozen: weights that no update changes ({} = none). update: of programs, for what the stage
+            brings. at: where the stage stands, None = at its beginning. count: updates of the run before this stage.
+            key: of the stage; each update folds its number in.
 
     Returns:
         the state and the cursor at the end.
     """
-    total = len(stage.batches)
+    total = stage.total
     logged = lambda: processes.once(lambda: run.metrics.offset)
     at = at or Cursor(stage.name, stage.iteration, 0, total, count, logged(), origins=run.origins)
     if at.checks.stopped:
@@ -412,8 +440,19 @@ def run_stage(
             share = sum(f.useful for f in last["fills"]) / max(sum(f.padded for f in last["fills"]), 1)
             run.metrics.write({**last["where"], **numbers, "perf/useful_tokens": share})
 
+    def work() -> Iterator[tuple[Batch, Fill]]:
+        nonlocal pending
+        if isinstance(stage, Stage):
+            yield from loaded(stage, mesh, done)
+            return
+        for number in range(done // stage.updates, stage.count):
+            log(pending)
+            pending = None
+            yield from loaded(stage.make(number, state.params), mesh, 0)
+
     done, checks = at.update, at.checks
-    stream = zip(range(done, total), loaded(stage, mesh, done), strict=True)
+    saved, step = done, 1 if isinstance(stage, Stage) else stage.updates
+    stream = zip(range(done, total), work(), strict=True)
     label = {"sft": "SFT", "reward": "reward model"}.get(stage.name, f"iteration {stage.iteration}: updates")
     for index, (batch, fill) in metriclib.track(stream, total=total - done, label=label, unit="updates"):
         state, metrics = update(state, frozen, batch, total_array, fold(key, index))
@@ -435,9 +474,10 @@ def run_stage(
             log(pending)
             pending = None
             run.metrics.write({**where, "stage": "validation", **found})
-        if (index + 1) % run.save_every == 0 or last:
+        due = (index + 1) // run.save_every > saved // run.save_every and (index + 1) % step == 0
+        if due or last:
             log(pending)
-            pending = None
+            pending, saved = None, index + 1
             at = Cursor(stage.name, stage.iteration, index + 1, total, count + index + 1, logged(), checks, run.origins)
             run.checkpoints.save(at.count, state, dataclasses.asdict(at))
         if checks.stopped:
@@ -447,7 +487,7 @@ def run_stage(
 
 def loaded(stage: Stage, mesh: Mesh, done: int) -> Iterator[tuple[Batch, Fill]]:
     """Batches of a stage from number `done` on, packed by grain's threads ahead of the devices."""
-    where = programs.batch_shardings(mesh)
+    where = programs.batch_shardings(mesh, tuple(stage.tokens_F))
 
     def pack(index: int) -> tuple[Batch, Fill]:
         members = stage.batches[index]
@@ -464,6 +504,10 @@ def loaded(stage: Stage, mesh: Mesh, done: int) -> Iterator[tuple[Batch, Fill]]:
             weight_ABS=rowlib.spread(np.repeat(stage.weight_N[members], branches), stacked.example_BS),
             target_ABS=rowlib.spread(told_F, stacked.example_BS),
             count=np.int32(count),
+            tokens={
+                name: rowlib.spread_tokens([known[i] for i in flat], stacked.example_BS, stacked.slot_BM)
+                for name, known in stage.tokens_F.items()
+            },
         )
         return batch, rowlib.fill(packed)
 

@@ -88,13 +88,35 @@ def prefill(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Beside:
+    """The second model of a mixture, of the first one's architecture: tokens come from π^(1-α)·π₂^α / Z, normalised
+    token by token, as in Nash-MD (Munos et al. 2023, sec. 7).
+
+    params: weights on the decode layout; start: the prompts under it; alpha: float32.
+    """
+
+    params: dict
+    start: Prefilled
+    alpha: jax.Array
+
+
+def mixed(logits: Sequence[jax.Array], beside: Beside | None) -> jax.Array:
+    """Logits of the mixture, from those of each model; of one model its own."""
+    if beside is None:
+        return logits[0]
+    one, other = map(jax.nn.log_softmax, logits)
+    return (1 - beside.alpha) * one + beside.alpha * other
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class _Slots:
     """Where decoding stands. G groups of S slots each, whose candidates come from a queue of Q of their own.
 
     steps int32: passes so far. head_G: next candidate of the queue. Of each slot [G, S]: item, its candidate's place in
-    the queue; t, tokens that it has; last, the newest, which is in no cache yet; done. own: keys and values of what
-    the slots have emitted, [layers, G, S, K, T, H]; keys [..., H, T] where they are turned. Of each candidate:
-    tokens_GQT, -1 where there is none; finished_GQ.
+    the queue; t, tokens that it has; last, the newest, which is in no cache yet; done. owns: of each model, keys
+    and values of what the slots have emitted, [layers, G, S, K, T, H]; keys [..., H, T] where they are turned. Of each
+    candidate: tokens_GQT, -1 where there is none; finished_GQ.
     """
 
     steps: jax.Array
@@ -103,7 +125,7 @@ class _Slots:
     t_GS: jax.Array
     last_GS: jax.Array
     done_GS: jax.Array
-    own: tuple[jax.Array, jax.Array]
+    owns: tuple[tuple[jax.Array, jax.Array], ...]
     tokens_GQT: jax.Array
     finished_GQ: jax.Array
 
@@ -116,6 +138,7 @@ def decode(
     key: jax.Array,
     sampling: Sampling,
     limit_PC: jax.Array | None = None,
+    beside: Beside | None = None,
     *,
     candidates: int,
     max_new_tokens: int,
@@ -134,6 +157,7 @@ def decode(
         key: of the iteration; not consumed, only folded. sampling: arrays, any change of value reuses the program; its
             temperature is one for all, or [candidates].
         limit_PC: int32, tokens that each candidate may have, 1 to max_new_tokens; None = max_new_tokens.
+        beside: the second model of a mixture, with a cache of its own; temperature and filters act on the mixture.
         slots: candidates decoded at a time; None = all.
         backend: key of attention.ATTENTION, or "auto": whether refilled slots read their prompts by our kernel.
 
@@ -157,26 +181,24 @@ def decode(
         return sampling if temperature is None else dataclasses.replace(sampling, temperature=temperature)
 
     layers, _, heads, j_max, h = start.cache[1].shape
-    prompts = jax.tree.map(lambda a: a.reshape(layers, groups, -1, *a.shape[2:]), start.cache)
+    models = [(params, start), *([(beside.params, beside.start)] if beside else [])]
+    caches = [jax.tree.map(lambda a: a.reshape(layers, groups, -1, *a.shape[2:]), its.cache) for _, its in models]
     in_place = not shared and attention.reads_in_place(backend, mesh)
     # CPUs multiply one query by keys [H, T] faster; TPUs would turn the whole cache for every token.
     turned = attention.platform(mesh) == "cpu" and not in_place
     if turned and not shared:  # each slot reads its prompt's keys as it does its own
-        prompts = prompts[0].swapaxes(-1, -2), prompts[1]
+        caches = [(keys.swapaxes(-1, -2), values) for keys, values in caches]
 
-    def reads(s: _Slots, length_GS: jax.Array) -> tuple[Callable, Any]:
+    def reads(s: _Slots, m: int, length_GS: jax.Array) -> tuple[Callable, Any]:
         if in_place:
-            return _in_place(arch, s, length_GS, prompts, c, mesh)
-        return _by_copy(arch, s, length_GS, prompts, c, shared, turned)
+            return _in_place(arch, s, length_GS, caches[m], s.owns[m], c, mesh)
+        return _by_copy(arch, s, length_GS, caches[m], s.owns[m], c, shared, turned)
 
-    def step(s: _Slots) -> _Slots:
-        s = s if shared else _refilled(s, limit_GQ)
-        of_slot = lambda of_GQ: _each(of_GQ, s.item_GS)
-        length_GS = of_slot(length_GQ)
-        attend, cache = reads(s, length_GS)
+    def forward(s: _Slots, m: int, length_GS: jax.Array) -> tuple[jax.Array, tuple]:
+        attend, cache = reads(s, m, length_GS)
         hidden_GSD, new = model.hidden(
             arch,
-            params,
+            models[m][0],
             s.last_GS,
             length_GS + s.t_GS - 1,
             attend,
@@ -185,15 +207,24 @@ def decode(
             placement=meshes.placement(mesh, "decode"),
             cache=cache,
         )
+        own = _stored(s.owns[m], new, s.steps if shared else s.t_GS - 1, turned, mesh)
+        return model.logits(arch, models[m][0], hidden_GSD, dtype), own
+
+    def step(s: _Slots) -> _Slots:
+        s = s if shared else _refilled(s, limit_GQ)
+        of_slot = lambda of_GQ: _each(of_GQ, s.item_GS)
+        length_GS = of_slot(length_GQ)
+        logits, owns = zip(*(forward(s, m, length_GS) for m in range(len(models))))
         own_sampling = at(of_slot(temperature_PC.reshape(groups, queue)) if each else None)
-        token_GS = draw.pick(model.logits(arch, params, hidden_GSD, dtype), of_slot(keys_GQ), s.t_GS, own_sampling)
-        own = _stored(s.own, new, s.steps if shared else s.t_GS - 1, turned, mesh)
-        return _emitted(dataclasses.replace(s, own=own), token_GS, of_slot(limit_GQ), sampling.eos_ids)
+        token_GS = draw.pick(mixed(logits, beside), of_slot(keys_GQ), s.t_GS, own_sampling)
+        return _emitted(dataclasses.replace(s, owns=owns), token_GS, of_slot(limit_GQ), sampling.eos_ids)
+
+    first_PV = mixed([its.logits_PV for _, its in models], beside)
 
     def of_candidate(values: tuple[jax.Array, jax.Array | None]) -> jax.Array:
         keys_P, temperature_P = values
         own_sampling = at(temperature_P[:, None] if each else None)
-        return draw.pick(start.logits_PV[:, None], keys_P[:, None], jnp.int32(0), own_sampling)[:, 0]
+        return draw.pick(first_PV[:, None], keys_P[:, None], jnp.int32(0), own_sampling)[:, 0]
 
     by_number = (keys_PC.swapaxes(0, 1), temperature_PC.swapaxes(0, 1) if each else None)
     first_GQ = jax.lax.map(of_candidate, by_number).swapaxes(0, 1).reshape(groups, queue)
@@ -209,7 +240,9 @@ def decode(
         t_GS=jnp.ones((groups, width), jnp.int32),
         last_GS=first_GQ[:, :width],
         done_GS=(finished_GQ | (limit_GQ <= 1))[:, :width],
-        own=tuple(jnp.zeros((layers, groups, width, heads, *of), dtype) for of in (of_keys, (t_max, h))),
+        owns=tuple(
+            tuple(jnp.zeros((layers, groups, width, heads, *of), dtype) for of in (of_keys, (t_max, h))) for _ in models
+        ),
         tokens_GQT=tokens_GQT,
         finished_GQ=finished_GQ,
     )
@@ -222,6 +255,7 @@ def _by_copy(
     s: _Slots,
     length_GS: jax.Array,
     prompts: tuple[jax.Array, jax.Array],
+    own: tuple[jax.Array, jax.Array],
     candidates: int,
     shared: bool,
     turned: bool,
@@ -229,10 +263,10 @@ def _by_copy(
     """Attention of the newest token of every slot on XLA, as model.hidden takes it, and its cache.
 
     Args:
-        prompts: caches [layers, G, prompts of a group, ...]. shared: a group's slots have the same prompt; else each
-            slot's prompt is copied beside its own tokens, layer by layer.
+        prompts: caches [layers, G, prompts of a group, ...]; own: of the slots. shared: a group's slots have the same
+            prompt; else each slot's prompt is copied beside its own tokens, layer by layer.
     """
-    (groups, width), j_max, t_max = s.t_GS.shape, prompts[1].shape[4], s.own[1].shape[4]
+    (groups, width), j_max, t_max = s.t_GS.shape, prompts[1].shape[4], own[1].shape[4]
     # Slots as attend_decode takes them: candidates of one prompt side by side, or each on its own.
     rows = (groups, width) if shared else (groups * width, 1)
     position, length, t = (a.reshape(rows) for a in (length_GS + s.t_GS - 1, length_GS, s.t_GS))
@@ -246,12 +280,12 @@ def _by_copy(
         return cache[:, 0] if shared else as_rows(_each(cache, s.item_GS // candidates))
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Any, window: jax.Array | None) -> tuple:
-        prompt, own = cache
+        prompt, emitted = cache
         out = attention.attend_decode(
             as_rows(q),
             (as_rows(k), as_rows(v)),
             jax.tree.map(prompt_of, prompt),
-            jax.tree.map(as_rows, own),
+            jax.tree.map(as_rows, emitted),
             attention.within(prompt_mask, position, prompt_position, window),
             attention.within(own_mask, position, own_position, window),
             turned=turned,
@@ -260,7 +294,7 @@ def _by_copy(
         )
         return out.reshape(q.shape), (k, v)
 
-    return attend, (prompts, s.own)
+    return attend, (prompts, own)
 
 
 def _in_place(
@@ -268,6 +302,7 @@ def _in_place(
     s: _Slots,
     length_GS: jax.Array,
     prompts: tuple[jax.Array, jax.Array],
+    own: tuple[jax.Array, jax.Array],
     candidates: int,
     mesh: Mesh,
 ) -> tuple[Callable, jax.Array]:
@@ -278,7 +313,7 @@ def _in_place(
             q,
             (k, v),
             prompts,
-            s.own,
+            own,
             layer,
             s.item_GS // candidates,
             length_GS,

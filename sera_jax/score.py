@@ -7,6 +7,7 @@ backward pass, with the vocabulary split over (fsdp, tensor), so no array of [to
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -123,6 +124,24 @@ def _shared(slot_BM: jax.Array, length_BS: jax.Array) -> jax.Array:
     return jnp.arange(slot_BM.shape[1])[None] < end_BM
 
 
+def row_token_logps(
+    arch: Arch,
+    params: dict,
+    rows: Rows,
+    *,
+    mesh: Mesh,
+    dtype: Any,
+    remat: str = "none",
+    chunk: int = 256,
+    backend: str = "auto",
+    key: jax.Array | None = None,
+) -> jax.Array:
+    """float32 [B, M]: the log-prob of each response token of each row, arbitrary where slot_BM = S (no token); the
+    arguments are as `slot_sums` has them."""
+    how = {"mesh": mesh, "dtype": dtype, "remat": remat, "chunk": chunk, "backend": backend, "key": key}
+    return _of_tokens(arch, params, rows, collision=False, **how)[0]
+
+
 def _of_tokens(
     arch: Arch,
     params: dict,
@@ -202,6 +221,17 @@ def row_rewards(
     reward_BS = jnp.where(rows.example_BS >= 0, model.reward(params, hidden_BSD), 0.0)
     by_slot = jax.vmap(functools.partial(jax.ops.segment_sum, num_segments=rows.example_BS.shape[1]))
     return reward_BS, by_slot(jnp.ones(rows.slot_BM.shape, jnp.float32), rows.slot_BM)
+
+
+def row_features(arch: Arch, params: dict, rows: Rows, *, mesh: Mesh, dtype: Any, backend: str = "auto") -> jax.Array:
+    """phi_BSD float32: the last hidden state of every branch slot's last token, divided by √D; 0 in empty slots.
+
+    It is what a reward model of these weights reads (`row_rewards`); divided so that its length is about 1 at any
+    width. The arguments are as `row_logps` has them.
+    """
+    hidden_BLD = _hidden(arch, params, rows, mesh=mesh, dtype=dtype, remat="none", backend=backend)
+    hidden_BSD = jnp.take_along_axis(hidden_BLD, last_tokens(rows)[:, :, None], axis=1).astype(jnp.float32)
+    return jnp.where(rows.example_BS[:, :, None] >= 0, hidden_BSD / math.sqrt(arch.width), 0.0)
 
 
 def last_tokens(rows: Rows) -> jax.Array:
@@ -528,10 +558,25 @@ def logps(trees: Sequence[Tree], run: Callable[[Rows], jax.Array], plan: Plan) -
     return _begun(trees, run, plan)()
 
 
+def token_logps(trees: Sequence[Tree], run: Callable[[Rows], jax.Array], plan: Plan) -> list[np.ndarray]:
+    """The same of each token that is predicted: float32 [tokens] of each branch, by flat branch number.
+
+    Args:
+        run: rows of one microbatch → logp_BM.
+    """
+    logp_A, stacked, branches = _dispatched(trees, run, plan)
+    return rowlib.unpack_tokens(np.stack(meshes.get(logp_A)), stacked.example_BS, stacked.slot_BM, branches)
+
+
 def _begun(trees: Sequence[Tree], run: Callable[[Rows], jax.Array], plan: Plan) -> Callable[[], np.ndarray]:
-    """The same, dispatched; to be waited for by calling what comes back."""
+    """`logps`, dispatched; to be waited for by calling what comes back."""
+    logp_A, stacked, branches = _dispatched(trees, run, plan)
+    return lambda: rowlib.unpack(np.stack(meshes.get(logp_A)), stacked.example_BS, branches)
+
+
+def _dispatched(trees: Sequence[Tree], run: Callable, plan: Plan) -> tuple[list[jax.Array], Rows, int]:
+    """What `run` gives of each microbatch, the rows [A, B, ...] on the host, the number of branches."""
     rows = rowlib.pack(trees, plan)
     stacked, count = rowlib.microbatches(rows, plan, len(rows.tokens_BL) // plan.rows)
     logp_A = [run(jax.tree.map(lambda a, i=i: a[i], stacked)) for i in range(count)]
-    branches = sum(len(tree.branches) for tree in trees)
-    return lambda: rowlib.unpack(np.stack(meshes.get(logp_A)), stacked.example_BS, branches)
+    return logp_A, stacked, sum(len(tree.branches) for tree in trees)

@@ -405,24 +405,31 @@ def check_finite(bad: np.ndarray, ids: Sequence[str], what: str) -> None:
 # --- Win rates: how a candidate stands among those of its prompt ------------------------------------------------------
 
 
-def win_rates(rewards_PC, valid_PC, prob_PCC=None):
+def probabilities(rewards_PC, prob_PCC=None):
+    """P(i > j) -> float32 [P, C, C]: those of a source that compares, else Bradley-Terry's σ(r_i - r_j)."""
+    return jax.nn.sigmoid(rewards_PC[:, :, None] - rewards_PC[:, None, :]) if prob_PCC is None else prob_PCC
+
+
+def win_rates(rewards_PC, valid_PC, prob_PCC=None, against_PC=None):
     """Mean probability of beating the prompt's other valid candidates -> float32 [P, C].
 
     It is P(y > π | x) of the policy that sampled them, estimated as in SPPO (Wu et al. 2024, sec. 4.2), but without the
-    candidate itself.
+    candidate itself; with other opponents than the candidates, P(y > π' | x) of who sampled those.
 
     Args:
         rewards_PC: Bradley-Terry rewards: P(i > j) = σ(r_i - r_j) where nothing better is known.
         prob_PCC: P(i > j), need not be transitive; NaN = not compared, which is left out.
+        against_PC: int, how many opponents say what a candidate says; None = each valid candidate is one. A candidate
+            that is one of them itself does not count, but others that say the same do: against those it has 0.5.
 
     Returns:
         NaN for a candidate that is not valid, or that no other one was compared with.
     """
-    if prob_PCC is None:
-        prob_PCC = jax.nn.sigmoid(rewards_PC[:, :, None] - rewards_PC[:, None, :])
-    others_PCC = valid_PC[:, :, None] & valid_PC[:, None, :] & ~jnp.eye(valid_PC.shape[1], dtype=bool)[None]
-    others_PCC &= ~jnp.isnan(prob_PCC)
-    return jnp.sum(jnp.where(others_PCC, prob_PCC, 0), axis=2) / jnp.sum(others_PCC, axis=2)
+    prob_PCC, itself_CC = probabilities(rewards_PC, prob_PCC), jnp.eye(valid_PC.shape[1], dtype=jnp.int32)
+    against_PC = valid_PC.astype(jnp.int32) if against_PC is None else against_PC
+    others_PCC = jnp.maximum(against_PC[:, None, :] - itself_CC[None], 0)
+    others_PCC = jnp.where(valid_PC[:, :, None] & ~jnp.isnan(prob_PCC), others_PCC, 0)
+    return jnp.sum(jnp.where(others_PCC > 0, others_PCC * prob_PCC, 0), axis=2) / jnp.sum(others_PCC, axis=2)
 
 
 # --- Pair rules: a prompt's candidates become pairs -------------------------------------------------------------------
@@ -495,6 +502,43 @@ def random_pair(rewards_PC, valid_PC, key):
     picked_P = _pick(ok_PQ, key)
     return jnp.take_along_axis(pair_PQ2, picked_P[:, None, None], axis=1), jnp.any(ok_PQ, axis=1)[:, None]
 
+
+def _met(prob_PCC, valid_PC):
+    """bool [P, C, C]: two valid candidates of which P knows."""
+    apart = ~jnp.eye(valid_PC.shape[1], dtype=bool)[None]
+    return valid_PC[:, :, None] & valid_PC[:, None, :] & apart & jnp.isfinite(prob_PCC)
+
+
+def most_certain(prob_PCC, valid_PC, key):
+    """The pair (i, j) with the highest P[i, j]: there is one even where preferences go in a circle and no candidate is
+    better than another on average."""
+    count = valid_PC.shape[1]
+    flat_PX = jnp.where(_met(prob_PCC, valid_PC), prob_PCC, -jnp.inf).reshape(-1, count * count)
+    first_P = jnp.argmax(flat_PX, axis=1)
+    pair_PQ2 = jnp.stack([first_P // count, first_P % count], axis=1)[:, None]
+    return pair_PQ2.astype(jnp.int32), (jnp.max(flat_PX, axis=1) > 0.5)[:, None]
+
+
+def condorcet(prob_PCC, valid_PC, key):
+    """The Condorcet winner, preferred to every other valid candidate, against the Condorcet loser, to which every other
+    is preferred; none where either is missing, as where preferences go in a circle."""
+    met_PCC = _met(prob_PCC, valid_PC)
+    others_P1 = jnp.sum(valid_PC, axis=1, keepdims=True) - 1
+    count = lambda flag_PCC: jnp.sum(flag_PCC & met_PCC, axis=2)
+    whole_PC = valid_PC & (others_P1 > 0)
+    wins_PC = whole_PC & (count(prob_PCC > 0.5) == others_P1)
+    loses_PC = whole_PC & (count(prob_PCC < 0.5) == others_P1)
+    pair_PQ2 = jnp.stack([jnp.argmax(wins_PC, axis=1), jnp.argmax(loses_PC, axis=1)], axis=1)[:, None]
+    return pair_PQ2.astype(jnp.int32), (jnp.any(wins_PC, axis=1) & jnp.any(loses_PC, axis=1))[:, None]
+
+
+WIN_RULES: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
+    "most_certain": most_certain,
+    "condorcet": condorcet,
+}
+"""rule(prob_PCC, valid_PC, key) -> (pair_PQ2, ok_PQ), Q = 1: as PAIR_RULES, but of P[p, i, j], the probability that
+candidate i is better than j, which need not be transitive; NaN = they were not compared. The chosen one's P against the
+rejected one is above ½."""
 
 PAIR_RULES: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
     "best_worst": best_worst,

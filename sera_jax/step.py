@@ -39,12 +39,13 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Microbatch:
-    """Slice a of a Batch: rows [B, ...] and its slot values."""
+    """Slice a of a Batch: rows [B, ...], its slot values and those of its tokens."""
 
     rows: Any
     reference_BS: jax.Array
     weight_BS: jax.Array
     target_BS: jax.Array
+    tokens: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
 
 
 def optimizer(
@@ -80,7 +81,7 @@ def microbatch(batch: Batch, index: jax.Array) -> Microbatch:
     return Microbatch(
         *jax.tree.map(
             lambda a: jax.lax.dynamic_index_in_dim(a, index, keepdims=False),
-            (batch.rows, batch.reference_ABS, batch.weight_ABS, batch.target_ABS),
+            (batch.rows, batch.reference_ABS, batch.weight_ABS, batch.target_ABS, batch.tokens),
         )
     )
 

@@ -96,8 +96,8 @@ WORDS = (
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """A folder with a model (config.json, word tokenizer; weights are drawn), preference pairs, prompts, and a reward
-    function `tiny_reward:count` (different words of a response); the pairs once more with gold (that function, a
-    quarter of the labels flipped), and scored candidates of the prompts.
+    function `tiny_reward:count` (different words of a response) and a preference function `tiny_reward:longer`; the
+    pairs once more with gold (that function, a quarter of the labels flipped), and scored candidates of the prompts.
     """
     import json
 
@@ -157,7 +157,11 @@ def tiny(tmp_path_factory):
         "scores": rng.normal(size=2 + i % 3).tolist(),
     }
     (folder / "candidates.jsonl").write_text(rows(18, made))
-    (folder / "tiny_reward.py").write_text("def count(prompt, response):\n    return len(set(response.split()))\n")
+    (folder / "tiny_reward.py").write_text(
+        "def count(prompt, response):\n    return len(set(response.split()))\n\n\n"
+        "def longer(prompt, first, second):\n"
+        "    gap = len(first.split()) - len(second.split())\n    return 0.5 + ((gap > 0) - (gap < 0)) / 4\n"
+    )
     return folder
 
 

@@ -311,6 +311,24 @@ def test_the_pairs_of_every_rule(rule):
     assert fresh.kept_F.all() and fresh.kept_F.dtype == bool
 
 
+def test_the_rule_that_explores():
+    """The most uncertain of the others is taken where a nat costs little; of all pairs, the most uncertain are kept."""
+    gamma = np.array([[0, 5, 2, 1], [9] * 4, [3, 4, 9, 9], [7, 9, 9, 8], [9] * 4, [1, 6, 2, 0]], np.float32)
+    of = lambda eta, keep=100: bootstrap.fresh_pairs(
+        candidates_of(GRID), REWARDS, VALID, rule="explore", keep=keep, key=jax.random.key(0), gamma_PC=gamma, eta=eta
+    )
+    # Prompt 2: candidates 0 to 2 are valid, 2 is the best; prompt 3: 0 and 3; prompt 5: all.
+    cheap, dear = of(1e-3), of(1e3)
+    assert [(p, *pair) for p, pair in zip(cheap.prompt_F, cheap.pair_F2.tolist())] == [
+        (0, 0, 1), (2, 2, 1), (3, 3, 0), (5, 3, 1)
+    ]  # fmt: skip
+    assert cheap.gamma_F.tolist() == [5, 4, 7, 6] and cheap.kept_F.all()
+    assert dear.pair_F2.tolist() == [[0, 1], [2, 0], [3, 0], [3, 0]]
+    assert cheap.margin_F.tolist() == [2, 4, 2, 2] and of(1e-3, keep=2).kept_F.tolist() == [False, False, True, True]
+    assert pairs_of("best_worst").gamma_F is None
+    assert set(bootstrap.PAIR_RULES) == {*sera.PAIR_RULES, "explore"}
+
+
 @pytest.mark.parametrize("keep", [0, 1, 2, 3, 50])
 def test_the_largest_margins_are_kept(keep):
     fresh = pairs_of("best_worst", keep)
@@ -324,6 +342,25 @@ def test_random_rules_draw_by_key():
     assert len(draws) > 3
     again = pairs_of("random", seed=3)
     np.testing.assert_array_equal(again.pair_F2, pairs_of("random", seed=3).pair_F2)
+
+
+def test_rules_that_read_probabilities_and_their_margins():
+    """The source's own P where it has one, whatever the mean rewards say; the margin is P(c > r) - P(r > c)."""
+    circle = np.array([[0.5, 0.9, 0.1, 0.5], [0.1, 0.5, 0.7, 0.5], [0.9, 0.3, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5]])
+    prob = np.tile(circle.astype(np.float32), (6, 1, 1))
+    prob[4, 2] = prob[4, :, 2] = 0.5
+    how = {"rule": "most_certain", "keep": 2, "key": jax.random.key(0)}
+    even = np.full_like(REWARDS, 0.5)
+    fresh = bootstrap.fresh_pairs(candidates_of(GRID), even, VALID, prob, **how)
+    assert list(zip(fresh.prompt_F.tolist(), map(tuple, fresh.pair_F2.tolist()))) == [(p, (0, 1)) for p in (0, 1, 2, 5)]
+    np.testing.assert_allclose(fresh.margin_F, 0.8, rtol=1e-6)
+    assert fresh.kept_F.tolist() == [True, True, False, False]
+    assert not len(bootstrap.fresh_pairs(candidates_of(GRID), even, VALID, prob, **how | {"rule": "best_worst"}).trees)
+    # Without P, σ of the rewards' differences.
+    fresh = bootstrap.fresh_pairs(candidates_of(GRID), REWARDS, VALID, **how)
+    odds = fresh.reward_F2[:, 0] - fresh.reward_F2[:, 1]
+    np.testing.assert_allclose(fresh.margin_F, np.tanh(odds / 2), rtol=1e-5)
+    assert odds.tolist() == [3, 9, 2, 3]
 
 
 def test_no_pairs_at_all():
@@ -385,3 +422,26 @@ def test_the_chosen_response_of_a_prompt_is_that_of_its_first_pair():
     prompts = [Prompt("x", "b"), Prompt("y", "a"), Prompt("z", "c")]
     found = bootstrap.chosen_of(prompts, pairs, trees)
     assert [ids_.tolist() for ids_ in found] == [[11, 2], [10, 2], []]
+
+
+def test_repeated_candidates_stand_in_one_pair_and_win_as_often_as_they_were_said():
+    """Of a, a, b, a, (unfinished) c: a met itself twice and b once; b met a three times."""
+    tokens = [ids(1), ids(1), ids(2), ids(1), ids(3)]
+    said = Candidates(("p",), (ids(9),), (tuple("aabac"),), (tuple(tokens),), np.array([[True] * 4 + [False]]))
+    counts = bootstrap.copies(said, keep_unfinished=False)
+    assert counts.tolist() == [[3, 0, 1, 0, 0]]
+    assert bootstrap.copies(said, keep_unfinished=True).tolist() == [[3, 0, 1, 0, 1]]
+    assert bootstrap.copies(said, keep_unfinished=True, draws=3).tolist() == [[2, 0, 1, 1, 1]]
+    prob = np.full((1, 5, 5), np.nan, np.float32)
+    prob[0, 0, 0] = prob[0, 2, 2] = 0.5
+    prob[0, 0, 2], prob[0, 2, 0] = 0.9, 0.1
+    how = {"rule": "best_worst", "keep": 9, "key": jax.random.key(0)}
+    rewards_PC = np.array([[2.0, 2, 1, 2, np.nan]], np.float32)
+    fresh = bootstrap.fresh_pairs(said, rewards_PC, counts > 0, prob, counts, **how)
+    np.testing.assert_allclose(fresh.win_F2, [[(2 * 0.5 + 0.9) / 3, 0.1]], rtol=1e-6)
+    np.testing.assert_allclose(fresh.preference_F2, [[0.9, 0.1]], rtol=1e-6)
+    # Against others than the candidates: b is said twice by them, and nothing else.
+    fresh = bootstrap.fresh_pairs(said, rewards_PC, counts > 0, prob, np.array([[0, 0, 2, 0, 0]]), **how)
+    np.testing.assert_allclose(fresh.win_F2, [[0.9, 0.5]], rtol=1e-6)
+    of_rewards = bootstrap.fresh_pairs(said, rewards_PC, counts > 0, **how)
+    np.testing.assert_allclose(of_rewards.preference_F2, [[1 / (1 + np.exp(-1)), 1 / (1 + np.e)]], rtol=1e-6)

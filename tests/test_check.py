@@ -237,6 +237,13 @@ def test_an_accelerator_is_left_alone(ask, tiny, monkeypatch):
     assert len(asked) > 10 and set(asked) == {"cpu"}
 
 
+def test_prompts_alone(ask, tiny):
+    """Runs on the policy's own samples need no pairs."""
+    flags = ("--on_policy.algorithm=policy_gradient", "--reward.source=random")
+    said, code = ask(*flags, f"--data.prompts=[{tiny}/prompts.jsonl]")
+    assert code == 0 and "20 prompts of 20 rows" in said and "\ndata.pairs" not in said
+
+
 def test_only_training_has_this_mode():
     with pytest.raises(
         config.ConfigError, match=r"flags: data.check is True, but only sera_jax.train has this mode; l"

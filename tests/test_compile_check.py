@@ -425,6 +425,22 @@ def test_memory_of_a_program_and_its_parts(eight_devices, tiny_config):
     assert parts["gradients"] == parts["weights"] == case.holds["optimiser"] // 2 - case.holds["optimiser"] % 8 // 2
 
 
+def test_a_mixture_decodes_with_two_models(one_device, tiny_config):
+    """Both models' weights and caches are counted, and are arguments of the program."""
+    holds, taken = {}, {}
+    for mixture in ("0", "0.5"):
+        setting = setting_of(tiny_config(f"--bootstrap.mixture={mixture}"), one_device)
+        case = cases.CASES["decode"](setting)
+        holds[mixture] = case.holds
+        taken[mixture] = len(case.trace().jaxpr.in_avals)
+    assert holds["0.5"] == holds["0"] | {
+        "weights of the second model": holds["0"]["weights"],
+        "its cache": holds["0"]["cache"],
+    }
+    # Weights, both caches, lengths and logits of the second model, and α.
+    assert taken["0.5"] - taken["0"] == len(jax.tree.leaves(model.abstract(ARCH))) + 2 + 2 + 1
+
+
 # --- programs of a config ---------------------------------------------------------------------------------------------
 
 
@@ -638,6 +654,9 @@ def test_errors(tiny, capsys, monkeypatch):
     assert "pairs is 0, expected at least 1" in error_of(capsys, model_path, "--topology=v5e:2x2", "--pairs=0")
     assert "config.json is missing" in error_of(capsys, "--model.path=nowhere", "--topology=v5e:2x2")
     assert "loss.beta is 0.0, expected" in error_of(capsys, model_path, "--topology=v5e:2x2", "--loss.beta=0")
+    raft = ("--on_policy.algorithm=raft", "--on_policy.beta=0", "--reward.source=random")
+    told = error_of(capsys, model_path, "--topology=v5e:2x2", *raft)
+    assert "on_policy.algorithm is 'raft', expected 'none': the programs of its rounds are not checked yet." in told
     monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
     told = error_of(capsys, model_path, "--topology=v5e:2x2")
     assert "topology v5e:2x2 needs the package libtpu" in told and "pip install 'sera_jax[tpu]'" in told

@@ -10,9 +10,29 @@ import pytest
 import yaml
 
 import sera_jax
-from sera_jax import attention, config, data, generate, losses, model, programs, rewards, step
-from sera_jax.config import AgreeConfig, ConfigError, GenerateConfig, ReviewConfig, RewardModelConfig, TrainConfig
-from sera_jax.train import fresh, validate
+from sera_jax import (
+    attention,
+    config,
+    data,
+    generate,
+    losses,
+    model,
+    policy_gradient,
+    programs,
+    reward_model,
+    rewards,
+    step,
+)
+from sera_jax.config import (
+    AgreeConfig,
+    AnnotateConfig,
+    ConfigError,
+    GenerateConfig,
+    ReviewConfig,
+    RewardModelConfig,
+    TrainConfig,
+)
+from sera_jax.train import fresh, rounds, validate
 
 NEEDED = {"run": {"dir": "runs/a"}, "model": {"path": "models/m"}, "data": {"pairs": ["p.jsonl"]}}
 RECORDS = [r for r in vars(config).values() if dataclasses.is_dataclass(r)]
@@ -35,6 +55,7 @@ def base(record: type):
     return {
         TrainConfig: lambda: TrainConfig(config.RunConfig("r"), mine, config.DataConfig(("p.jsonl",))),
         GenerateConfig: lambda: GenerateConfig(mine, ("p",), "o"),
+        AnnotateConfig: lambda: AnnotateConfig("q.jsonl"),
         ReviewConfig: lambda: ReviewConfig("a", "b", config.DataConfig(("p.jsonl",)), "o"),
         AgreeConfig: lambda: AgreeConfig(("f.jsonl",)),
         RewardModelConfig: lambda: RewardModelConfig(
@@ -155,9 +176,11 @@ RANGES = {
     "loss.discopop_tau": ([0.0, 1.1], [1e-3, 1.0]),
     "loss.dpop_lambda": ([-1.0], [0.0, 500.0]),
     "loss.rdpo_alpha": ([-0.1], [0.0]),
+    "loss.reward_scale": ([0.0, float("inf")], [2.0]),
     "loss.slic_delta": POSITIVE,
     "loss.slic_lambda": ([-0.1], [0.0]),
     "loss.sft_weight": ([-0.1], [0.0]),
+    "loss.optimism": ([-0.1], [0.0]),
     "loss.desirable_weight": ([-0.1], [0.0]),
     "loss.undesirable_weight": ([-0.1], [0.0]),
     "loss.ld_alpha": SHARE,
@@ -180,6 +203,12 @@ RANGES = {
     "select.from_iteration": ([0], [2]),
     "bootstrap.from_iteration": ([0], [2]),
     "select.keep": SHARE,
+    "on_policy.rounds": AT_LEAST_1,
+    "on_policy.prompts": AT_LEAST_1,
+    "on_policy.passes": AT_LEAST_1,
+    "on_policy.clip": POSITIVE,
+    "on_policy.clip_high": POSITIVE,
+    "on_policy.beta": ([-0.1, float("nan")], [0.0]),
     "bootstrap.fresh": ([-0.1], [0.0, 2.0]),
     "bootstrap.prompts_per_iteration": ([0.0, 1.1], [1.0, 0.01]),
     "bootstrap.temperature": ([-0.1, (), (1.0, -0.1)], [0.0, (1.0, 0.0)]),
@@ -191,8 +220,12 @@ RANGES = {
     "reward.length_penalty": ([float("nan"), float("inf")], ["auto", -1.0, 0.0]),
     "bootstrap.top_k": NOT_NEGATIVE,
     "bootstrap.top_p": ([0.0, 1.1], [1.0]),
+    "bootstrap.mixture": ([-0.1, 1.5], [0.0, 1.0]),
     "bootstrap.min_p": ([-0.1, 1.0], [0.0]),
     "bootstrap.max_new_tokens": AT_LEAST_1,
+    "explore.weight": ([0.0, float("inf")], [1e-9]),
+    "explore.regularisation": ([0.0, float("inf")], [1e-9]),
+    "explore.dimension": NOT_NEGATIVE,
     "evaluate.temperature": ([-0.1], [0.0]),
     "evaluate.top_p": ([0.0, 1.1], [1.0]),
     "evaluate.max_new_tokens": AT_LEAST_1,
@@ -237,6 +270,7 @@ OWNERS = {
     "lora.alpha": {"lora.rank": 1},
     "lora.targets": {"lora.rank": 1},
     "lora.dropout": {"lora.rank": 1},
+    **{f"explore.{key}": {"bootstrap.pair_rule": "explore"} for key in ("weight", "regularisation", "dimension")},
     "loss.f_alpha": {"loss.f_divergence": "alpha_divergence"},
     "reward.sources": {"reward.source": "combined"},
     "loss.gamma": {"loss.name": "simpo"},
@@ -245,6 +279,7 @@ OWNERS = {
     "loss.discopop_tau": {"loss.name": "discopop"},
     "loss.dpop_lambda": {"loss.name": "dpop"},
     "loss.rdpo_alpha": {"loss.name": "rdpo"},
+    "loss.reward_scale": {"loss.name": "rpo_sq"},
     "loss.slic_delta": {"loss.name": "slic_hf"},
     "loss.slic_lambda": {"loss.name": "slic_hf"},
     "loss.desirable_weight": {"loss.name": "kto", "loop.iterations": 1},
@@ -270,6 +305,7 @@ DOOR_RANGES = {
         "epochs": AT_LEAST_1,
         "validate_every": NOT_NEGATIVE,
     },
+    AnnotateConfig: {"per_prompt": NOT_NEGATIVE},
 }
 CASES = [(r, k, *v) for r, table in {TrainConfig: RANGES, **DOOR_RANGES}.items() for k, v in table.items()]
 
@@ -301,11 +337,18 @@ ONLINE = {
 
 # --- combinations that cannot run -------------------------------------------------------------------------------------
 
+ON_POLICY = {"on_policy.algorithm": "policy_gradient", "reward.source": "function", "reward.function": "a:b"}
+
 
 @pytest.mark.parametrize(
     "changes, said",
     [
         ({"data.pairs": ()}, "data.pairs is empty, expected at least one file of preference pairs"),
+        (
+            {"explore.weight": 2.0},
+            "explore.weight is 2.0, but nothing reads it: set bootstrap.pair_rule to 'explore' or loss.name to "
+            "'dpo_pessimistic', or leave it out",
+        ),
         ({"bootstrap.candidates": 1}, "bootstrap.candidates is 1, expected at least 2: a best and a worst"),
         ({"bootstrap.slots": 3}, "bootstrap.slots is 3, expected at least bootstrap.candidates (4)"),
         ({"data.max_prompt_length": 1024}, "data.max_prompt_length is 1024, expected less than data.max_length (1024)"),
@@ -328,6 +371,32 @@ ONLINE = {
         (
             {"reward.model": "a/export"},
             "reward.model is 'a/export' with reward.source 'implicit', expected none; leave it out",
+        ),
+        (
+            {"reward.source": "preference"},
+            "reward.model is '' with reward.source 'preference', expected the folder of a preference model",
+        ),
+        (
+            {"reward.tournament": True},
+            "reward.tournament is True with reward.source 'implicit', expected 'preference': other sources do not",
+        ),
+        (
+            {
+                "reward.source": "preference",
+                "reward.model": "m",
+                "bootstrap.pair_rule": "condorcet",
+                "reward.length_penalty": 0.1,
+            },
+            "reward.length_penalty is 0.1 with bootstrap.pair_rule 'condorcet', which reads the probabilities of",
+        ),
+        (
+            {
+                "reward.source": "judge",
+                "judge.model": "m",
+                "bootstrap.pair_rule": "most_certain",
+                "reward.length_normalise": True,
+            },
+            "reward.length_normalise is True with bootstrap.pair_rule 'most_certain', which reads the probabilities of",
         ),
         ({"reward.source": "file"}, "reward.source is 'file', expected bootstrap.candidates_file with the scores"),
         ({"loop.best": True}, "loop.best needs held-out pairs: set data.validation"),
@@ -526,6 +595,49 @@ ONLINE = {
             {"select.score": "reward_gap"},
             "select.score is 'reward_gap' with reward.function '', expected 'module:function'",
         ),
+        (
+            {"on_policy.algorithm": "raft"},
+            "reward.source is 'implicit' with on_policy.algorithm 'raft', expected someone who ranks fresh samples",
+        ),
+        (ON_POLICY | {"data.pairs": ()}, "needs none, and on_policy.algorithm with data.prompts."),
+        (
+            ON_POLICY | {"data.pairs": (), "data.prompts": ("p",), "sft.epochs": 1},
+            "data.pairs is empty, expected at least one file",
+        ),
+        (
+            ON_POLICY | {"bootstrap.candidates_file": "c.jsonl"},
+            "bootstrap.candidates_file is 'c.jsonl' with on_policy.algorithm 'policy_gradient', expected none",
+        ),
+        (ON_POLICY | {"bootstrap.candidates": 1}, "bootstrap.candidates is 1 with on_policy.algorithm"),
+        (ON_POLICY | {"bootstrap.slots": 3}, "expected at least bootstrap.candidates (4)"),
+        (ON_POLICY | {"loop.first": "a/export"}, "loop.first is 'a/export' with on_policy.algorithm"),
+        (ON_POLICY | {"loop.best": True, "data.validation": 0.1}, "loop.best is True with on_policy.algorithm"),
+        (ON_POLICY | {"loop.validate_every": 2, "data.validation": 0.1}, "loop.validate_every is 2 with on_policy.alg"),
+        (
+            ON_POLICY | {"loss.reference": "none"},
+            "on_policy.beta is 0.05 with on_policy.algorithm 'policy_gradient'",
+        ),
+        (ON_POLICY | {"loss.name": "orpo"}, "there is no KL to nothing"),
+        (
+            ON_POLICY | {"on_policy.algorithm": "raft", "on_policy.kl": "loss"},
+            "on_policy.kl is 'loss' with on_policy.algorithm 'raft', expected 'reward', or on_policy.beta 0",
+        ),
+        (
+            {"bootstrap.mixture": 0.1, "bootstrap.candidates_file": "c.jsonl"},
+            "bootstrap.mixture is 0.1 with bootstrap.candidates_file, expected candidates that the run samples itself",
+        ),
+        (
+            {"bootstrap.mixture_of": "candidates"},
+            "bootstrap.mixture_of is 'candidates' with bootstrap.mixture 0, so that there is no mixture",
+        ),
+        (
+            {"reward.source": "preference_function"},
+            "reward.function is '', expected 'module:function'",
+        ),
+        (
+            {"select.score": "reward_gap", "reward.source": "preference_function", "reward.function": "a:b"},
+            "select.score is 'reward_gap' with reward.source 'preference_function', whose function compares two",
+        ),
     ],
 )
 def test_combinations_that_cannot_run(changes, said):
@@ -572,6 +684,22 @@ def test_combinations_that_cannot_run(changes, said):
         {"reward.source": "random", "bootstrap.from_iteration": 1},
         {"reward.source": "judge", "judge.model": "m", "bootstrap.from_iteration": 1},
         {"reward.source": "model", "reward.model": "a/export", "bootstrap.from_iteration": 1},
+        {
+            "reward.source": "preference",
+            "reward.model": "m",
+            "reward.tournament": True,
+            "bootstrap.from_iteration": 1,
+            "bootstrap.pair_rule": "most_certain",
+            "reward.length_penalty": 0.1,
+        },
+        {"bootstrap.pair_rule": "most_certain", "reward.length_penalty": 0.1},
+        {
+            "reward.source": "judge",
+            "judge.model": "m",
+            "judge.mode": "grade",
+            "bootstrap.pair_rule": "condorcet",
+            "reward.length_penalty": 0.1,
+        },
         {"bootstrap.candidates_file": "c.jsonl", "bootstrap.candidates": 1, "bootstrap.slots": 1},
         {"loss.mix": {"ipo": 0.5}, "loss.normalisation": "mean"},
         {"loss.name": "exo_pair", "loss.label_smoothing": 1e-3},
@@ -590,6 +718,10 @@ def test_combinations_that_cannot_run(changes, said):
         {"select.score": "reference_logp", "reward.reference": "none", "loop.iterations": 1},
         {"select.score": "loss", "loss.reference": "ema"},
         {"select.score": "reward_gap", "reward.function": "a:b"},
+        ON_POLICY,
+        ON_POLICY | {"data.pairs": (), "data.prompts": ("p",)},
+        ON_POLICY | {"loss.reference": "none", "on_policy.beta": 0.0},
+        ON_POLICY | {"on_policy.algorithm": "raft", "on_policy.kl": "loss", "on_policy.beta": 0.0},
         {"loss.ld_alpha": 0.0, "loss.weighting": "wpo", "loss.sft_weight": 0.1, "loss.mix": {"ipo": 0.5}},
     ],
 )
@@ -606,6 +738,10 @@ def test_their_neighbours_run(changes):
 def test_a_review_ranks_pairs():
     refused(
         changed(base(ReviewConfig), "loss.name", "kto"), "loss.name is 'kto', but a review ranks pairs; use 'kto_pa"
+    )
+    refused(
+        changed(base(ReviewConfig), "loss.name", "dpo_pessimistic"),
+        "loss.name is 'dpo_pessimistic', but a review knows no Γ; use 'dpo', whose implicit reward is the same.",
     )
 
 
@@ -624,6 +760,16 @@ def test_a_review_ranks_pairs():
 )
 def test_a_reward_model_learns_from_pairs(key, value, said):
     refused(changed(base(RewardModelConfig), key, value), said)
+
+
+def test_keys_of_one_kind_of_reward_model_are_refused_by_the_others():
+    record = changed(base(RewardModelConfig), "kind", "preference_head")
+    said = "{} is for kind {!r}, but kind is {!r}; leave it out, or change kind."
+    refused(changed(record, "reward_loss.center", 0.1), said.format("reward_loss", "bradley_terry", "preference_head"))
+    refused(changed(record, "preference.orders", "both"), said.format("preference", "preference", "preference_head"))
+    labels = changed(base(RewardModelConfig), "preference.labels", ("yes", "no"))
+    refused(labels, said.format("preference", "preference", "bradley_terry"))
+    config.check(changed(labels, "kind", "preference"), "x.yaml")
 
 
 def test_checks_of_a_reward_model_need_held_out_pairs():
@@ -669,10 +815,14 @@ def test_names_are_those_of_the_tables():
     assert set(typing.get_args(config.TargetName)) == {*model.LINEAR, "head"}
     assert names(config.ModelConfig, "attention") == {"auto", *attention.ATTENTION}
     assert names(config.RewardConfig, "source") == set(fresh.SOURCES)
+    assert names(config.RewardModelConfig, "kind") == set(reward_model.KINDS)
     assert names(config.LoopConfig, "best_by") == set(validate.BEST)
     assert names(config.LoopConfig, "parts") == {"all", *data.PARTS}
     assert names(config.RewardConfig, "combine") == set(rewards.COMBINATIONS)
     assert names(config.RewardConfig, "length_unit") == set(rewards.LENGTHS)
+    assert names(config.OnPolicyConfig, "algorithm") == {"none", *rounds.LEARN}
+    assert names(config.OnPolicyConfig, "advantage") == set(policy_gradient.ADVANTAGES)
+    assert names(config.OnPolicyConfig, "ratio") == set(policy_gradient.RATIOS)
 
 
 # --- nothing in a config is idle: types followed through the syntax trees ---------------------------------------------

@@ -14,14 +14,19 @@ ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
 SETS = [file for file in FILES if re.search("^arms:", file.read_text(encoding="utf-8"), re.M)]
 AGREEMENTS = [file for file in FILES if re.search("^files:", file.read_text(encoding="utf-8"), re.M)]
-REWARD_MODELS = [file for file in FILES if re.search("^reward_loss:", file.read_text(encoding="utf-8"), re.M)]
 
 
 @pytest.mark.parametrize("file", sorted(set(FILES) - set(SETS) - set(AGREEMENTS)), ids=lambda f: f.stem)
 def test_a_config_parses(file):
-    record = configs.RewardModelConfig if file in REWARD_MODELS else configs.TrainConfig
-    config = configs.parse(record, ["--config", str(file), "--model.path=model", "--data.pairs=[pairs.jsonl]"])
-    assert config.run.dir.startswith("runs/")
+    door = re.search(r"^#   command   .*?python -m sera_jax\.(\w+)", file.read_text(encoding="utf-8"), re.M)
+    if door and door[1] == "annotate":
+        assert configs.parse(configs.AnnotateConfig, ["--config", str(file)]).questions.startswith("runs/")
+        return
+    record = configs.RewardModelConfig if door and door[1] == "reward_model" else configs.TrainConfig
+    paths = ["--model.path=model", "--data.pairs=[pairs.jsonl]"]
+    if "source: preference\n" in file.read_text(encoding="utf-8"):
+        paths.append("--reward.model=judge")
+    assert configs.parse(record, ["--config", str(file), *paths]).run.dir.startswith("runs/")
 
 
 @pytest.mark.parametrize("file", AGREEMENTS, ids=lambda f: f.stem)
@@ -53,7 +58,17 @@ def test_what_readme_names_exists():
     assert len(named) > 4
     assert not [name for name in named if not (ROOT / name).exists()]
     doors = set(re.findall(r"python -m sera_jax\.(\w+)", text))
-    assert doors >= {"train", "generate", "evaluate", "review", "report", "toyworld", "reward_model", "agree"}
+    assert doors >= {
+        "train",
+        "generate",
+        "evaluate",
+        "review",
+        "report",
+        "toyworld",
+        "reward_model",
+        "annotate",
+        "agree",
+    }
     for door in doors:
         assert (ROOT / "sera_jax" / f"{door}.py").exists() or (ROOT / "sera_jax" / door / "__main__.py").exists()
 
@@ -69,8 +84,12 @@ def test_every_choice_of_a_key_is_in_readme():
         configs.PairRuleName,
         configs.FormatName,
         configs.RewardName,
+        configs.ModelKind,
         configs.BestName,
         configs.PartsName,
+        configs.AlgorithmName,
+        configs.AdvantageName,
+        configs.RatioName,
     ):
         missing = [name for name in typing.get_args(names) if f"`{name}`" not in text]
         assert not missing, missing
@@ -86,8 +105,11 @@ def test_readme_has_a_line_for_every_knob_of_the_algorithm():
             ("judge", "JudgeConfig"),
             ("select", "SelectConfig"),
             ("bootstrap", "BootstrapConfig"),
+            ("explore", "ExploreConfig"),
             ("loop", "LoopConfig"),
+            ("on_policy", "OnPolicyConfig"),
             ("reward_loss", "RewardLossConfig"),
+            ("preference", "PreferenceConfig"),
         )
     }
     missing = [

@@ -252,7 +252,7 @@ def test_conversations_that_part_early(tmp_path):
 
 
 def test_rules_are_those_of_fresh_pairs():
-    assert set(data.RANKED) == set(sera.PAIR_RULES)
+    assert set(data.RANKED) == set(sera.PAIR_RULES)  # those that read scores
 
 
 @pytest.mark.parametrize("rule", data.RANKED)

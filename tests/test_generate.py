@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sera_jax import attention, config, data, generate, hf, model, programs
+from sera_jax import attention, config, data, generate, hf, model, policies, programs, score
 from sera_jax import mesh as meshes
+from sera_jax import rows as rowlib
+from sera_jax.records import Tree
+from sera_jax.rows import Plan
 
 
 class Stopped(Exception):
@@ -129,6 +132,44 @@ def test_an_interrupted_command_goes_on_to_the_same_bytes(ask, tmp_path, monkeyp
     assert run(ask(*SAMPLED)) == out
     assert out.read_bytes() == whole.read_bytes() and not partial.exists()
     assert len(calls) == 3 + 3  # five batches of four prompts; two were there already
+
+
+def test_best_of_n_keeps_the_best_candidate(tiny, folder, ask, tmp_path, one_device, monkeypatch):
+    """By a function; by a reward model, which says for itself which one that is."""
+    monkeypatch.syspath_prepend(tiny)
+    every = rows(run(ask(*SAMPLED, out="all.jsonl")))
+    made = rows(run(ask(*SAMPLED, "--best_by=tiny_reward:count", out="best.jsonl")))
+    count = lambda text: len(set(text.split()))
+    for row, before in zip(made, every, strict=True):
+        best = max(range(3), key=lambda c, before=before: count(before["responses"][c]))
+        for key in ("responses", "finished", "lengths"):
+            assert row[key] == [before[key][best]]
+    assert any(row["responses"][0] != before["responses"][0] for row, before in zip(made, every))
+    # A policy with a scalar head; its rewards of the candidates, each alone in a row.
+    start = policies.open_folder(str(folder), one_device, compute="float32")
+    ranker = policies.with_score(start, 0)
+    save = tmp_path / "ranker"
+    params = jax.tree.map(lambda w: w, ranker.load())
+    hf.save(save, ranker.arch, params, source=folder, dtype=jnp.float32)
+    monkeypatch.setattr(generate.shutil, "rmtree", lambda path: None)  # it holds the tokens
+    made = rows(run(ask(*SAMPLED, f"--best_by={save}", out="ranked.jsonl")))
+    sampled = {row["id"]: row["tokens"] for row in rows(tmp_path / "ranked.jsonl.partial" / "candidates.jsonl")}
+    tokenizer = data.load_tokenizer(str(folder))
+    trees = [
+        Tree("", np.array(tokenizer(row["prompt"], add_special_tokens=False)["input_ids"], np.int32), (np.array(ids),))
+        for row in every
+        for ids in sampled[row["id"]]
+    ]
+    together = jax.tree.map(lambda *a: np.concatenate(a), *(rowlib.pack([t], Plan(32, 32, 1, 1)) for t in trees))
+    reward_BS, _ = score.row_rewards(ranker.arch, params, together, mesh=one_device, dtype=jnp.float32)
+    best = np.argmax(np.asarray(reward_BS).reshape(-1, 3), axis=1)
+    assert len(set(best)) == 3
+    assert [row["responses"] for row in made] == [[row["responses"][c]] for row, c in zip(every, best, strict=True)]
+    with pytest.raises(config.ConfigError, match="best_by is 'tiny_reward:count' with candidates 1, expected at least"):
+        run(ask("--best_by=tiny_reward:count", out="one.jsonl"))
+    with pytest.raises(ValueError, match="'nowhere:f' cannot be imported"):
+        run(ask(*SAMPLED, "--best_by=nowhere:f", out="none.jsonl"))
+    assert not (tmp_path / "none.jsonl.partial").exists()
 
 
 def test_messages_go_through_the_chat_template(folder, ask, tmp_path):

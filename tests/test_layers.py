@@ -8,29 +8,18 @@ import pytest
 import sera_jax
 
 FLOORS = """
-0 records mesh processes metrics config disk calibration correlation tree_kernel decode_kernel
+0 records mesh processes metrics config disk calibration correlation nash tree_kernel decode_kernel
 1 tree_loops draw rope rows step toyworld
-2 attention model data losses sera ledger checkpoint report
+2 attention model data losses policy_gradient sera explore ledger checkpoint report
 3 hf score sample
-4 rewards judge
+4 rewards judge preference
 5 programs
 6 bootstrap selection winrate policies run
-7 train generate evaluate review agree
+7 train generate evaluate review annotate agree
 8 arms compile_check reward_model
 """
 FLOOR = {room: int(line.split()[0]) for line in FLOORS.strip().splitlines() for room in line.split()[1:]}
-DOORS = {
-    "arms",
-    "compile_check",
-    "reward_model",
-    "train",
-    "generate",
-    "evaluate",
-    "review",
-    "agree",
-    "toyworld",
-    "report",
-}
+DOORS = set("agree annotate arms compile_check reward_model train generate evaluate review toyworld report".split())
 OPTIONAL = {"tensorboardX", "wandb", "openai"}  # the only imports that may stand inside a function
 HOUSE = pathlib.Path(sera_jax.__file__).parent
 
@@ -179,7 +168,7 @@ def test_some_dependencies_have_one_room(package, rooms):
 def test_pure_rooms():
     """Losses and the paper's arrays stand on nothing; rows is NumPy only; the config loads no JAX."""
     for module in MODULES:
-        if room(module) in ("losses", "sera"):
+        if room(module) in ("losses", "sera", "explore"):
             assert {room(other) for other in own(MODULES[module])} <= {"records", room(module)}
     assert outside(MODULES["rows"]) == {"numpy", "dataclasses", "math", "collections"}
     for module in ("config", "rows", "data.files", "data.forms", "data.order", "data.tokens"):

@@ -197,6 +197,14 @@ def test_track_without_a_terminal_is_one_line_at_the_end(capsys):
     assert len(lines) == 1 and re.fullmatch(r"scoring given pairs: 3/3 pairs, \d+\.\d s, \S+ pairs/s", lines[0])
 
 
+def test_stages_within_a_quiet_one_show_nothing(capsys):
+    with metrics.quiet():
+        assert list(metrics.track(iter("ab"), total=2, label="inside", unit="pairs")) == ["a", "b"]
+    assert list(metrics.track(iter("ab"), total=2, label="outside", unit="pairs")) == ["a", "b"]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("outside: 2/2 pairs")
+
+
 def test_track_without_a_terminal_reports_once_a_minute(monkeypatch, capsys):
     clock = iter(range(0, 100_000, 25))  # each look at the clock is 25 s later
     monkeypatch.setattr(metrics.time, "monotonic", lambda: float(next(clock)))

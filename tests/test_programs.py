@@ -223,6 +223,86 @@ def test_the_update_of_a_reward_model_follows_the_gradient_of_the_weighted_mean(
         np.testing.assert_allclose(b, a, atol=1e-5 * np.abs(a).max())
 
 
+# --- policy gradients: every tree two candidates, of whom the last takes no part -------------------------------------
+
+POLICY = {
+    "ppo": {"ratio": "token", "average": "token", "clip": 0.2, "clip_high": 0.3, "beta": 0.1},
+    "rloo": {"ratio": "sequence", "average": "sequence", "clip": 0.2, "clip_high": 0.2, "beta": 0.0},
+}
+ADVANTAGE_F = np.random.default_rng(5).normal(size=14).astype(np.float32)
+ADVANTAGE_F[-1] = np.nan
+SAMPLED = [dataclasses.replace(t, values=tuple(a.tolist())) for t, a in zip(TREES, ADVANTAGE_F.reshape(-1, 2))]
+
+
+@functools.cache
+def known_tokens() -> dict[str, list[np.ndarray]]:
+    """By flat branch number, of each token: somewhat beside the policy's own log-probs."""
+    scorer, mesh, plan = programs.token_scorer(ARCH, mesh_of(1), COMPUTE), mesh_of(1), Plan(160, 160, 16, 2)
+    params = meshes.put(host_params(), programs.param_shardings(ARCH, mesh))
+    own_F = score.token_logps(TREES, programs.score_rows(scorer, params, mesh), plan)
+    rng = np.random.default_rng(6)
+    beside = lambda: [(logp + 0.3 * rng.normal(size=len(logp))).astype(np.float32) for logp in own_F]
+    return {"old": beside(), "reference": beside()}
+
+
+@functools.cache
+def policy_updated(name: str, layout: str) -> tuple[dict, dict]:
+    """(gradient, metrics) of one update, on the host."""
+    devices, plan, how = LAYOUTS[layout]
+    mesh, names = mesh_of(devices), ("old", "reference") if POLICY[name]["beta"] else ("old",)
+    update = programs.policy_update(ARCH, mesh, COMPUTE, GRADIENT, POLICY[name], SCHEDULE, tokens=names)
+    batch, _ = batch_of(SAMPLED, plan, np.zeros(14), np.ones(7), mesh, most=4 if devices == 1 else 1, how=how)
+    rows = meshes.get(batch.rows)
+    tokens = {n: rowlib.spread_tokens(known_tokens()[n], rows.example_BS, rows.slot_BM) for n in names}
+    batch = dataclasses.replace(batch, tokens=meshes.put(tokens, programs.batch_shardings(mesh, names).tokens))
+    state, metrics = update(new_state(mesh), {}, batch, *small(mesh))
+    return meshes.get((state.moments.trace, metrics))
+
+
+@pytest.mark.parametrize("layout", ["one tree a row", "eight devices"])
+@pytest.mark.parametrize("name", POLICY)
+def test_any_split_of_a_batch_gives_the_same_policy_update(name, layout):
+    grads, metrics = policy_updated(name, "all in one row")
+    other_grads, other = policy_updated(name, layout)
+    assert set(metrics) == set(other) and float(metrics["clip_ratio/region_mean"]) > 0
+    for key in metrics:
+        np.testing.assert_allclose(other[key], metrics[key], rtol=2e-5, atol=1e-6, err_msg=key)
+    for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(other_grads)):
+        assert np.abs(a).max() > 0
+        np.testing.assert_allclose(b, a, atol=2e-5 * np.abs(a).max())
+
+
+@pytest.mark.parametrize("name", POLICY)
+def test_a_policy_update_follows_the_gradient_of_the_clipped_loss(name):
+    """Written out here, of each candidate in a row of its own, token by token."""
+    keys, known = POLICY[name], known_tokens()
+    rows = [rowlib.pack([Tree("", t.prompt, (b,))], Plan(48, 48, 1, 1)) for t in TREES for b in t.branches]
+    together = jax.tree.map(lambda *a: np.concatenate(a), *rows)
+
+    def whole(params):
+        how = {"mesh": mesh_of(1), "dtype": jnp.float32}
+        logp_BM = score.row_token_logps(ARCH, params, together, **how)
+        total, weight = 0.0, 0.0
+        for f, advantage in enumerate(ADVANTAGE_F[:-1]):
+            length = len(known["old"][f])
+            logp_T = logp_BM[f, :length]
+            apart_T = logp_T - known["old"][f]
+            ratio_T = jnp.exp(apart_T if name == "ppo" else jnp.sum(apart_T)) * jnp.ones(length)
+            cut_T = jnp.clip(ratio_T, 1 - keys["clip"], 1 + keys["clip_high"])
+            loss_T = -jnp.minimum(ratio_T * advantage, cut_T * advantage)
+            x_T = known["reference"][f] - logp_T
+            loss_T += keys["beta"] * (jnp.exp(x_T) - x_T - 1)
+            share = 1.0 if keys["average"] == "token" else 1 / length
+            total, weight = total + share * jnp.sum(loss_T), weight + share * length
+        return total / weight
+
+    loss, want = jax.jit(jax.value_and_grad(whole))(host_params())
+    grads, metrics = policy_updated(name, "all in one row")
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=2e-5)
+    for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(grads)):
+        np.testing.assert_allclose(b, a, atol=2e-5 * np.abs(a).max())
+
+
 ALONE = Plan(48, 48, 2, 1)
 
 

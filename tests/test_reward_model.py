@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 
 from sera_jax import config as configs
-from sera_jax import data, hf, policies, programs, reward_model, score
+from sera_jax import data, hf, policies, preference, programs, reward_model, score
 from sera_jax import mesh as meshes
 from sera_jax import run as runs
 from sera_jax import train as trainer
@@ -127,6 +127,142 @@ def of_pairs(opened) -> np.ndarray:
     start = opened.start
     run = programs.score_rows(programs.reward_scorer(start.arch, start.mesh, start.compute), start.load(), start.mesh)
     return score.logps(opened.pairs.trees, run, score.plan_for(opened.pairs.trees, start.arch, start.mesh))
+
+
+# --- preference models ------------------------------------------------------------------------------------------------
+
+CIRCLE = {"red": "blue", "blue": "green", "green": "red"}  # each is better than what it points to
+GENERATIVE = ("--kind=preference", "--preference.labels=[or, and]", "--preference.orders=both")
+
+
+def circle(path: pathlib.Path, count: int = 96) -> pathlib.Path:
+    """Pairs whose preferences go in a circle, whatever the prompt."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(count):
+        chosen = list(CIRCLE)[i % 3]
+        prompt = " ".join(rng.choice(BEASTS, 2)) + f" {i}"
+        rows.append({"id": f"p{i}", "prompt": prompt, "chosen": chosen, "rejected": CIRCLE[chosen]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("flags", [GENERATIVE, ("--kind=preference_head",)], ids=["generative", "head"])
+def test_preferences_that_go_in_a_circle_are_learned(config_of, tmp_path, flags, one_device):
+    """Which no reward can say: of three pairs a Bradley-Terry model gets two at most."""
+    config = config_of(
+        *flags,
+        "--data.validation=0.25",
+        "--epochs=6",
+        "--run.save_every=999",
+        "--validate_every=20",
+        pairs=circle(tmp_path / "circle.jsonl"),
+    )
+    export = reward_model.train(config)
+    found = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert found["validation/accuracy"] > 0.95 and found["validation/loss"] < 0.3 and found["validation/longer"] == 0.5
+    if flags == GENERATIVE:
+        assert found["validation/consistency"] > 0.95 and 0.4 < found["validation/first"] < 0.6
+    checks = [record for record in lines(tmp_path / "run") if record["stage"] == "validation"]
+    assert len(checks) > 2 and checks[0]["validation/loss"] > found["validation/loss"]
+    folder, form = policies.open_preference_model(str(export), one_device, compute="float32")
+    asked = [("dog cat 7", a, b) for a in CIRCLE for b in CIRCLE]
+    prob, _ = policies.folder_preferences(folder, form, asked, ledger=Ledger(tmp_path / "ledger"), label="asked")
+    prob_PCC = prob.reshape(1, 3, 3)
+    np.testing.assert_allclose(prob_PCC + prob_PCC.swapaxes(1, 2), 1, atol=1e-6)
+    assert preference.cycles(prob_PCC) == (1, 1)
+
+
+def test_the_first_update_of_both_kinds_by_hand(config_of, tmp_path, tiny, one_device):
+    """The loss is the label's NLL over the whole vocabulary, or -log σ(½[s(c, r) - s(r, c)]), by the weights."""
+    rows = [json.loads(line) for line in (tiny / "pairs.jsonl").read_text().splitlines()][:8]
+    weighted = tmp_path / "weighted.jsonl"
+    weighted.write_text("".join(json.dumps(row | {"weight": 1 + i % 3}) + "\n" for i, row in enumerate(rows)))
+    weight = np.array([1 + i % 3 for i in range(8)])
+    for name, flags in (("label", GENERATIVE[:2]), ("head", ("--kind=preference_head",))):
+        config = config_of(*flags, "--data.max_length=64", run=name, pairs=weighted)
+        reward_model.train(config)
+        told = lines(tmp_path / name)[0]
+        opened = reward_model._opened(config, one_device)
+        start, trees = opened.start, opened.pairs.trees
+        build = programs.scorer if name == "label" else programs.reward_scorer
+        run = programs.score_rows(build(start.arch, start.mesh, start.compute), start.load(), start.mesh)
+        value = score.logps(trees, run, score.plan_for(trees, start.arch, start.mesh)).astype(np.float64)
+        if name == "label":
+            assert {len(tree.branches) for tree in trees} == {1} and {tree.targets for tree in trees} == {1}
+            assert len({int(tree.branches[0][0]) for tree in trees}) == 2
+            want = -value
+        else:
+            s = value.reshape(8, 2)
+            want = np.logaddexp(0, -(s[:, 0] - s[:, 1]) / 2)
+            margin = np.average((s[:, 0] - s[:, 1]) / 2, weights=weight)
+            np.testing.assert_allclose(told["rewards/margins"], margin, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(told["loss"], np.average(want, weights=weight), rtol=1e-4)
+
+
+def test_a_preference_model_ranks_the_candidates_of_a_run(config_of, tiny_config, tmp_path, one_device):
+    """Every probability that the run keeps is what the exported folder says of the two texts; rewards are their means,
+    or log-odds of a tournament."""
+    export = reward_model.train(config_of(*GENERATIVE, "--data.max_length=96", run="judge"))
+    base = ("--reward.source=preference", f"--reward.model={export}", "--loop.iterations=1", "--bootstrap.fresh=1.0")
+    base += ("--bootstrap.from_iteration=1",)
+    trainer.train(tiny_config(*base, "--bootstrap.pair_rule=most_certain"))
+    folder, form = policies.open_preference_model(str(export), one_device, compute="float32")
+    made = tmp_path / "run" / "iterations" / "1"
+    texts = {r["id"]: r["responses"] for r in map(json.loads, (made / "candidates.jsonl").read_text().splitlines())}
+    prompts = {r["id"]: r["prompt"] for r in map(json.loads, (tiny_prompts(tiny_config)).read_text().splitlines())}
+    rows = pyarrow.parquet.read_table(made / "probabilities.parquet").to_pylist()
+    assert len(rows) > 60
+    asked = [(prompts[r["prompt_id"]], *(texts[r["prompt_id"]][r[side]] for side in ("first", "second"))) for r in rows]
+    said, _ = policies.folder_preferences(folder, form, asked, ledger=Ledger(tmp_path / "ledger"), label="again")
+    np.testing.assert_allclose([row["probability"] for row in rows], said, atol=1e-5)
+    best = {}
+    for row in rows:
+        best[row["prompt_id"]] = max(best.get(row["prompt_id"], 0), row["probability"], 1 - row["probability"])
+    fresh = pyarrow.parquet.read_table(made / "fresh.parquet").to_pylist()
+    assert len(fresh) > 15
+    for row in fresh:
+        np.testing.assert_allclose(row["probability"], best[row["prompt_id"]], rtol=1e-6)
+    summary = json.loads((made / "summary.json").read_text())
+    assert 0 <= summary["preference/consistency"] <= 1 and 0 < summary["preference/first"] < 1
+    assert 0 <= summary["sera/intransitive"] <= 1
+    # A tournament: the same samples, a third of the questions, and rewards that are log-odds where two met.
+    trainer.train(tiny_config(*base, "--reward.tournament=true", run="tournament"))
+    made = tmp_path / "tournament" / "iterations" / "1"
+    assert not (made / "probabilities.parquet").exists()
+    odds = {(r["prompt_id"], r["first"], r["second"]): np.log(r["probability"] / (1 - r["probability"])) for r in rows}
+    met = 0
+    for row in pyarrow.parquet.read_table(made / "fresh.parquet").to_pylist():
+        assert row["reward_chosen"] == 0 > row["reward_rejected"]  # the winner
+        i, j = (texts[row["prompt_id"]].index(row[side]) for side in ("chosen", "rejected"))
+        known = odds.get((row["prompt_id"], min(i, j), max(i, j)))
+        gap = row["reward_chosen"] - row["reward_rejected"]
+        met += known is not None and abs(gap - (known if i < j else -known)) < 1e-3
+    assert met > 3
+
+
+def tiny_prompts(tiny_config) -> pathlib.Path:
+    return pathlib.Path(tiny_config().data.prompts[0])
+
+
+def test_reward_models_and_preference_models_are_not_taken_for_each_other(config_of, tiny, tiny_config, one_device):
+    rewards = reward_model.train(config_of(run="rewards"))
+    head = reward_model.train(config_of("--kind=preference_head", "--data.max_length=96", run="head"))
+    of = {"compute": "float32"}
+    with pytest.raises(ValueError, match="config.json has the key 'preference': it is a preference model, which reads"):
+        policies.open_reward_model(str(head), one_device, **of)
+    with pytest.raises(ValueError, match="config.json has no key 'preference': it is a reward model, which scores sin"):
+        policies.open_preference_model(str(rewards), one_device, **of)
+    with pytest.raises(ValueError, match="preference.labels: this tokeniser makes 'A' → "):  # a policy: asked as usual
+        policies.open_preference_model(str(tiny / "model"), one_device, **of)
+    with pytest.raises(ValueError, match="a reward model; expected 'LlamaForCausalLM'"):
+        reward_model.train(config_of(*GENERATIVE, f"--model.path={rewards}", "--model.weights=pretrained", run="wrong"))
+    folder, form = policies.open_preference_model(str(head), one_device, **of)
+    short = dataclasses.replace(form, max_length=8, max_prompt_length=4)
+    with pytest.raises(
+        ValueError, match=r"1 of 1 questions do not fit into max_length 8, not even with their responses"
+    ):
+        policies.folder_preferences(folder, short, [("a cat", "b", "c")], ledger=None, label="")
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------

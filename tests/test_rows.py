@@ -163,3 +163,16 @@ def test_errors_say_what_was_got_and_expected():
         rowlib.plan(np.array([[90, 4, 2]]), batch=4, per_key=0.0, shards=1, row_tokens=64)
     with pytest.raises(ValueError, match="got no trees"):
         rowlib.plan(np.zeros((0, 3), int), batch=4, per_key=0.0, shards=1)
+
+
+def test_values_of_tokens_go_into_rows_and_back():
+    """Each at the place of its token; the first token of a branch without a prompt is predicted by nothing."""
+    trees = [*trees_of(7, 9, prompt=(1, 20), branch=(1, 20), branches=3), *trees_of(8, 4, prompt=(0, 1), branch=(2, 9))]
+    plan = Plan(length=128, targets=128, slots=12, rows=2)
+    packed = rowlib.pack(trees, plan)
+    rows, _ = rowlib.microbatches(packed, plan, len(packed.tokens_BL) // 2 + 1)
+    values = [b[len(t.prompt) == 0 :].astype(np.float32) for t in trees for b in t.branches]
+    spread = rowlib.spread_tokens(values, rows.example_BS, rows.slot_BM)
+    np.testing.assert_array_equal(spread, np.where(rows.slot_BM < plan.slots, rows.target_BM, 0))
+    back = rowlib.unpack_tokens(spread, rows.example_BS, rows.slot_BM, len(values))
+    assert len(back) == len(values) and all(np.array_equal(a, b) for a, b in zip(back, values))

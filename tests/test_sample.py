@@ -71,6 +71,10 @@ def responses(run, prompts, slots=SLOTS, batches=None) -> list[tuple[np.ndarray,
 
 @pytest.fixture(scope="module")
 def full_logits(params):
+    return logits_of(params)
+
+
+def logits_of(params):
     """(ids) → logits [V] of the next token, from a forward pass over all of them, without a cache."""
 
     @jax.jit
@@ -87,6 +91,54 @@ def full_logits(params):
         return np.asarray(run(padded, len(ids)))
 
     return logits
+
+
+# --- mixtures of two models -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def second():
+    return jax.device_get(jax.jit(lambda key: model.init(ARCH, key))(jax.random.key(1)))
+
+
+def mixture_of(params, second, mesh, slots=None):
+    """(α, sampling, key) → the `run` of sample.run_batches."""
+    weights, other = placed(params, mesh), placed(second, mesh)
+    prefill = programs.prefiller(ARCH, mesh, F32)
+    decode = programs.decoder(ARCH, mesh, F32, candidates=CANDIDATES, max_new_tokens=TOKENS, slots=slots)
+    return lambda alpha, sampling, key: programs.sample_prompts(
+        prefill, decode, weights, key, sampling, mesh, beside=(other, alpha)
+    )
+
+
+@pytest.mark.parametrize("slots", [None, 4])
+def test_tokens_of_a_mixture_are_what_both_models_logits_give(params, second, one_device, full_logits, slots):
+    """π^(1-α)·π₂^α token by token, at a temperature, side by side and in slots that are filled again."""
+    given, key, temperature, alpha = prompts([5, 9], seed=1), jax.random.key(7), 0.7, 0.3
+    run = mixture_of(params, second, one_device, slots)(alpha, values(temperature=temperature), key)
+    got, other_logits = responses(run, given, slots=2), logits_of(second)
+    keys = sample.candidate_keys(key, np.stack([sample.prompt_hash(p) for p in given]), CANDIDATES)
+    log_softmax = lambda x: x - np.log(np.exp(x - x.max()).sum()) - x.max()
+    alone = 0
+    for p, c in np.ndindex(2, CANDIDATES):
+        ids = list(given[p])
+        for t in range(TOKENS):
+            one, other = (log_softmax(logits(ids).astype(np.float64)) for logits in (full_logits, other_logits))
+            token, near = drawn((1 - alpha) * one + alpha * other, temperature, keys[p, c], t)
+            alone += token != drawn(one, temperature, keys[p, c], t)[0]
+            ids.append(token)
+            assert near > 1e-5  # the test is not one of luck
+        assert got[p][c].tolist() == ids[len(given[p]) :]
+    assert alone > 10  # the first model alone says something else
+
+
+def test_a_mixture_with_nothing_of_one_model_is_the_other(params, second, one_device):
+    given, key = prompts([5, 9], seed=1), jax.random.key(3)
+    mixed = mixture_of(params, second, one_device)
+    same = lambda a, b: all(x.tolist() == y.tolist() for row, other in zip(a, b) for x, y in zip(row, other))
+    for alpha, weights in ((0.0, params), (1.0, second)):
+        want = responses(runner(weights, one_device)(values(), key), given)
+        assert same(responses(mixed(alpha, values(), key), given), want)
 
 
 # --- against the forward pass -----------------------------------------------------------------------------------------

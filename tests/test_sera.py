@@ -1,5 +1,6 @@
 """The paper on arrays against NumPy by brute force: ensembles, scores, exact selection on any mesh, pair rules."""
 
+import collections
 import inspect
 import math
 import re
@@ -466,6 +467,72 @@ def test_infinite_rewards_of_valid_candidates_choose_no_invalid_one(rule):
     assert np.asarray(pair_PQ2)[np.asarray(ok_PQ)].tolist() == [[0, 2]]
 
 
+# --- Pair rules that read probabilities ------------------------------------------------------------------------------
+
+CIRCLE = np.array([[0.5, 0.9, 0.2], [0.1, 0.5, 0.8], [0.8, 0.2, 0.5]], np.float32)  # 0 beats 1 beats 2 beats 0
+
+
+def test_where_preferences_go_in_a_circle_only_the_most_certain_pair_is_there():
+    """Mean win rates tell nothing apart, or wrongly; a Condorcet winner there is none."""
+    even = np.where(CIRCLE > 0.5, 0.9, np.where(CIRCLE < 0.5, 0.1, 0.5)).astype(np.float32)
+    prob_PCC, valid_PC, key = np.stack([CIRCLE, even]), np.ones((2, 3), bool), jax.random.key(0)
+    means_PC = np.asarray(sera.win_rates(np.zeros((2, 3), np.float32), valid_PC, prob_PCC))
+    assert (means_PC[1] == means_PC[1][0]).all()
+    assert np.asarray(sera.best_worst(means_PC, valid_PC, key)[1])[:, 0].tolist() == [True, False]
+    pair_PQ2, ok_PQ = sera.most_certain(prob_PCC, valid_PC, key)
+    assert np.asarray(ok_PQ).tolist() == [[True], [True]] and np.asarray(pair_PQ2)[:, 0].tolist() == [[0, 1], [0, 1]]
+    assert not np.asarray(sera.condorcet(prob_PCC, valid_PC, key)[1]).any()
+
+
+def probabilities(seed, prompts=60, count=4):
+    """P of any kind: not transitive, with ties, some not compared."""
+    rng = np.random.default_rng(seed)
+    upper = np.triu(rng.choice([0.2, 0.4, 0.5, 0.7, 0.9, np.nan], (prompts, count, count)), 1)
+    prob_PCC = upper + np.tril(1 - upper.swapaxes(1, 2), -1) + 0.5 * np.eye(count)
+    valid_PC = rng.random((prompts, count)) < 0.7
+    valid_PC[:2] = [[False] * count, [True] + [False] * (count - 1)]
+    return prob_PCC.astype(np.float32), valid_PC
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_rules_of_probabilities_equal_brute_force(count):
+    prob_PCC, valid_PC = probabilities(count, count=count)
+    found = {rule: jax.jit(pick)(prob_PCC, valid_PC, jax.random.key(0)) for rule, pick in sera.WIN_RULES.items()}
+    seen = collections.Counter()
+    for p, (prob, valid) in enumerate(zip(prob_PCC, valid_PC)):
+        index = np.flatnonzero(valid)
+        beats = {(i, j): prob[i, j] for i in index for j in index if i != j and prob[i, j] > 0.5}
+        got = {rule: tuple(map(int, pair[p, 0])) if ok[p, 0] else None for rule, (pair, ok) in found.items()}
+        assert (got["most_certain"] is not None) == bool(beats)
+        if beats:
+            assert beats[got["most_certain"]] == max(beats.values())
+        ends = [
+            [i for i in index if len(index) > 1 and all((i, o)[::way] in beats for o in index if o != i)]
+            for way in (1, -1)
+        ]
+        assert got["condorcet"] == ((ends[0][0], ends[1][0]) if all(ends) else None)
+        seen.update(rule for rule, pair in got.items() if pair)
+    assert all(0 < seen[rule] < len(prob_PCC) for rule in sera.WIN_RULES)
+
+
+def test_rules_of_probabilities_out_of_rewards_are_best_against_worst():
+    rewards_PC, valid_PC = candidates(7)
+    pair_PQ2, ok_PQ = sera.best_worst(rewards_PC, valid_PC, jax.random.key(0))
+    prob_PCC = sera.probabilities(rewards_PC)
+    r = rewards_PC.astype(np.float64)
+    want = 1 / (1 + np.exp(r[:, None, :] - r[:, :, None]))
+    np.testing.assert_allclose(prob_PCC, want, rtol=1e-5)
+    got_PQ2, got_PQ = sera.most_certain(prob_PCC, valid_PC, jax.random.key(0))
+    np.testing.assert_array_equal(got_PQ, ok_PQ)
+    gap = lambda pair: np.take_along_axis(rewards_PC, np.asarray(pair)[:, 0], axis=1) @ np.array([1, -1])
+    np.testing.assert_array_equal(gap(got_PQ2)[np.asarray(ok_PQ)[:, 0]], gap(pair_PQ2)[np.asarray(ok_PQ)[:, 0]])
+    strict_PC = np.random.default_rng(0).normal(size=rewards_PC.shape).astype(np.float32)  # no ties
+    one, other = (rule(x, valid_PC, jax.random.key(0)) for rule, x in
+                  ((sera.condorcet, sera.probabilities(strict_PC)), (sera.best_worst, strict_PC)))  # fmt: skip
+    np.testing.assert_array_equal(one[1], other[1])
+    np.testing.assert_array_equal(np.asarray(one[0])[np.asarray(one[1])], np.asarray(other[0])[np.asarray(one[1])])
+
+
 # --- Names ------------------------------------------------------------------------------------------------------------
 
 
@@ -474,13 +541,15 @@ def test_config_names_are_the_tables():
         (config.EnsembleName, sera.ENSEMBLES),
         (config.ScoreName, sera.SCORES),
         (config.RuleName, sera.RULES),
-        (config.PairRuleName, sera.PAIR_RULES),
+        (config.RankedRuleName, sera.PAIR_RULES),
+        (config.WinRuleName, sera.WIN_RULES),
+        (config.PairRuleName, {**sera.PAIR_RULES, **sera.WIN_RULES, "explore": None}),
     ):
         assert set(typing.get_args(names)) == set(table)
 
 
 def test_tables_have_one_signature():
-    for table in (sera.ENSEMBLES, sera.RULES, sera.PAIR_RULES):
+    for table in (sera.ENSEMBLES, sera.RULES, sera.PAIR_RULES, sera.WIN_RULES):
         assert len({tuple(inspect.signature(function).parameters) for function in table.values()}) == 1
 
 

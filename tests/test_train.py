@@ -469,6 +469,14 @@ def test_a_lost_ledger_costs_time_and_nothing_else(tiny_config, monkeypatch):
             "annotator's scores, but 44 of 44 pairs have none, the first 'p0'",
         ),
         (("--reward.gamma=1",), "expected gamma < 1"),
+        (
+            ("--reward.source=preference_function", "--reward.function=no_such:thing"),
+            "'no_such:thing' cannot be imported",
+        ),
+        (
+            ("--loss.name=rpo_bwd_kl",),
+            "data.pairs: the loss is told the annotator's scores, but 44 of 44 pairs have none, the first 'p0'",
+        ),
     ],
 )
 def test_what_would_fail_after_an_iteration_is_told_before_it(tiny_config, flags, message):

@@ -69,7 +69,7 @@ def test_samples_by_hand():
     candidates = Candidates(("p", "q"), (ids(9), ids(8)), texts, tokens, done)
     tree = lambda n: Tree("t", ids(1), (np.zeros(n, np.int32), ids(1)))
     world = types.SimpleNamespace(given=types.SimpleNamespace(trees=(tree(4), tree(6))))
-    got = watch.of_samples(world, types.SimpleNamespace(candidates=candidates))
+    got = watch.of_samples(world, candidates)
     assert got == {
         "gen/length": 9 / 4,
         "gen/length_ratio": 9 / 4 / 5,

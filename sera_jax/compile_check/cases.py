@@ -276,16 +276,22 @@ def _decode(setting: Setting) -> Case:
     one, two = (flops.seen_by(arch, longest, (new,) * n) for n in (0, 1))
     behind = [more - less for less, more in zip(one, two)]  # what the tokens of one response see
     made = worlds.bootstraps(setting.config) and not setting.config.bootstrap.candidates_file
-    temperature = sample.temperatures(setting.config.bootstrap.temperature if made else 1.0, candidates)
+    ranked = made or worlds.on_policy(setting.config)
+    temperature = sample.temperatures(setting.config.bootstrap.temperature if ranked else 1.0, candidates)
     sampling = programs.abstract_sampling(mesh, temperature)
     arguments = (weights, start, hashes, programs.abstract_key(mesh), sampling)
+    parts, models = {"weights": weights, "cache": start.cache, "logits": start.logits_PV}, 1
+    if worlds.bootstraps(setting.config) and setting.config.bootstrap.mixture:
+        alpha = jax.ShapeDtypeStruct((), jnp.float32, sharding=meshes.replicated(mesh))
+        arguments, models = (*arguments, None, sample.Beside(weights, start, alpha)), 2
+        parts |= {"weights of the second model": weights, "its cache": start.cache}
     return _case(
         "decode",
         f"{prompts} prompts × {candidates} candidates × {new} tokens behind {longest}",
         program,
         arguments,
-        {"weights": weights, "cache": start.cache, "logits": start.logits_PV},
-        useful=prompts * candidates * flops.forward(arch, tokens=new, seen=behind, predicted=new),
+        parts,
+        useful=models * prompts * candidates * flops.forward(arch, tokens=new, seen=behind, predicted=new),
         beside=_training_weights(setting),
         # Each slot takes as many responses after the other, each of the full length.
         trips=(new - 1) * setting.config.bootstrap.refill,

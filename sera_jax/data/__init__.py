@@ -14,6 +14,7 @@ from sera_jax.data.files import (
     load_pairs,
     load_prompts,
     load_responses,
+    load_rows,
     load_texts,
     load_unpaired,
     prompts_of,
@@ -23,9 +24,12 @@ from sera_jax.data.forms import FORMATS, RANKED, UNPAIRED, Demonstration
 from sera_jax.data.mismatch import derangement, mismatched
 from sera_jax.data.order import PARTS, batches, order, parts, split_validation
 from sera_jax.data.tokens import (
+    CUTS,
     Counts,
     Tokenizer,
     bos_id,
+    continuations,
+    encoded,
     eos_ids,
     load_tokenizer,
     padding_id,
@@ -38,6 +42,7 @@ from sera_jax.data.tokens import (
 from sera_jax.data.told import valued
 
 __all__ = [
+    "CUTS",
     "FORMATS",
     "PARTS",
     "RANKED",
@@ -51,13 +56,16 @@ __all__ = [
     "Tokenizer",
     "batches",
     "bos_id",
+    "continuations",
     "demonstrations_of",
     "derangement",
+    "encoded",
     "eos_ids",
     "load_evaluated",
     "load_pairs",
     "load_prompts",
     "load_responses",
+    "load_rows",
     "load_texts",
     "load_tokenizer",
     "load_unpaired",

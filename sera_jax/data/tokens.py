@@ -275,6 +275,16 @@ def tokenise_responses(
     return out
 
 
+def encoded(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of whole texts as they stand: no special tokens are added, those written in a text count as such."""
+    return _encode(tokenizer, list(texts))
+
+
+def continuations(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int] | None]:
+    """Ids of texts that continue another one, as a response continues its prompt; None where no boundary is exact."""
+    return _continue(tokenizer, list(texts), _sentinels(tokenizer))
+
+
 # Walking
 
 

@@ -7,6 +7,7 @@ from sera_jax.records import Pair, Tree
 
 TOLD: dict[str, Callable[[Pair], tuple[float, float] | None]] = {
     "win": lambda pair: (1.0, 0.0),  # a label is a comparison that was won
+    "preference": lambda pair: (1.0, 0.0),
     "reward": lambda pair: pair.scores,
 }
 """What the loss asks for → of (chosen, rejected) of a given pair; None = not known."""

@@ -10,7 +10,7 @@ newer versions only and writes a file from memory at once. Pickled checkpoints a
 """
 
 from sera_jax.hf.adapters import save_adapter
-from sera_jax.hf.config_json import read_any_arch, read_arch, read_reward_arch, write_config
+from sera_jax.hf.config_json import read_any_arch, read_arch, read_config, read_reward_arch, write_config
 from sera_jax.hf.families import FAMILIES
 from sera_jax.hf.layout import DTYPES
 from sera_jax.hf.reading import load
@@ -22,6 +22,7 @@ __all__ = [
     "load",
     "read_any_arch",
     "read_arch",
+    "read_config",
     "read_reward_arch",
     "save",
     "save_adapter",

@@ -50,8 +50,12 @@ def read_reward_arch(path: str | os.PathLike[str]) -> Arch:
 
 def read_any_arch(path: str | os.PathLike[str]) -> Arch:
     """The same of either."""
-    path = pathlib.Path(path)
-    return arch_of(read_json(path / "config.json", "the config of a Hugging Face model folder"), path / "config.json")
+    return arch_of(read_config(path), pathlib.Path(path) / "config.json")
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """`path`/config.json as it stands. Raises ValueError: there is none."""
+    return read_json(pathlib.Path(path) / "config.json", "the config of a Hugging Face model folder")
 
 
 def _name(arch: Arch) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from sera_jax import metrics, processes
+from sera_jax import metrics, nash, processes
 from sera_jax.judge import endpoint as endpoints
 from sera_jax.judge import forms, labels
 from sera_jax.judge.endpoint import Endpoint, Stopped, Traffic, Trouble
@@ -98,7 +98,9 @@ def pairwise(
     if pairs:
         first_PCC[tuple(np.array(pairs).T)] = first_Q
     prob_PCC = (first_PCC + 1 - first_PCC.swapaxes(1, 2)) / 2
-    return Judged(win_rewards(prob_PCC), prob_PCC.astype(np.float32), told | _of_places(endpoint, first_PCC, pairs))
+    return Judged(
+        nash.win_rewards(prob_PCC), prob_PCC.astype(np.float32), told | _of_places(endpoint, first_PCC, pairs)
+    )
 
 
 def grades(
@@ -122,17 +124,6 @@ def grades(
 
 
 MODES = {"pairwise": pairwise, "grade": grades}
-
-
-def win_rewards(prob_PCC: np.ndarray) -> np.ndarray:
-    """float32 [P, C]: the mean probability of being better than the other candidates of the prompt; 0.5 where there is
-    no other, NaN where there is no candidate.
-    """
-    there_PC = np.isfinite(np.diagonal(prob_PCC, axis1=1, axis2=2))
-    others_P1 = there_PC.sum(axis=1, keepdims=True) - 1
-    wins_PC = np.nansum(prob_PCC, axis=2) - 0.5  # without the diagonal
-    mean_PC = np.where(others_P1 > 0, wins_PC / np.maximum(others_P1, 1), 0.5)
-    return np.where(there_PC, mean_PC, np.nan).astype(np.float32)
 
 
 def _there(texts_PC: Sequence[Sequence[str | None]]) -> np.ndarray:

@@ -38,7 +38,22 @@ from sera_jax.losses.implicit import (
     per_token,
     simpo_reward,
 )
-from sera_jax.losses.margins import discopop, dpo, dpop, exo_pair, ipo, rdpo, robust_dpo, sigmoid_norm, slic
+from sera_jax.losses.margins import (
+    discopop,
+    dpo,
+    dpo_pessimistic,
+    dpop,
+    exo_pair,
+    ipo,
+    ipo_soft,
+    rdpo,
+    robust_dpo,
+    rpo_bwd_kl,
+    rpo_fwd_kl,
+    rpo_sq,
+    sigmoid_norm,
+    slic,
+)
 from sera_jax.losses.reference_free import alphapo, cpo, orpo, simpo, slic_hf
 
 __all__ = [
@@ -58,10 +73,12 @@ __all__ = [
     "cpo",
     "discopop",
     "dpo",
+    "dpo_pessimistic",
     "dpop",
     "exo_pair",
     "ipo",
     "ipo_reward",
+    "ipo_soft",
     "kto",
     "kto_pair",
     "log_ratio_per_token_reward",
@@ -71,12 +88,16 @@ __all__ = [
     "metrics",
     "mixture",
     "nca_pair",
+    "optimism",
     "orpo",
     "per_token",
     "rdpo",
     "reference_point",
     "reward_metrics",
     "robust_dpo",
+    "rpo_bwd_kl",
+    "rpo_fwd_kl",
+    "rpo_sq",
     "sft",
     "sigmoid_norm",
     "simpo",
@@ -116,7 +137,9 @@ class Loss:
 TARGETS: dict[str, str] = {
     "label": "+1 desirable, -1 not",
     "win": "probability of beating another response of the policy that sampled it",
+    "preference": "probability of being preferred to the other response of its pair",
     "reward": "of whoever scored it, in its units",
+    "bonus": "Γ, how uncertain its reward is, in the reward's units",
 }
 """What a loss may be told of each response (`records.Tree.values`)."""
 
@@ -129,6 +152,7 @@ def told(loss: Loss, target_P2: jax.Array) -> tuple[jax.Array, ...]:
 _DIVERGENCE = ("f_divergence", "f_alpha")
 _DPO = ("label_smoothing", *_DIVERGENCE)
 _GAMMA = ("gamma", "gamma_beta_ratio", "label_smoothing")
+_RPO = ("reward_scale",)
 _KTO = ("desirable_weight", "undesirable_weight")
 
 LOSSES: dict[str, Loss] = {
@@ -138,9 +162,16 @@ LOSSES: dict[str, Loss] = {
     "discopop": Loss(discopop, log_ratio_reward, reference=True, coupled=False, keys=("discopop_tau", *_DIVERGENCE)),
     "slic": Loss(slic, log_ratio_reward, reference=True, coupled=False, keys=_DIVERGENCE),
     "ipo": Loss(ipo, ipo_reward, reference=True, coupled=False, keys=("normalisation", *_DIVERGENCE)),
+    "ipo_soft": Loss(ipo_soft, log_ratio_reward, reference=True, coupled=False, target="preference"),
+    "rpo_bwd_kl": Loss(rpo_bwd_kl, log_ratio_reward, reference=True, coupled=False, keys=_RPO, target="reward"),
+    "rpo_fwd_kl": Loss(rpo_fwd_kl, log_ratio_reward, reference=True, coupled=False, keys=_RPO, target="reward"),
+    "rpo_sq": Loss(rpo_sq, log_ratio_reward, reference=True, coupled=False, keys=_RPO, target="reward"),
     "sigmoid_norm": Loss(sigmoid_norm, log_ratio_per_token_reward, reference=True, coupled=False, keys=_DIVERGENCE),
     "dpop": Loss(dpop, log_ratio_reward, reference=True, coupled=False, keys=("dpop_lambda",)),
     "rdpo": Loss(rdpo, log_ratio_reward, reference=True, coupled=False, keys=("rdpo_alpha",)),
+    "dpo_pessimistic": Loss(
+        dpo_pessimistic, log_ratio_reward, reference=True, coupled=False, keys=("label_smoothing",), target="bonus"
+    ),
     "nca_pair": Loss(nca_pair, log_ratio_reward, reference=True, coupled=False),
     "bco_pair": Loss(bco_pair, log_ratio_reward, reference=True, coupled=False),
     "sppo_hard": Loss(sppo_hard, log_ratio_reward, reference=True, coupled=False),
@@ -183,18 +214,29 @@ def sft(logp, length):
     return -logp, length, per_token(-logp, length)
 
 
-def mixture(weights: Mapping[str, float], sft_weight: float = 0.0) -> Loss:
-    """Σ weight·loss, plus sft_weight · (NLL per token of the chosen response): one `Loss` built from several.
+def optimism(logp_P2):
+    """½(log π(y_w) + log π(y_l)), whichever is chosen: what an optimistic loss pays for, nats.
+
+    With weight α it is the term α·log π(ỹ), ỹ ~ π_ref, of XPO (Xie et al. 2024, algorithm 1), where both responses are
+    samples of π_ref: the likelier they are, the less is left for what was not seen. SELM (Zhang et al. 2024) has αβ in
+    the place of α, and for ỹ a sample of the policy before, which is its reference.
+    """
+    return jnp.mean(logp_P2, axis=-1)
+
+
+def mixture(weights: Mapping[str, float], sft_weight: float = 0.0, optimistic: float = 0.0) -> Loss:
+    """Σ weight·loss, plus sft_weight · (NLL per token of the chosen response), plus optimistic · `optimism`: one `Loss`
+    built from several.
 
     Args:
         weights: names of `LOSSES` by weight; they share β. The implicit reward is that of the first name.
-        sft_weight: of the SFT term, 0 = none.
+        sft_weight: of the SFT term, 0 = none. optimistic: α of the term of optimism, 0 = none.
 
     Returns:
         A Loss that knows the keys of all its members and is coupled, or needs a reference, if any member does.
 
     Raises:
-        ValueError: no name, or one that `LOSSES` lacks; an unpaired loss with others, or with an SFT term; losses of
+        ValueError: no name, or one that `LOSSES` lacks; an unpaired loss with others, or with another term; losses of
             different targets.
     """
     unknown = [name for name in weights if name not in LOSSES]
@@ -205,10 +247,11 @@ def mixture(weights: Mapping[str, float], sft_weight: float = 0.0) -> Loss:
         )
     members = {name: LOSSES[name] for name in weights}
     unpaired = [name for name, member in members.items() if member.unpaired]
-    if unpaired and (len(unpaired) < len(members) or sft_weight):
+    if unpaired and (len(unpaired) < len(members) or sft_weight or optimistic):
         raise ValueError(
-            f"mixture: got {' + '.join(members)} with sft_weight {sft_weight}, expected {unpaired[0]!r} alone: it "
-            "learns from single responses, desirable or not, the others from pairs and chosen responses."
+            f"mixture: got {' + '.join(members)} with sft_weight {sft_weight}, optimism {optimistic}, expected "
+            f"{unpaired[0]!r} alone: it learns from single responses, desirable or not, the others from pairs and "
+            "chosen responses."
         )
     targets = dict.fromkeys(member.target for member in members.values() if member.target)
     if len(targets) > 1:
@@ -235,6 +278,8 @@ def mixture(weights: Mapping[str, float], sft_weight: float = 0.0) -> Loss:
             total_P += weights[name] * member.loss(logp_P2, ref_P2, length_P2, *also, beta=beta, **own(member, keys))
         if sft_weight:
             total_P += sft_weight * sft(logp_P2[..., 0], length_P2[..., 0])[2]
+        if optimistic:
+            total_P += optimistic * optimism(logp_P2)
         return total_P
 
     def reward(logp, ref, length, *, beta, **keys):

@@ -33,6 +33,20 @@ def robust_dpo(logp_P2, ref_P2, length_P2, *, beta, label_smoothing, **divergenc
     return ((1 - label_smoothing) * clean_P - label_smoothing * flipped_P) / (1 - 2 * label_smoothing)
 
 
+def dpo_pessimistic(logp_P2, ref_P2, length_P2, bonus_P2, *, beta, label_smoothing=0.0):
+    """ℓ(βd + Γ_w - Γ_l): GSHF's offline variant (Xiong et al. 2024), DPO for a reward less its uncertainty.
+
+    The policy that is best for r - Γ at a price of β for a nat is π_ref·exp((r - Γ)/β)/Z, so that r = β·log π/π_ref + Γ
+    up to what depends on the prompt alone. It is r that explains the labels; the policy is moved less towards what is
+    uncertain. Its implicit reward, β·log π/π_ref, is the pessimistic one.
+
+    Args:
+        bonus_P2: Γ(x, y) of each response, in the units of the reward.
+    """
+    margin_P = margin(log_ratio_reward(logp_P2, ref_P2, length_P2, beta=beta))
+    return logistic(margin_P + margin(bonus_P2), label_smoothing)
+
+
 def exo_pair(logp_P2, ref_P2, length_P2, *, beta, label_smoothing, **divergence):
     """KL(q ‖ p) with q = (σ(βd), σ(-βd)) and p = (1-ε, ε): EXO on pairs (Ji et al. 2024, eq. 16); 0 < ε, 1e-3 there."""
     if not label_smoothing > 0:
@@ -69,6 +83,56 @@ def ipo(logp_P2, ref_P2, length_P2, *, beta, normalisation, **divergence):
     """
     ratio_P2 = ipo_reward(logp_P2, ref_P2, length_P2, beta=1.0, normalisation=normalisation, **divergence)
     return (margin(ratio_P2) - 1 / (2 * beta)) ** 2
+
+
+def ipo_soft(logp_P2, ref_P2, length_P2, preferred_P2, *, beta):
+    """(d - (p_w - p_l)/(2β))²: IPO (Azar et al. 2023, eq. 10) with the probability p_w that y_w is preferred to y_l.
+
+    Up to a constant it is the mean of IPO's loss over labels that are drawn with that probability, so which of the two
+    is called y_w does not matter. On pairs of the policy's own samples it is online IPO, with samples of a mixture
+    IPO-MD (Calandriello et al. 2024).
+
+    Args:
+        preferred_P2: (p_w, p_l = 1 - p_w); (1, 0) is IPO.
+    """
+    return (margin(logp_P2 - ref_P2) - margin(preferred_P2) / (2 * beta)) ** 2
+
+
+def reward_margins(logp_P2, ref_P2, length_P2, reward_P2, beta, reward_scale):
+    """(βd, δ): the implicit reward's margin, and reward_scale times that of the rewards that are told."""
+    return margin(log_ratio_reward(logp_P2, ref_P2, length_P2, beta=beta)), reward_scale * margin(reward_P2)
+
+
+def bernoulli_kl(one_P, other_P):
+    """KL(σ(one) ‖ σ(other)) of two coins, from their logits."""
+    log = jax.nn.log_sigmoid
+    heads_P, tails_P = log(one_P) - log(other_P), log(-one_P) - log(-other_P)
+    return jax.nn.sigmoid(one_P) * heads_P + jax.nn.sigmoid(-one_P) * tails_P
+
+
+def rpo_bwd_kl(logp_P2, ref_P2, length_P2, reward_P2, *, beta, reward_scale=1.0):
+    """KL(σ(δ) ‖ σ(βd)), δ the gap of known rewards: reward-aware preference optimisation (Adler et al. 2024,
+    "Nemotron-4 340B", sec. 3.3.2) as in NeMo-Aligner, whose gt_reward_scale is reward_scale.
+
+    Unlike DPO it stops where the policy's margin explains the gap: near pairs are pushed less than far ones.
+
+    Args:
+        reward_P2: of (chosen, rejected), of whoever scored them.
+    """
+    own_P, known_P = reward_margins(logp_P2, ref_P2, length_P2, reward_P2, beta, reward_scale)
+    return bernoulli_kl(known_P, own_P)
+
+
+def rpo_fwd_kl(logp_P2, ref_P2, length_P2, reward_P2, *, beta, reward_scale=1.0):
+    """KL(σ(βd) ‖ σ(δ)): the other direction."""
+    own_P, known_P = reward_margins(logp_P2, ref_P2, length_P2, reward_P2, beta, reward_scale)
+    return bernoulli_kl(own_P, known_P)
+
+
+def rpo_sq(logp_P2, ref_P2, length_P2, reward_P2, *, beta, reward_scale=1.0):
+    """(βd - δ)²: the margins themselves (as REBEL, Gao et al. 2024, has it on its own samples)."""
+    own_P, known_P = reward_margins(logp_P2, ref_P2, length_P2, reward_P2, beta, reward_scale)
+    return (own_P - known_P) ** 2
 
 
 def sigmoid_norm(logp_P2, ref_P2, length_P2, *, beta, **divergence):

@@ -5,6 +5,7 @@ loop     the walk, start to export                                     ← read 
 select   score → margins → select, over the given pairs
 fresh    sample → reward → pairs, from the policy's own samples
 update   what the updates of a stage take; the SFT stage
+rounds   sample → reward → update at once: policy gradients, rejection sampling; in the place of the three above
 outcome  what an iteration leaves: files, evaluation, summary, export
 check    what is in the data of a config; instead of a run
 

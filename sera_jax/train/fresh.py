@@ -1,6 +1,7 @@
 """sample → reward → pairs: candidates of the policy, ranked, and the fresh pairs made of them."""
 
 import dataclasses
+import functools
 import itertools
 import os
 import pathlib
@@ -10,12 +11,26 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from sera_jax import bootstrap, correlation, disk, judge, policies, processes, programs, rewards, sample, score
+from sera_jax import (
+    bootstrap,
+    correlation,
+    disk,
+    judge,
+    nash,
+    policies,
+    preference,
+    processes,
+    programs,
+    rewards,
+    sample,
+    score,
+)
 from sera_jax.bootstrap import Fresh
 from sera_jax.config import WITH_ARGUMENT, BootstrapConfig, EvaluateConfig
 from sera_jax.ledger import branch_key, derived_tag
 from sera_jax.policies import Live, Name
 from sera_jax.records import Candidates, Prompt
+from sera_jax.train import uncertainty
 from sera_jax.train import world as worlds
 from sera_jax.train.select import ensemble, reward_reference
 from sera_jax.train.world import World
@@ -42,6 +57,7 @@ class Ranked:
 class Made:
     """What an iteration sampled: the prompts it drew, their candidates, the fresh pairs, and how they were ranked.
 
+    opponents: whom the candidates' wins are against, None = each other; ranked counts them behind the candidates.
     sampled: the candidates without the given responses of bootstrap.with_given. rewards_PC: what the pairs were made
     by: the ranked rewards, adjusted for length.
     """
@@ -52,6 +68,7 @@ class Made:
     ranked: Ranked
     sampled: Candidates
     rewards_PC: np.ndarray
+    opponents: Candidates | None = None
 
 
 def bootstrap_pairs(world: World, t: int, scored: Live) -> Made | None:
@@ -67,40 +84,75 @@ def bootstrap_pairs(world: World, t: int, scored: Live) -> Made | None:
         turn=t - b.from_iteration if b.prompts_drawn == "in_turn" else None,
     )
     prompts = tuple(given.prompts[i] for i in drawn)
+    tokens, opponents = [given.prompt_tokens[i] for i in drawn], None
+    sampled = functools.partial(responses, world, scored, prompts, tokens, t=t, candidates=b.candidates, values=b)
     if given.imported is not None:
-        sampled = bootstrap.take(given.imported.candidates, drawn)
+        own = bootstrap.take(given.imported.candidates, drawn)
     else:
-        sampled = responses(
-            world,
-            scored,
-            prompts,
-            [given.prompt_tokens[i] for i in drawn],
+        own = sampled(
             use="sample",
-            t=t,
-            candidates=b.candidates,
-            values=b,
             path=worlds.folder(world, t) / "candidates.jsonl",
             label=f"iteration {t}: sampling {b.candidates} candidates a prompt",
+            mixture=b.mixture if b.mixture_of == "candidates" else 0.0,
         )
-    candidates = sampled
+    candidates = own
     if b.with_given:
         of_prompts = [given.chosen[i] for i in drawn]
-        candidates = bootstrap.with_given(sampled, of_prompts, _decoded(world), world.policies.start.eos_ids)
-    ranked = SOURCES[config.reward.source](world, t, scored, drawn, candidates)
-    rewards_PC, penalty = _adjusted(world, candidates, ranked.rewards_PC)
-    if config.reward.length_penalty == "auto":
-        ranked = dataclasses.replace(ranked, told=ranked.told | {"reward/length_penalty": penalty})
-    rewards_PC = processes.once(lambda: rewards_PC)  # they decide what is trained on
+        candidates = bootstrap.with_given(own, of_prompts, _decoded(world), world.policies.start.eos_ids)
+    if b.mixture and b.mixture_of == "opponents":
+        opponents = sampled(
+            use="opponents",
+            path=worlds.folder(world, t) / "opponents.jsonl",
+            label=f"iteration {t}: sampling {b.candidates} opponents a prompt",
+            mixture=b.mixture,
+        )
+    everybody = candidates if opponents is None else bootstrap.joined(candidates, opponents)
+    ranked, rewards_PC = rewarded(world, t, scored, drawn, everybody)
+    said_PC = said(world, everybody)
+    own_PC = np.broadcast_to(np.arange(said_PC.shape[1]) < candidates.finished_PC.shape[1], said_PC.shape)
+    valid_PC, also = own_PC & (said_PC > 0), {}
+    if b.pair_rule == "explore":
+        gamma_PC = uncertainty.against_best(world, t, everybody, rewards_PC, valid_PC, scored)
+        also = {"gamma_PC": processes.once(lambda: gamma_PC), "eta": config.loss.beta}
     made = bootstrap.fresh_pairs(
-        candidates,
+        everybody,
         rewards_PC,
-        valid(world, candidates),
+        valid_PC,
         ranked.prob_PCC,
+        said_PC if opponents is None else np.where(own_PC, 0, said_PC),
         rule=b.pair_rule,
         keep=round(b.fresh * worlds.size_of_pass(config, given, t)),
         key=worlds.key(world, "pairs", t),
+        **also,
     )
-    return Made(prompts, candidates, made, ranked, sampled, rewards_PC)
+    if also:
+        uncertainty.learn(world, t, made, scored)
+    return Made(prompts, candidates, made, ranked, own, rewards_PC, opponents)
+
+
+def said(world: World, candidates: Candidates) -> np.ndarray:
+    """int32 [P, C]: how often the policy said what a candidate says, at the first of those that say it; 0 elsewhere. A
+    given response counts as one that it said. Opponents behind the candidates are counted apart."""
+    b = world.config.bootstrap
+    draws = 0 if world.given.imported else b.candidates + b.with_given
+    return bootstrap.copies(candidates, keep_unfinished=b.unfinished == "keep", draws=draws)
+
+
+def rewarded(
+    world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Candidates
+) -> tuple[Ranked, np.ndarray]:
+    """What the run's source says of candidates, and their rewards [P, C] with the length's part."""
+    ranked = SOURCES[world.config.reward.source](world, t, scored, drawn, candidates)
+    rewards_PC, penalty = _adjusted(world, candidates, ranked.rewards_PC)
+    if world.config.reward.length_penalty == "auto":
+        ranked = dataclasses.replace(ranked, told=ranked.told | {"reward/length_penalty": penalty})
+    # They decide what is trained on.
+    rewards_PC, prob_PCC = processes.once(lambda: (rewards_PC, ranked.prob_PCC))
+    if prob_PCC is not None:
+        circles, triples = preference.cycles(prob_PCC)
+        told = {**ranked.told, "sera/intransitive": circles / triples if triples else None}
+        ranked = dataclasses.replace(ranked, prob_PCC=prob_PCC, told=told)
+    return ranked, rewards_PC
 
 
 def _adjusted(world: World, candidates: Candidates, rewards_PC: np.ndarray) -> tuple[np.ndarray, float]:
@@ -111,7 +163,7 @@ def _adjusted(world: World, candidates: Candidates, rewards_PC: np.ndarray) -> t
     penalty = reward.length_penalty
     if penalty == "auto":
         penalty = rewards.unbiased_penalty(rewards_PC, length_PC, valid(world, candidates))
-    return rewards.adjusted(rewards_PC, length_PC, penalty=penalty, normalise=False).astype(np.float32), penalty
+    return rewards.adjusted(rewards_PC, length_PC, penalty=penalty, normalise=False), penalty
 
 
 def _decoded(world: World) -> Callable[[np.ndarray], str]:
@@ -120,8 +172,8 @@ def _decoded(world: World) -> Callable[[np.ndarray], str]:
 
 
 def valid(world: World, candidates: Candidates) -> np.ndarray:
-    """bool [P, C]: which candidates may stand in a pair."""
-    return bootstrap.valid(candidates, keep_unfinished=world.config.bootstrap.unfinished == "keep")
+    """bool [P, C]: which candidates may stand in a pair, and which opponents they may win against."""
+    return said(world, candidates) > 0
 
 
 def responses(
@@ -136,26 +188,31 @@ def responses(
     values: BootstrapConfig | EvaluateConfig,
     path: pathlib.Path,
     label: str,
+    mixture: float = 0.0,
 ) -> Candidates:
     """Candidates of a model, kept in `path`. What is the same for several runs (model, prompts, noise, sampling) is
     sampled once where they share a ledger: its folder `responses` holds finished files by the hash of all that.
 
     Args:
         live: samples; its weights are read if they are not in memory. use, t: of the noise (worlds.key).
-        values: the sampling parameters.
+        values: the sampling parameters. mixture: weight of the initial policy in a geometric mixture with the model; 0
+            = the model alone.
     """
     config = world.config
-    shared = None
+    shared, initial = None, Name("iterate", 0)
+    if policies.tag(world.policies, live.name) == policies.tag(world.policies, initial):
+        mixture = 0.0  # with itself
     if config.run.ledger:
         sampling = [getattr(values, k, None) for k in ("temperature", "top_k", "top_p", "min_p", "max_new_tokens")]
         noise = (config.run.seed, use, t, candidates, config.bootstrap.slots, config.bootstrap.refill, *sampling)
         own = repr((noise, [prompt.id for prompt in prompts]))
         contents = (branch_key(ids, ()).hex() for ids in tokens)
-        said = derived_tag(policies.tag(world.policies, live.name), own, *contents)
+        beside = (policies.tag(world.policies, initial), str(mixture)) if mixture else ()
+        said = derived_tag(policies.tag(world.policies, live.name), own, *contents, *beside)
         shared = pathlib.Path(config.run.ledger) / "responses" / f"{said}.jsonl"
         processes.once(lambda: _copy(shared, path))
     made = bootstrap.sample_candidates(
-        _sampler(world, live, worlds.key(world, use, t), candidates, values),
+        sampler(world, live, worlds.key(world, use, t), candidates, values, mixture),
         prompts,
         tokens,
         _decoded(world),
@@ -181,11 +238,17 @@ def _copy(source: pathlib.Path, to: pathlib.Path) -> None:
         os.replace(beside, to)
 
 
-def _sampler(
-    world: World, live: Live, key: jax.Array, candidates: int, values: BootstrapConfig | EvaluateConfig
+def sampler(
+    world: World,
+    live: Live,
+    key: jax.Array,
+    candidates: int,
+    values: BootstrapConfig | EvaluateConfig,
+    mixture: float = 0.0,
 ) -> Callable:
     """Prompts on the host → candidates on the host (`bootstrap.sample_candidates`)."""
     where = world.policies
+    initial = lambda: policies.params(where, Name("iterate", 0))
     sampling = sample.sampling(
         temperature=sample.temperatures(values.temperature, candidates),
         top_k=getattr(values, "top_k", 0),
@@ -203,6 +266,7 @@ def _sampler(
         candidates=candidates,
         max_new_tokens=values.max_new_tokens,
         slots=world.config.bootstrap.slots,
+        beside=(initial, mixture) if mixture else None,
     )
 
 
@@ -244,14 +308,50 @@ def _model(world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Ca
     return Ranked(rewards.on_grid(flat, candidates))
 
 
+def _preference(world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Candidates) -> Ranked:
+    """Probabilities of a preference model, which is in memory beside the policy while it ranks; of what may stand in a
+    pair. It reads texts, by its own tokeniser.
+    """
+    prompts, places = [world.given.prompts[i].prompt for i in drawn], []
+    valid_PC, texts_PC = valid(world, candidates), candidates.texts_PC
+
+    def ask(pairs: list[tuple[int, int, int]]) -> np.ndarray:
+        asked = [(prompts[p], texts_PC[p][i], texts_PC[p][j]) for p, i, j in pairs]
+        label = f"iteration {t}: {len(pairs)} pairs to the preference model"
+        prob_Q, place_Q2 = policies.folder_preferences(
+            world.ranker, world.form, asked, ledger=world.policies.ledger, label=label
+        )
+        places.extend([] if place_Q2 is None else [place_Q2])
+        return prob_Q
+
+    if world.config.reward.tournament:
+        rewards_PC, prob_PCC = preference.tournament(valid_PC, ask).astype(np.float32), None
+    else:
+        prob_PCC = preference.compared(valid_PC, ask)
+        rewards_PC, prob_PCC = judge.win_rewards(prob_PCC), prob_PCC.astype(np.float32)
+    return Ranked(rewards_PC, None, prob_PCC, preference.of_places(np.concatenate(places) if places else None))
+
+
 def _function(world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Candidates) -> Ranked:
     function = rewards.load_function(world.config.reward.function)
     prompts = [world.given.prompts[i].prompt for i in drawn]
-    texts_PC = [
+    return Ranked(rewards.by_function(function, prompts, _texts(candidates), f"iteration {t}: reward function"))
+
+
+def _texts(candidates: Candidates) -> list[list[str | None]]:
+    """[P, C]: texts of the candidates, None for empty ones."""
+    return [
         [text if len(ids) else None for text, ids in zip(*row)]
         for row in zip(candidates.texts_PC, candidates.tokens_PC)
     ]
-    return Ranked(rewards.by_function(function, prompts, texts_PC, f"iteration {t}: reward function"))
+
+
+def _preference_function(world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Candidates) -> Ranked:
+    """Probabilities of a Python function; a candidate's reward is its mean over the others."""
+    function = rewards.load_function(world.config.reward.function)
+    prompts = [world.given.prompts[i].prompt for i in drawn]
+    prob_PCC = rewards.by_preference(function, prompts, _texts(candidates), f"iteration {t}: preference function")
+    return Ranked(nash.win_rewards(prob_PCC), prob_PCC=prob_PCC)
 
 
 def _judge(world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Candidates) -> Ranked:
@@ -354,7 +454,9 @@ def responses_judged(world: World, prompts: Sequence[Prompt], said: Candidates, 
 SOURCES: dict[str, Callable[..., Ranked]] = {
     "implicit": _implicit,
     "model": _model,
+    "preference": _preference,
     "function": _function,
+    "preference_function": _preference_function,
     "judge": _judge,
     "file": _file,
     "random": _random,

@@ -13,7 +13,7 @@ from sera_jax import policies, processes, programs
 from sera_jax import run as runs
 from sera_jax.config import TrainConfig
 from sera_jax.policies import Live, Name
-from sera_jax.train import check, fresh, outcome, select, update, validate, watch
+from sera_jax.train import check, fresh, outcome, rounds, select, uncertainty, update, validate, watch
 from sera_jax.train import world as worlds
 from sera_jax.train.world import World
 
@@ -51,6 +51,7 @@ def train(config: TrainConfig) -> pathlib.Path:
 def walk(world: World) -> pathlib.Path:
     """Start, iterations, export; what an earlier process has done is not done again."""
     live, moments = update.start(world), None
+    world = uncertainty.informed(world, live)
     first = max(1, live.name.t)  # on resume the policy in memory is iterate `first`, as far as it was trained
     summaries = outcome.read_summaries(world, first - 1)
     for t in range(first, world.config.loop.iterations + 1):
@@ -76,7 +77,7 @@ def adopt(world: World, live: Live) -> tuple[Live, dict]:
 
 
 def iterate(world: World, t: int, live: Live, moments: Any, before: Sequence[dict[str, Any]]) -> tuple[Live, Any, dict]:
-    """Iteration t: score → select → sample → reward → pairs → update → save.
+    """Iteration t: score → select → sample → reward → pairs → update → save; or rounds of sample → reward → update.
 
     Args:
         live: iterate t-1, or, on resume, the TrainState of iterate t as far as it was trained.
@@ -89,9 +90,12 @@ def iterate(world: World, t: int, live: Live, moments: Any, before: Sequence[dic
     resumed = live.name.t == t
     # On resume, what the policy before said is in the ledger and in the files of the iteration.
     scored = Live(Name("iterate", t - 1), None) if resumed else live
-    chosen = select.review(world, t, scored)
-    made = fresh.bootstrap_pairs(world, t, scored)
-    stage = update.training_set(world, t, scored, chosen, made)
+    if worlds.on_policy(config):
+        chosen, made, stage = None, None, rounds.of_iteration(world, t)
+    else:
+        chosen = select.review(world, t, scored)
+        made = fresh.bootstrap_pairs(world, t, scored)
+        stage = update.training_set(world, t, scored, chosen, made)
     watch.begin(world, t, scored)
     validation = validate.of_stage(world, t, scored)
     gold_F2 = outcome.judged(world, t, made)

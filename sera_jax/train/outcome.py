@@ -17,9 +17,9 @@ from sera_jax import config as configs
 from sera_jax import disk, hf, metrics, model, policies, processes, programs, report, rewards, selection, sera, winrate
 from sera_jax.policies import Live, Name
 from sera_jax.records import Candidates, Tree
-from sera_jax.run import Checks, Cursor, Stage
+from sera_jax.run import Checks, Cursor, Rounds, Stage
 from sera_jax.selection import Selection
-from sera_jax.train import validate, watch
+from sera_jax.train import rounds, validate, watch
 from sera_jax.train import world as worlds
 from sera_jax.train.fresh import Made, candidate_logps, responses, responses_judged
 from sera_jax.train.select import ensemble, loss_reference, reward_reference
@@ -68,11 +68,14 @@ def write_pairs(
             "reward_rejected": fresh.reward_F2[:, 1],
             "win_chosen": fresh.win_F2[:, 0],
             "win_rejected": fresh.win_F2[:, 1],
+            "preference_chosen": fresh.preference_F2[:, 0],
+            "preference_rejected": fresh.preference_F2[:, 1],
             "length_chosen": [len(tree.branches[0]) for tree in fresh.trees],
             "length_rejected": [len(tree.branches[1]) for tree in fresh.trees],
             "finished_chosen": [bool(candidates.finished_PC[p, c]) for p, c, _ in picks],
             "finished_rejected": [bool(candidates.finished_PC[p, r]) for p, _, r in picks],
             "kept": fresh.kept_F,
+            **({} if fresh.gamma_F is None else {"gamma": fresh.gamma_F}),
             **({} if prob_PCC is None else {"probability": prob_PCC[fresh.prompt_F, *fresh.pair_F2.T]}),
             **({} if gold_F2 is None else {"gold_chosen": gold_F2[:, 0], "gold_rejected": gold_F2[:, 1]}),
             "prompt_tokens": [tree.prompt for tree in fresh.trees],
@@ -98,7 +101,8 @@ def _rewards(made: Made) -> dict[str, Any]:
 
 
 def _probabilities(candidates: Candidates, prob_PCC: np.ndarray) -> dict[str, Any]:
-    """Every two candidates of a prompt that were compared: the probability that the first is better than the second."""
+    """Every two candidates of a prompt that were compared: the probability that the first is better than the second.
+    Opponents are counted behind the candidates."""
     found = np.argwhere(np.isfinite(prob_PCC) & np.triu(np.ones(prob_PCC.shape[1:], bool), 1))
     return {
         "prompt_id": [candidates.ids[p] for p, _, _ in found],
@@ -132,7 +136,7 @@ def summarise(
     live: Live,
     chosen: Selection | None,
     made: Made | None,
-    stage: Stage | None,
+    stage: Stage | Rounds | None,
     *,
     at: Cursor | None = None,
     gold_F2: np.ndarray | None = None,
@@ -145,13 +149,15 @@ def summarise(
         gold_F2: of the fresh pairs (`judged`). before: the summaries of the iterations before.
     """
     summary: dict[str, Any] = {"iteration": t, "pairs/given": len(worlds.given_at(world.given, t).trees)}
-    if stage is not None:
+    if isinstance(stage, Rounds):
+        summary |= {"updates": at.update, **_of_rounds(world, t)}
+    elif stage is not None:
         done = stage.batches[: at.update]
         summary |= {"pairs/trained": len(np.unique(np.concatenate(done))), "updates": at.update}
         summary |= _flops(world, t, chosen, made, stage.trees, done)
     summary |= _of_selection(world, worlds.given_at(world.given, t), chosen)
     summary |= _of_candidates(made, gold_F2)
-    summary |= watch.of_samples(world, made)
+    summary |= watch.of_samples(world, made.sampled if made else None)
     summary |= watch.of_policy(world, live)
     evaluated = _of_evaluation(world, live)
     summary |= validate.at_end(world, t, live, at.checks if at else Checks(), at.update if at else 0, evaluated)
@@ -182,33 +188,58 @@ def _flops(
     parameter is frozen), once for every log-prob that its method needs, whoever computed it. Attention, padding,
     logging and evaluation are not counted.
     """
-    config, arch = world.config, world.policies.arch
-    base, adapters = (
-        sum(a.size for a in jax.tree.leaves(tree)) for tree in (model.abstract(arch), model.trainable(arch)[0])
-    )
-    forward, update = (2 * (base + adapters), 4 * base + 6 * adapters) if arch.lora else (2 * base, 6 * base)
+    config, (forward, update) = world.config, _flops_of_token(world)
     trained = np.array([tree.length for tree in trees])
     given = worlds.given_at(world.given, t)  # of parts each is new
     earlier = set() if world.given.parts else set().union(*(_scores_of(world, s) for s in range(1, t)))
     size = {False: _tokens(given.trees, False), True: _tokens(given.trees, True)}
     scored = sum(size[shared] for _, shared in _scores_of(world, t) - earlier)
-    sampled = 0
+    decoded, told, explores = 0, world.loss.target == "bonus", config.bootstrap.pair_rule == "explore"
+    if t == (1 if told else config.bootstrap.from_iteration) and (told or (made is not None and explores)):
+        scored += size[False]  # features of the given pairs
     if made is not None:
         candidates = rewards.trees(made.candidates)
+        ranked = sum(tree.length for tree in candidates)
         sampled = sum(tree.length for tree in rewards.trees(made.sampled))
+        opposed = sum(tree.length for tree in rewards.trees(made.opponents)) if made.opponents else 0
+        # A mixture takes two passes for a token; before any update it is one of equals, and none.
+        twice = 0 if config.bootstrap.mixture == 0 or t == 1 else opposed if made.opponents else sampled
+        decoded = sampled + opposed + twice
         known: set[Name | None] = set()
         if ("implicit", "") in configs.sources(config.reward):
             scorer = Live(Name("iterate", t - 1), None)
             known = {*ensemble(world, scorer)[0], reward_reference(world, scorer)} - {None}
-            scored += sum(tree.length for tree in candidates) * len(known)
+            scored += (ranked + opposed) * len(known)
         kept = [tree for tree, kept in zip(made.fresh.trees, made.fresh.kept_F) if kept]
         if world.loss.reference:
             scored += _tokens(kept, False) * (loss_reference(world, t) not in known)
             scored += _tokens(kept, True) * (config.loss.ld_alpha < 1)
+        scored += (ranked + _tokens(kept, False)) * explores + _tokens(kept, False) * told
     return {
         "flops/train": float(update * sum(trained[batch].sum() for batch in batches)),
         "flops/score": float(forward * scored),
-        "flops/sample": float(forward * sampled),
+        "flops/sample": float(forward * decoded),
+    }
+
+
+def _flops_of_token(world: World) -> tuple[int, int]:
+    """Of a forward pass, and of training."""
+    arch = world.policies.arch
+    base, adapters = (
+        sum(a.size for a in jax.tree.leaves(tree)) for tree in (model.abstract(arch), model.trainable(arch)[0])
+    )
+    return (2 * (base + adapters), 4 * base + 6 * adapters) if arch.lora else (2 * base, 6 * base)
+
+
+def _of_rounds(world: World, t: int) -> dict[str, Any]:
+    """What the rounds of iteration t sampled, and what their candidates look like in the last one."""
+    told, tokens, last = rounds.outcome(world, t)
+    forward, update = _flops_of_token(world)
+    costs = {"train": update, "score": forward, "sample": forward}
+    return {
+        **told,
+        **{f"flops/{what}": float(cost * tokens[what]) for what, cost in costs.items()},
+        **watch.of_samples(world, last),
     }
 
 
@@ -299,13 +330,14 @@ def _of_candidates(made: Made | None, gold_F2: np.ndarray | None) -> dict[str, A
     if made is None:
         return {}
     fresh = made.fresh
-    kept = fresh.kept_F.any()
+    kept, explored = fresh.kept_F.any(), fresh.gamma_F is not None
     length = np.array([[len(b) for b in tree.branches] for tree in fresh.trees], np.float64).reshape(-1, 2)
     return {
         "sera/fresh_made": len(fresh.trees),
         "sera/fresh_pairs": int(fresh.kept_F.sum()),
         "sera/fresh_margin_mean": float(fresh.margin_F[fresh.kept_F].mean()) if kept else None,
         "sera/fresh_length_gap": float((length[:, 0] - length[:, 1])[fresh.kept_F].mean()) if kept else None,
+        **({"sera/fresh_gamma_mean": float(fresh.gamma_F[fresh.kept_F].mean())} if explored and kept else {}),
         **_of_fresh_gold(fresh.kept_F, gold_F2),
         **({} if made.ranked.kl is None else {"gen/kl": made.ranked.kl}),
         **made.ranked.told,
@@ -404,6 +436,7 @@ COLUMNS = {
     "sera/margin_q50": "margin, median",
     "sera/accuracy": "accuracy",
     "validation/accuracy": "held out",
+    "reward": "reward",
     "gen/length": "length",
     "gen/kl": "KL",
     "eval/win_rate": "win rate",
@@ -428,9 +461,12 @@ def finish(world: World, live: Live, summaries: list[dict]) -> pathlib.Path:
     if name.kind == "best":  # what the iteration's end says of its policy is not said of this one
         told = {key: v for key, v in told.items() if not key.startswith(("eval/", "validation/", "watch/", "warnings"))}
         told |= {"validation/best": summaries[t - 1]["validation/best"]} | _of_evaluation(world, Live(name, params))
+    asked = config.on_policy
+    how = f"loss {config.loss.name}, β {config.loss.beta}"
+    if worlds.on_policy(config):
+        how = f"{asked.algorithm} (advantage {asked.advantage}, β {asked.beta}), ranked by {config.reward.source}"
     facts = [
-        f"Trained with sera_jax from `{config.model.path}`: iterate {t} of {config.loop.iterations}{behind}, "
-        f"loss {config.loss.name}, β {config.loss.beta}.",
+        f"Trained with sera_jax from `{config.model.path}`: iterate {t} of {config.loop.iterations}{behind}, {how}.",
         *(f"- {key}: {value}" for key, value in told.items()),
     ]
     export, given = world.run.path / "export", {"source": config.model.path, "dtype": jnp.float32, "card": facts}

@@ -20,10 +20,13 @@ from sera_jax.policies import Live, Name
 from sera_jax.records import Tree
 from sera_jax.run import Cursor, Stage
 from sera_jax.selection import Selection
+from sera_jax.train import uncertainty
 from sera_jax.train import world as worlds
 from sera_jax.train.fresh import Made
 from sera_jax.train.select import loss_logps, loss_reference
 from sera_jax.train.world import Given, World
+
+FRESH = ("win", "preference", "reward")  # what fresh pairs are known by, of what a loss may be told
 
 
 def start(world: World) -> Live:
@@ -112,6 +115,7 @@ def training_set(world: World, t: int, scored: Live, chosen: Selection | None, m
     if config.bootstrap.replay:
         since = max(1, t - config.bootstrap.replay_last) if config.bootstrap.replay_last else 1
         extra += [tree for earlier in range(since, t) for tree in _earlier_fresh(world, earlier)]
+    extra = uncertainty.told(world, extra, scored)
     trees = [*trees, *extra]
     if not trees:
         raise ValueError(f"iteration {t} has nothing to train on: no given pair was kept and no fresh pair was made.")
@@ -166,7 +170,8 @@ def _kept(world: World, given: Given, t: int, chosen: Selection | None) -> tuple
     if config.select.unselected == "soft_weight":
         return list(given.trees), own_N * np.asarray(sera.soft_weight(chosen.score_N), np.float32)
     # A pair that is swapped takes its scores along; whoever is chosen then has won.
-    values = lambda tree: tree.values if world.loss.target == "win" else tree.values[::-1]
+    compared = world.loss.target in ("win", "preference")
+    values = lambda tree: tree.values if compared else tree.values[::-1]
     swapped = [
         tree if kept else dataclasses.replace(tree, branches=tree.branches[::-1], values=values(tree))
         for tree, kept in zip(given.trees, chosen.mask_N)
@@ -176,8 +181,8 @@ def _kept(world: World, given: Given, t: int, chosen: Selection | None) -> tuple
 
 def _fresh(world: World, fresh: Fresh) -> list[Tree]:
     """The fresh pairs an iteration trains on, with what the loss is told of them."""
-    told = {"win": fresh.win_F2, "reward": fresh.reward_F2}.get(world.loss.target)
-    values = [()] * len(fresh.trees) if told is None else map(tuple, told.tolist())
+    told = world.loss.target
+    values = map(tuple, getattr(fresh, f"{told}_F2").tolist()) if told in FRESH else [()] * len(fresh.trees)
     return [
         dataclasses.replace(tree, values=value) for tree, value, kept in zip(fresh.trees, values, fresh.kept_F) if kept
     ]
@@ -201,17 +206,17 @@ def updates_before(world: World, t: int, before: Sequence[dict[str, Any]]) -> in
     """
     config = world.config
     sft = config.sft.epochs * -(-len(world.given.sft) // config.sft.optimizer.batch_size)
-    if config.loop.passes == "all":
+    if config.loop.passes == "all" and not worlds.on_policy(config):
         return sft + sum(summary.get("updates", 0) for summary in before)
     sizes = [worlds.size_of_pass(config, world.given, earlier) for earlier in range(1, t)]
-    return sft + config.loop.epochs * sum(-(-size // config.optimizer.batch_size) for size in sizes)
+    return sft + sum(worlds.updates_of_iteration(config, size) for size in sizes)
 
 
 def _earlier_fresh(world: World, t: int) -> list[Tree]:
     """The fresh pairs that iteration t trained on, with the ids that were sampled."""
     path = worlds.folder(world, t) / "fresh.parquet"
-    told = {"win": "win", "reward": "reward"}.get(world.loss.target)
-    values = [] if told is None else [f"{told}_chosen", f"{told}_rejected"]
+    told = world.loss.target
+    values = [f"{told}_chosen", f"{told}_rejected"] if told in FRESH else []
     columns = ["id", "prompt_tokens", "chosen_tokens", "rejected_tokens", "kept", *values]
     read = lambda: pyarrow.parquet.read_table(path, columns=columns).to_pylist() if path.is_file() else []
     return [

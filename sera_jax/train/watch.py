@@ -13,8 +13,7 @@ import numpy as np
 from sera_jax import metrics, policies, programs, rewards, score, winrate
 from sera_jax.ledger import derived_tag
 from sera_jax.policies import Live, Name
-from sera_jax.records import Tree
-from sera_jax.train.fresh import Made
+from sera_jax.records import Candidates, Tree
 from sera_jax.train.select import margins, pair_logps
 from sera_jax.train.world import World
 
@@ -43,8 +42,8 @@ def of_policy(world: World, live: Live) -> dict[str, float]:
     """The policy on the watched pairs, rewards against iterate 0, and how much of a margin is the packing's.
 
     sera/margin_noise: the largest difference that another packing (each half of the pairs by itself) makes to a margin.
-    logp_per_token: of the chosen responses, the desirable ones of unpaired examples; missing where none is. Nothing of
-    a run without given pairs.
+    logp_per_token: of the chosen responses, the desirable ones of unpaired examples; missing where none is. Nothing
+    without given pairs.
     """
     trees = watched(world)
     if not trees:
@@ -91,16 +90,16 @@ def _repacked(world: World, live: Live, parts: Sequence[Sequence[Tree]]) -> list
     ]
 
 
-def of_samples(world: World, made: Made | None) -> dict[str, float]:
-    """What the candidates of an iteration look like, beside the given chosen responses."""
-    if made is None:
+def of_samples(world: World, candidates: Candidates | None) -> dict[str, float]:
+    """What the candidates of an iteration look like, beside the given chosen responses, where there are any."""
+    if candidates is None:
         return {}
-    length_PC = rewards.lengths(made.sampled)
+    length_PC = rewards.lengths(candidates)
     real_PC = length_PC > 0
     chosen = [len(tree.branches[0]) for tree in world.given.trees]
-    texts = [text for row, real in zip(made.sampled.texts_PC, real_PC) for text, r in zip(row, real) if r]
-    different = sum(len({ids.tobytes() for ids in row if len(ids)}) for row in made.sampled.tokens_PC)
-    looks = winrate.texts(texts, length_PC[real_PC], made.sampled.finished_PC[real_PC])
+    texts = [text for row, real in zip(candidates.texts_PC, real_PC) for text, r in zip(row, real) if r]
+    different = sum(len({ids.tobytes() for ids in row if len(ids)}) for row in candidates.tokens_PC)
+    looks = winrate.texts(texts, length_PC[real_PC], candidates.finished_PC[real_PC])
     return {
         "gen/length": looks.length,
         **({"gen/length_ratio": looks.length / float(np.mean(chosen))} if chosen else {}),

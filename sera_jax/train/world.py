@@ -39,11 +39,13 @@ from sera_jax.ledger import Ledger, branch_key, derived_tag
 from sera_jax.losses import Loss
 from sera_jax.model import Arch, Lora
 from sera_jax.policies import Folder, Policies
+from sera_jax.preference import Form
 from sera_jax.records import Pair, Prompt, Tree, Unpaired
 from sera_jax.rows import Plan
 from sera_jax.run import Run
 
-KEYS = {"sft": 0, "sample": 1, "select": 2, "update": 3, "pairs": 4, "evaluate": 5, "reward": 6}  # folded into run.seed
+# Folded into run.seed.
+KEYS = {"sft": 0, "sample": 1, "select": 2, "update": 3, "pairs": 4, "evaluate": 5, "reward": 6, "opponents": 7}
 DECIDING = ("model", "mode", "template", "temperature", "max_tokens")  # keys of the judge that change its answers
 
 
@@ -71,8 +73,9 @@ class Given:
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """What does not change while a run walks. ranker: the reward model that ranks candidates, None = no such model;
-    rankers: those of a combined reward, by folder."""
+    """What does not change while a run walks. ranker: the reward model or preference model that ranks candidates, None
+    = no such model; form: how the preference model is asked, None = it is none. rankers: reward models by folder, of a
+    combined reward too."""
 
     config: TrainConfig
     run: Run
@@ -87,6 +90,7 @@ class World:
     plans: tuple[Plan, ...]
     score_plan: Plan
     ranker: Folder | None
+    form: Form | None
     rankers: dict[str, Folder] = dataclasses.field(default_factory=dict)
 
 
@@ -98,6 +102,7 @@ class _Files:
     given: Given
     first: Folder | None
     rankers: dict[str, Folder]
+    form: Form | None
     content: str
 
 
@@ -115,11 +120,12 @@ def _read(config: TrainConfig, mesh: Mesh) -> _Files:
     )
     given = load(config, start)
     check_scores(config, given.pairs)
-    first = _first(config, start, mesh)
-    of_models = [folder for kind, folder in configs.sources(config.reward) if kind == "model"]
-    rankers = {folder: _ranker(config, folder, start, mesh) for folder in of_models}
+    first, rankers, form = _first(config, start, mesh), {}, None
+    for kind, path in configs.sources(config.reward):
+        if kind in ("model", "preference"):
+            rankers[path], form = _ranker(config, kind, path, start, mesh)
     asked = [judge.template(config.judge.template, config.judge.mode)] if judges(config) else []
-    return _Files(start, given, first, rankers, _content(given, start, first, tuple(rankers.values()), asked))
+    return _Files(start, given, first, rankers, form, _content(given, start, first, tuple(rankers.values()), asked))
 
 
 def prepare(config: TrainConfig) -> World:
@@ -135,11 +141,14 @@ def prepare(config: TrainConfig) -> World:
     transform = adam(config.optimizer, arch)
     # An SFT stage alone has no pairs; its trees then stand for them in plans that nothing runs by.
     trees = given.trees or given.sft
-    lengths_N3 = np.concatenate((rowlib.measure(trees), _largest_fresh(config, given)))
+    if on_policy(config):
+        lengths_N3 = sampled_lengths(config, given, 1 if config.on_policy.algorithm == "raft" else None)
+    else:
+        lengths_N3 = np.concatenate((rowlib.measure(trees), _largest_fresh(config, given)))
     plans = update_plans(lengths_N3, config.optimizer, arch, mesh)
     _check_stops(config, given)
-    scored = [*trees, *given.held_out]
-    score_plan = score.plan_of(rowlib.measure(scored) if scored else lengths_N3, arch, mesh)
+    watched = [*trees, *given.held_out]
+    score_plan = score.plan_for(watched, arch, mesh) if watched else plans[0]
     run = runs.open_run(
         configs.dump(config),
         content=content,
@@ -170,22 +179,12 @@ def prepare(config: TrainConfig) -> World:
         loss_keys=loss_keys,
         transform=transform,
         select=selector_of(config, mesh),
-        update=programs.preference_update(
-            arch,
-            mesh,
-            compute,
-            transform,
-            loss,
-            loss_keys,
-            schedule(config.optimizer),
-            ld_alpha=config.loss.ld_alpha,
-            weighting=losses.WEIGHTINGS[config.loss.weighting],
-            moments=config.optimizer.moments,
-        ),
+        update=update_of(config, arch, mesh, compute, transform),
         plans=plans,
         score_plan=score_plan,
         ranker=files.rankers.get(config.reward.model),
         rankers=files.rankers,
+        form=files.form,
     )
     _describe(world)
     return world
@@ -199,8 +198,63 @@ def lora_of(config: TrainConfig) -> Lora | None:
 
 def loss_of(config: TrainConfig) -> tuple[Loss, dict[str, Any]]:
     """The loss that trains and whose implicit reward ranks, and its keys."""
-    loss = _mixture((config.loss.name, *config.loss.mix), (1.0, *config.loss.mix.values()), config.loss.sft_weight)
+    given = config.loss
+    loss = _mixture((given.name, *given.mix), (1.0, *given.mix.values()), given.sft_weight, given.optimism)
     return loss, {"beta": config.loss.beta, **{key: getattr(config.loss, key) for key in loss.keys}}
+
+
+def update_of(
+    config: TrainConfig, arch: Arch, mesh: Mesh, compute: programs.Compute, transform: optax.GradientTransformation
+) -> Callable:
+    """The program of the iterations' updates (programs)."""
+    where, rate = (arch, mesh, compute, transform), schedule(config.optimizer)
+    asked, moments = config.on_policy, {"moments": config.optimizer.moments}
+    if asked.algorithm == "raft":
+        return programs.sft_update(*where, rate, **moments)
+    if asked.algorithm == "policy_gradient":
+        keys = {
+            "ratio": asked.ratio,
+            "average": asked.average,
+            "clip": asked.clip,
+            "clip_high": asked.clip if asked.clip_high is None else asked.clip_high,
+            "beta": asked.beta if asked.kl == "loss" else 0.0,
+        }
+        return programs.policy_update(*where, keys, rate, tokens=token_names(config), **moments)
+    return programs.preference_update(
+        *where,
+        *loss_of(config),
+        rate,
+        ld_alpha=config.loss.ld_alpha,
+        weighting=losses.WEIGHTINGS[config.loss.weighting],
+        **moments,
+    )
+
+
+def token_names(config: TrainConfig) -> tuple[str, ...]:
+    """What policy gradients have to know of each token before an update: log-probs under the policy that sampled, where
+    it is not the one that is updated, and under the reference, where its KL is in the loss."""
+    asked = config.on_policy
+    if asked.algorithm != "policy_gradient":
+        return ()
+    names = (("old", updates_of_round(config) > 1), ("reference", asked.beta > 0 and asked.kl == "loss"))
+    return tuple(name for name, needed in names if needed)
+
+
+def on_policy(config: TrainConfig) -> bool:
+    """Do the iterations learn from samples at once?"""
+    return config.on_policy.algorithm != "none"
+
+
+def updates_of_round(config: TrainConfig) -> int:
+    """Updates of a round of samples."""
+    return config.on_policy.passes * -(-config.on_policy.prompts // config.optimizer.batch_size)
+
+
+def updates_of_iteration(config: TrainConfig, pairs: int) -> int:
+    """Updates of an iteration with so many given pairs."""
+    if on_policy(config):
+        return config.on_policy.rounds * updates_of_round(config)
+    return config.loop.epochs * -(-pairs // config.optimizer.batch_size)
 
 
 def selector_of(config: TrainConfig, mesh: Mesh) -> Callable:
@@ -217,11 +271,11 @@ def _check_early(config: TrainConfig) -> None:
     Raises:
         ValueError: as the rooms raise it.
     """
-    gaps = config.select.score == "reward_gap" and config.loop.iterations >= config.select.from_iteration
-    if gaps:
+    selects = config.loop.iterations >= config.select.from_iteration and not on_policy(config)
+    if config.select.score == "reward_gap" and selects:
         rewards.load_function(config.reward.function)
     for kind, function in configs.sources(config.reward):
-        if kind == "function" and (bootstraps(config) or config.evaluate.prompts):
+        if kind in configs.FUNCTION_SOURCES and (ranks(config) or config.evaluate.prompts):
             rewards.load_function(function)
     if config.evaluate.function:
         rewards.load_function(config.evaluate.function)
@@ -233,8 +287,8 @@ def _check_early(config: TrainConfig) -> None:
 
 def _check_stops(config: TrainConfig, given: Given) -> None:
     """Raises ValueError where loop.early_stop could never stop anything."""
-    least = min((size_of_pass(config, given, t) for t in range(1, config.loop.iterations + 1)), default=0)
-    updates = config.loop.epochs * -(-least // config.optimizer.batch_size)
+    sizes = (size_of_pass(config, given, t) for t in range(1, config.loop.iterations + 1))
+    updates = min((updates_of_iteration(config, size) for size in sizes), default=0)
     if config.loop.early_stop and config.loop.iterations and config.loop.validate_every >= updates:
         raise ValueError(
             f"loop.validate_every is {config.loop.validate_every} with loop.early_stop {config.loop.early_stop}, "
@@ -244,7 +298,7 @@ def _check_stops(config: TrainConfig, given: Given) -> None:
 
 def check_scores(config: TrainConfig, pairs: Sequence[Pair]) -> None:
     """Raises ValueError, naming the key and the first pair without, where a selection needs scores that are missing."""
-    if config.loop.iterations < config.select.from_iteration:
+    if config.loop.iterations < config.select.from_iteration or on_policy(config):
         return
     for signal, whose, columns, scores in (
         ("gap_N", "the annotator's", "score_chosen and score_rejected", lambda pair: pair.scores),
@@ -462,6 +516,28 @@ def _largest_fresh(config: TrainConfig, given: Given) -> np.ndarray:
     return longest + [[more, more, 0]]
 
 
+def sampled_lengths(config: TrainConfig, given: Given, branches: int | None = None) -> np.ndarray:
+    """int [n, 3], for plans: trees as the rounds may sample them, responses of all lengths alike, and the longest one.
+
+    Args:
+        branches: of a tree, None = all candidates.
+
+    Raises:
+        ValueError: fewer prompts than a round takes.
+    """
+    if len(given.prompts) < config.on_policy.prompts:
+        raise ValueError(
+            f"on_policy.prompts is {config.on_policy.prompts}, expected at most the {len(given.prompts)} prompts that "
+            "have a token: a round takes each once. Lower it, or see data.prompts."
+        )
+    new = config.bootstrap.max_new_tokens
+    count = branches or config.bootstrap.candidates
+    length_P = np.array([len(tokens) for tokens in given.prompt_tokens])
+    targets_P = count * (1 + (7919 * np.arange(len(length_P))) % new)  # 7919 is prime: in no order
+    known = np.stack((length_P + targets_P, targets_P, np.full_like(length_P, count)), axis=1)
+    return np.vstack((known, [length_P.max() + count * new, count * new, count]))
+
+
 def _first(config: TrainConfig, start: Folder, mesh: Mesh) -> Folder | None:
     """The folder that is iterate 1, if one is.
 
@@ -480,13 +556,15 @@ def _first(config: TrainConfig, start: Folder, mesh: Mesh) -> Folder | None:
     return folder
 
 
-def _ranker(config: TrainConfig, path: str, start: Folder, mesh: Mesh) -> Folder:
-    """A reward model that ranks candidates.
+def _ranker(config: TrainConfig, kind: str, path: str, start: Folder, mesh: Mesh) -> tuple[Folder, Form | None]:
+    """A reward model that ranks candidates, or a preference model and its form.
 
     Raises:
         ValueError: a folder of something else, or a reward model of other tokens than those of model.path.
     """
     how = {"compute": config.model.compute, "attention": config.model.attention}
+    if kind == "preference":
+        return policies.open_preference_model(path, mesh, **how)
     folder = policies.open_reward_model(path, mesh, **how)
     if not policies.same_tokens(folder, start):
         raise ValueError(
@@ -494,7 +572,7 @@ def _ranker(config: TrainConfig, path: str, start: Folder, mesh: Mesh) -> Folder
             f"{config.model.path}, expected the same vocabulary and EOS ids: it is given the sampled ids. Give a "
             "reward model that was trained from a checkpoint with these tokens."
         )
-    return folder
+    return folder, None
 
 
 def _content(given: Given, start: Folder, first: Folder | None, rankers: Sequence[Folder], asked: Sequence[str]) -> str:
@@ -563,7 +641,7 @@ def balance(config: TrainConfig, trees: Sequence[Tree]) -> str:
 
 def judges(config: TrainConfig) -> bool:
     """Will a judge be asked?"""
-    return ("judge", "") in configs.sources(config.reward) and bootstraps(config)
+    return "judge" in [kind for kind, _ in configs.sources(config.reward)] and ranks(config)
 
 
 def endpoint(config: TrainConfig) -> judge.Endpoint:
@@ -584,13 +662,19 @@ def endpoint(config: TrainConfig) -> judge.Endpoint:
 
 def bootstraps(config: TrainConfig) -> bool:
     """Does any iteration make fresh pairs?"""
-    return config.bootstrap.fresh > 0 and config.loop.iterations >= config.bootstrap.from_iteration
+    makes = config.bootstrap.fresh > 0 and config.loop.iterations >= config.bootstrap.from_iteration
+    return makes and not on_policy(config)
+
+
+def ranks(config: TrainConfig) -> bool:
+    """Will candidates be ranked?"""
+    return bootstraps(config) or (on_policy(config) and config.loop.iterations > 0)
 
 
 @functools.cache
-def _mixture(names: tuple[str, ...], weights: tuple[float, ...], sft_weight: float) -> Loss:
+def _mixture(names: tuple[str, ...], weights: tuple[float, ...], sft_weight: float, optimistic: float) -> Loss:
     """One record for the same plain values, so that the runs of a process share their programs."""
-    return losses.mixture(dict(zip(names, weights)), sft_weight)
+    return losses.mixture(dict(zip(names, weights)), sft_weight, optimistic)
 
 
 @functools.cache

@@ -8,13 +8,14 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from sera_jax import hf, programs
+from sera_jax import hf, preference, programs
+from sera_jax.preference import Form
 
 SCRIPT = """
 import json, sys
-from sera_jax import config as configs, evaluate, generate, processes, review
+from sera_jax import config as configs, evaluate, generate, ledger, mesh as meshes, policies, processes, review
 
-several, out, policy, reference, tiny = json.loads(sys.argv[1]), *sys.argv[2:]
+several, out, policy, reference, judge, tiny = json.loads(sys.argv[1]), *sys.argv[2:]
 processes.join(several)
 mesh = ["--mesh.fsdp=2", "--mesh.tensor=2"]
 prompts = f"[{tiny}/prompts.jsonl]"
@@ -31,6 +32,11 @@ review.review(ask(
     configs.ReviewConfig, f"--policy={policy}", f"--reference={reference}", f"--data.pairs=[{tiny}/pairs.jsonl]",
     f"--out={out}/review",
 ))
+folder, form = policies.open_preference_model(judge, meshes.make(1, 2, 2), compute="float32")
+asked = [("the cat", one, other) for one in ("red ball", "dog", "a box") for other in ("blue", "on the ball")]
+prob, _ = policies.folder_preferences(folder, form, asked, ledger=ledger.Ledger(f"{out}/asked"), label="asked")
+processes.once(lambda: open(f"{out}/asked.json", "w").write(json.dumps(prob.tolist())))
+assert processes.once(lambda: prob.tolist()) == prob.tolist()  # the same on all
 """
 
 
@@ -43,13 +49,17 @@ def world(tiny, tmp_path_factory, one_device):
     for seed, name in enumerate(("policy", "reference")):
         params = programs.random_params(arch, one_device)(jax.random.key(seed))
         hf.save(folder / name, arch, params, source=tiny / "model", dtype=np.float32)
+    form = preference.told(Form(False, ("red", "blue"), max_length=96, max_prompt_length=48))
+    hf.save(folder / "judge", arch, params, source=tiny / "model", dtype=np.float32, extra=form)
     return folder
 
 
 def test_doors_on_two_processes(world, tiny, joined):
     def command(several: str, out: str) -> list[str]:
         (world / out).mkdir(exist_ok=True)
-        paths = [str(path) for path in (world / out, world / "policy", world / "reference", tiny)]
+        paths = [
+            str(path) for path in (world / out, *(world / name for name in ("policy", "reference", "judge")), tiny)
+        ]
         return ["-c", SCRIPT, several, *paths]
 
     both = command("true", "together")
@@ -67,6 +77,9 @@ def test_doors_on_two_processes(world, tiny, joined):
     tables = [pyarrow.parquet.read_table(folder / "review/review.parquet").to_pydict() for folder in (together, alone)]
     assert tables[0]["kept"] == tables[1]["kept"]
     np.testing.assert_allclose(tables[0]["margin"], tables[1]["margin"], atol=1e-5)
+    said = [np.array(json.loads((folder / "asked.json").read_text())) for folder in (together, alone)]
+    np.testing.assert_allclose(*said, atol=1e-5)
+    assert np.ptp(said[0]) > 0.01
     talk, silence = two.said()
     assert "win rate" in talk
     said = {line for line in talk.splitlines() if line.strip() and "Gloo" not in line}
