@@ -1400,8 +1400,8 @@ def _check_given(config: TrainConfig, where: str) -> None:
     if not (config.data.pairs or texts_alone or prompts_alone):
         raise ConfigError(
             f"{where}: data.pairs is empty, expected at least one file of preference pairs. Only an SFT stage on its "
-            "own data (sft.data, loop.iterations 0) needs none, and on_policy.algorithm, or bootstrap.from_iteration "
-            "1, with data.prompts."
+            "own data (sft.data, loop.iterations 0) needs none, and on_policy.algorithm with data.prompts. Nor does a "
+            "run that samples from data.prompts from iteration 1 on (bootstrap.from_iteration)."
         )
     if "given" in [kind for kind, _ in sources(config.reward)] and not config.bootstrap.with_given:
         raise ConfigError(

@@ -204,7 +204,7 @@ def load_texts(
 def load_rows(path: str) -> Iterable[Row]:
     """Rows of a file as they stand (see READERS, each also .gz), with their line numbers. Raises ValueError for a path
     that cannot be read."""
-    return _open(path, "train", "")[2]
+    return opened(path, "train", "")[2]
 
 
 def load_responses(path: str, *, scored: bool, progress: Progress = silent) -> list[Responses]:
