@@ -1234,7 +1234,8 @@ def _check_train(config: TrainConfig, where: str) -> None:
     _check_explore(config, where)
     bootstrapping = config.bootstrap.fresh > 0 and config.loop.iterations >= config.bootstrap.from_iteration
     _check_given(config, where)
-    if config.on_policy.algorithm != "none":
+    on_policy = config.on_policy.algorithm != "none"
+    if on_policy:
         _check_on_policy(config, where)
     sampling = bootstrapping and not config.bootstrap.candidates_file
     least = 1 if config.bootstrap.with_given else 2
@@ -1371,7 +1372,7 @@ def _check_train(config: TrainConfig, where: str) -> None:
     ranks = config.select.rule in ("top_k", "bottom_k", "middle") and config.select.unselected == "drop"
     selects = config.loop.iterations >= config.select.from_iteration
     fresh_from = config.bootstrap.from_iteration if config.bootstrap.fresh else math.inf
-    if selects and config.select.rule == "none" and fresh_from > config.select.from_iteration:
+    if selects and not on_policy and config.select.rule == "none" and fresh_from > config.select.from_iteration:
         raise ConfigError(
             f"{where}: select.rule is 'none' from iteration {config.select.from_iteration} on, expected fresh pairs to "
             "train on from then on: set bootstrap.fresh, and bootstrap.from_iteration to "

@@ -276,7 +276,8 @@ def _decode(setting: Setting) -> Case:
     one, two = (flops.seen_by(arch, longest, (new,) * n) for n in (0, 1))
     behind = [more - less for less, more in zip(one, two)]  # what the tokens of one response see
     made = worlds.bootstraps(setting.config) and not setting.config.bootstrap.candidates_file
-    temperature = sample.temperatures(setting.config.bootstrap.temperature if made else 1.0, candidates)
+    ranked = made or worlds.on_policy(setting.config)
+    temperature = sample.temperatures(setting.config.bootstrap.temperature if ranked else 1.0, candidates)
     sampling = programs.abstract_sampling(mesh, temperature)
     arguments = (weights, start, hashes, programs.abstract_key(mesh), sampling)
     parts, models = {"weights": weights, "cache": start.cache, "logits": start.logits_PV}, 1

@@ -199,6 +199,7 @@ def _flops(
         scored += size[False]  # features of the given pairs
     if made is not None:
         candidates = rewards.trees(made.candidates)
+        ranked = sum(tree.length for tree in candidates)
         sampled = sum(tree.length for tree in rewards.trees(made.sampled))
         opposed = sum(tree.length for tree in rewards.trees(made.opponents)) if made.opponents else 0
         # A mixture takes two passes for a token; before any update it is one of equals, and none.
@@ -208,12 +209,12 @@ def _flops(
         if ("implicit", "") in configs.sources(config.reward):
             scorer = Live(Name("iterate", t - 1), None)
             known = {*ensemble(world, scorer)[0], reward_reference(world, scorer)} - {None}
-            scored += (sum(tree.length for tree in candidates) + opposed) * len(known)
+            scored += (ranked + opposed) * len(known)
         kept = [tree for tree, kept in zip(made.fresh.trees, made.fresh.kept_F) if kept]
         if world.loss.reference:
             scored += _tokens(kept, False) * (loss_reference(world, t) not in known)
             scored += _tokens(kept, True) * (config.loss.ld_alpha < 1)
-        scored += (sampled + _tokens(kept, False)) * explores + _tokens(kept, False) * told
+        scored += (ranked + _tokens(kept, False)) * explores + _tokens(kept, False) * told
     return {
         "flops/train": float(update * sum(trained[batch].sum() for batch in batches)),
         "flops/score": float(forward * scored),
