@@ -12,7 +12,7 @@ import numpy as np
 
 from sera_jax import data, disk, explore, metrics, processes, sample, sera
 from sera_jax.data import Responses, order
-from sera_jax.records import Candidates, Prompt, Text, Tree
+from sera_jax.records import Candidates, Pair, Prompt, Text, Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +36,22 @@ class Fresh:
     gamma_F: np.ndarray | None = None
 
 
-def prompts_of_iteration(count: int, share: float, *, seed: int, iteration: int) -> np.ndarray:
-    """Indices of the prompts an iteration samples from, ascending: the first share of a permutation of its own."""
-    chosen = order(count, seed=seed + 1, iteration=iteration, epoch=0)[: max(1, round(share * count))]
-    return np.sort(chosen)
+def prompts_of_iteration(count: int, share: float, *, seed: int, iteration: int, turn: int | None = None) -> np.ndarray:
+    """Indices of the prompts an iteration samples from, ascending: the first share of a permutation of its own.
+
+    Args:
+        turn: how many iterations have sampled before, which then all go on through one permutation, from its start
+            again where it ends; None = each has its own.
+    """
+    size = count_of_prompts(count, share)
+    if turn is None:
+        return np.sort(order(count, seed=seed + 1, iteration=iteration, epoch=0)[:size])
+    return np.sort(order(count, seed=seed + 1, iteration=0, epoch=0)[np.arange(turn * size, (turn + 1) * size) % count])
+
+
+def count_of_prompts(count: int, share: float) -> int:
+    """How many of `count` prompts an iteration samples from."""
+    return max(1, round(share * count))
 
 
 def sample_candidates(
@@ -255,6 +267,31 @@ def joined(one: Candidates, other: Candidates) -> Candidates:
         tokens_PC=both(one.tokens_PC, other.tokens_PC),
         finished_PC=np.concatenate((one.finished_PC, other.finished_PC), axis=1),
     )
+
+
+def with_given(
+    candidates: Candidates, tokens: Sequence[np.ndarray], decode: Callable[[np.ndarray], str], eos_ids: Sequence[int]
+) -> Candidates:
+    """The candidates with a given response before them as number 0, so that a sample that repeats it is the repetition.
+
+    Args:
+        tokens: of each prompt's response, EOS included where it was not cut; empty = there is none.
+    """
+    finished_P = np.array([len(ids) > 0 and int(ids[-1]) in eos_ids for ids in tokens], bool)
+    return dataclasses.replace(
+        candidates,
+        texts_PC=tuple((decode(ids), *row) for ids, row in zip(tokens, candidates.texts_PC)),
+        tokens_PC=tuple((ids, *row) for ids, row in zip(tokens, candidates.tokens_PC)),
+        finished_PC=np.concatenate([finished_P[:, None], candidates.finished_PC], axis=1),
+    )
+
+
+def chosen_of(prompts: Sequence[Prompt], pairs: Sequence[Pair], trees: Sequence[Tree]) -> tuple[np.ndarray, ...]:
+    """Token ids of the chosen response that the first given pair of each prompt has, empty where no pair has it."""
+    first: dict[str, np.ndarray] = {}
+    for pair, tree in zip(pairs, trees):
+        first.setdefault(_content(pair.prompt), tree.branches[0])
+    return tuple(first.get(_content(prompt.prompt), np.zeros(0, np.int32)) for prompt in prompts)
 
 
 def _content(prompt: Text) -> str:

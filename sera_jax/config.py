@@ -71,11 +71,25 @@ MARGIN_SCORES = (
     "irm_magnitude",
     "alignment_potential",
 )  # built on the implicit reward of the policy
-RuleName = Literal["top_k", "bottom_k", "middle", "threshold", "all"]
-RewardName = Literal["implicit", "model", "preference", "function", "preference_function", "judge", "file", "random"]
+RuleName = Literal["top_k", "bottom_k", "middle", "threshold", "all", "none"]
+RewardName = Literal[
+    "implicit",
+    "model",
+    "preference",
+    "function",
+    "preference_function",
+    "judge",
+    "file",
+    "random",
+    "given",
+    "combined",
+]
+WITH_ARGUMENT = ("model", "function")  # sources that a key of reward.sources names with what they are of
 FUNCTION_SOURCES = ("function", "preference_function")  # of reward.function
-BestName = Literal["accuracy", "loss"]
-RankedRuleName = Literal["best_worst", "best_random", "random", "all_pairs"]
+ALONE = ("preference", "preference_function", "combined")  # sources that are no part of a combined one
+BestName = Literal["accuracy", "loss", "reward"]
+PartsName = Literal["all", "random", "sources", "easy_first"]
+RankedRuleName = Literal["best_worst", "best_random", "best_second", "best_each", "random", "all_pairs"]
 WinRuleName = Literal["most_certain", "condorcet"]  # read P(i > j) in the place of rewards
 PairRuleName = Literal[RankedRuleName, WinRuleName, "explore"]
 ModelKind = Literal["bradley_terry", "preference", "preference_head"]
@@ -172,7 +186,8 @@ class DataConfig:
 
     Args:
         pairs: files (.jsonl, .json, .parquet, .csv, each also .gz), `datasets` folders or hub names. An SFT stage alone
-            (loop.iterations 0) on its own texts needs none.
+            (loop.iterations 0) on its own texts needs none; nor does a run that samples from data.prompts from
+            iteration 1 on.
         prompts: files of prompts for bootstrapping; empty = the prompts of the pairs.
         format: of the pairs; auto = detected and shown. unpaired = labelled single responses, for loss kto.
         ranked: how K scored responses to a prompt become pairs (rows that are pairs already stay as they are).
@@ -328,7 +343,13 @@ class RewardConfig:
             preference = a pairwise preference model, of every two candidates in both orders (RLHF Workflow);
             function = a Python function; preference_function = one that compares two responses; judge = a language
             model (section judge); file = the scores that bootstrap.candidates_file brings; random = noise by run.seed
-            (what ranking gives at least). The given pairs are always scored by the implicit reward.
+            (what ranking gives at least); given = 1 for the given response of bootstrap.with_given, 0 for samples
+            (SPIN); combined = several of these (sources). The given pairs are always scored by the implicit reward.
+        sources: of source combined: weight by source, each named as above, model and function with what they are of:
+            {"model:FOLDER": 1.0, "function:my_module:reward": 0.5, "implicit": 1.0}.
+        combine: weighted = the sum of the sources' rewards by weight; worst = the smallest of them (weights are 1).
+        scale: of each source before that: iteration = standardised over the candidates of the iteration, prompt = over
+            those of each prompt, none = as it is.
         model: Hugging Face folder of a reward model (…ForSequenceClassification with one label) with the policy's
             tokens, as `sera_jax.reward_model` exports them, for source model; or of a preference model with any tokens,
             for source preference: likewise, or a policy that answers the same question (RLHFlow's).
@@ -340,19 +361,25 @@ class RewardConfig:
         ensemble: over iterates (Eq. 7 of SeRA): two_term = (1-γ)·current + γ·previous, ema = recursive, mean = all
         alike.
         gamma: γ of two_term and ema.*
-        length_penalty: subtracted from a candidate's reward for each of its tokens.
-        length_normalise: divide a candidate's reward by its tokens.
+        length_penalty: subtracted from a candidate's reward for each unit of its length; auto = in each iteration as
+            much as makes the best candidates on average as long as the worst ones (DICE), 0 where they are no longer.
+        length_unit: of length_penalty and length_normalise: tokens, or characters (RLHF Workflow, DICE).
+        length_normalise: divide a candidate's reward by its length.
         ema_decay: of the ema reference: ema ← decay·ema + (1-decay)·iterate, one step an iteration.
     """
 
     source: RewardName = "implicit"
+    sources: dict[str, float] = dataclasses.field(default_factory=dict)
+    combine: Literal["weighted", "worst"] = "weighted"
+    scale: Literal["iteration", "prompt", "none"] = "iteration"
     model: str = ""
     tournament: bool = False
     function: str = ""
     reference: Literal["initial", "previous", "ema", "none"] = "initial"
     ensemble: EnsembleName = "two_term"
     gamma: float = 0.3
-    length_penalty: float = 0.0
+    length_penalty: float | Literal["auto"] = 0.0
+    length_unit: Literal["tokens", "characters"] = "tokens"
     length_normalise: bool = False
     ema_decay: float = 0.5
 
@@ -407,7 +434,7 @@ class SelectConfig:
         score: what is ranked; alignment_potential is M_AP (Huang et al., 2025): annotator gap against |irm per token|;
             reward_gap is what reward.function says of both responses, chosen less rejected; gold_gap is gold_chosen -
             gold_rejected of pairs that carry them (what selection could give at most).
-        rule: how the score selects.
+        rule: how the score selects; all = every pair; none = no given pair is trained on, fresh ones alone.
         threshold: of the rule "threshold": pairs with a score above it stay.
         stratify: keep the same share of every group, of each at least one pair; so a prompt with one pair keeps it.
         unselected: drop = leave out; relabel = swap chosen and rejected; soft_weight = keep every pair with weight
@@ -429,10 +456,13 @@ class BootstrapConfig:
 
     Args:
         from_iteration: the first iteration that samples; 1 needs a reward that is not the policy's own.
-        fresh: k̃, fresh pairs as a share of the given ones; 0 = no bootstrapping.*
+        fresh: k̃, fresh pairs as a share of the given ones that the iteration sees, or, of a run without given pairs,
+            of the prompts that an iteration samples from; 0 = no bootstrapping.*
         candidates: C responses sampled for each prompt.*
         prompts_per_iteration: share of the prompts sampled from in each iteration.
-        temperature: of the sampling; 0 = greedy.*
+        prompts_drawn: anew = each iteration draws its own; in_turn = they go on through one order of the prompts, so
+            that none comes twice before all have come.
+        temperature: of the sampling; 0 = greedy. A list splits the candidates evenly over its temperatures, in order.*
         top_k: 0 = off.
         top_p: nucleus; 1 = off.*
         min_p: 0 = off.
@@ -449,7 +479,9 @@ class BootstrapConfig:
             by token; 0 = off. Both are in memory while it samples.
         mixture_of: opponents = C more responses a prompt, which stand in no pair but are whom the candidates' wins are
             against (Nash-MD, with loss sppo); candidates = the candidates themselves (IPO-MD, with loss ipo_soft).
+        with_given: the chosen response of a prompt's first given pair is one more candidate, number 0.
         replay: also train on the fresh pairs of earlier iterations.
+        replay_last: of so many iterations before; 0 = of all.
         candidates_file: JSONL of candidates in the place of sampling, as `sera_jax.generate` writes it: {"prompt",
             "responses"} and, for each response, "finished" (default: all), "rewards" or "scores" (reward.source file).
             Prompts are matched by their text; the sampling keys are then unread. Empty = sample.
@@ -459,7 +491,8 @@ class BootstrapConfig:
     fresh: float = 0.3
     candidates: int = 4
     prompts_per_iteration: float = 1.0
-    temperature: float = 0.8
+    prompts_drawn: Literal["anew", "in_turn"] = "anew"
+    temperature: float | tuple[float, ...] = 0.8
     top_k: int = 0
     top_p: float = 0.95
     min_p: float = 0.0
@@ -470,7 +503,9 @@ class BootstrapConfig:
     unfinished: Literal["drop", "keep"] = "drop"
     mixture: float = 0.0
     mixture_of: Literal["opponents", "candidates"] = "opponents"
+    with_given: bool = False
     replay: bool = False
+    replay_last: int = 0
     candidates_file: str = ""
 
 
@@ -538,8 +573,13 @@ class LoopConfig:
 
     Args:
         iterations: T; iteration 1 is plain training on all pairs. 0 = the SFT stage alone.
-        epochs: passes of an iteration, each of as many updates as all given pairs take, whatever was kept and made: a
-            smaller training set is cycled, of a larger one a random part is seen.
+        epochs: passes of an iteration.
+        passes: given = a pass has as many updates as the given pairs take that the iteration sees (without given pairs:
+            the prompts it samples from), whatever was kept and made: a smaller training set is cycled, of a larger one
+            a random part is seen; all = as many as its whole training set takes, fresh and replayed pairs too.
+        parts: which given pairs an iteration sees: all; or one of as many parts as there are iterations: random = equal
+            ones by run.seed, sources = a file each in the order of data.pairs (sDPO), easy_first = equal ones by the
+            annotator's gap, the largest first, of every prompt one pair before the second of any (Curry-DPO).
         first: Hugging Face folder of a policy that is this run's iterate 1: iteration 1 is not trained again. Runs that
             differ only later share it, and its log-probs.
         start: iteration t starts from the iterate before, or from the initial policy.
@@ -548,12 +588,15 @@ class LoopConfig:
             each iteration.
         early_stop: an iteration ends after so many checks in a row without a new lowest validation loss of the
             iteration, and the walk goes on from there (set best to export the best point); 0 = never.
-        best: export the best of all points that were validated instead of the last iterate (needs data.validation).
-        best_by: what best goes by: implicit-reward accuracy on the held-out pairs, or their loss.
+        best: export the best of all points that were validated instead of the last iterate.
+        best_by: what best goes by: implicit-reward accuracy on the held-out pairs, or their loss (both need
+            data.validation); or the mean reward of responses to the evaluation prompts, of whole iterations alone.
     """
 
     iterations: int = 3
     epochs: int = 1
+    passes: Literal["given", "all"] = "given"
+    parts: PartsName = "all"
     first: str = ""
     start: Literal["previous", "initial"] = "previous"
     optimizer_state: Literal["fresh", "carried"] = "fresh"
@@ -591,7 +634,7 @@ class EvaluateConfig:
     Args:
         prompts: files of prompts; empty = no evaluation.
         function: "module:function", called as function(prompt, response) -> float; the higher wins. Where it is given,
-            it also judges the fresh pairs, for the log alone.
+            it also judges the fresh pairs, for the log alone. Empty: reward.model or reward.function, whichever ranks.
         limit: first n prompts (0 = all).
         temperature: of the responses; 0 = greedy.
         top_p: of the responses.
@@ -750,6 +793,37 @@ class ReviewConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AgreeConfig:
+    """`python -m sera_jax.agree`: do several evaluators agree on the same responses?
+
+    Args:
+        files: of responses with scores (README, "Who agrees with whom"): .jsonl, .json, .parquet, .csv, each also .gz.
+        scores: names of the scores in the files that take part; empty = all of them.
+        functions: more evaluators: "module:function", called as function(prompt, response) -> float.
+        models: more evaluators: Hugging Face folders of reward models.
+        out: JSON file for the result; empty = print only.
+        limit: first n rows (0 = all).
+        max_length: tokens of prompt and response together for the models; what is longer has no score of theirs.
+        resamples: of the bootstrap over prompts.
+        seed: of the bootstrap.
+        compute: dtype of the models' matrix products.
+        mesh: devices by axis.
+    """
+
+    files: tuple[str, ...]
+    scores: tuple[str, ...] = ()
+    functions: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+    out: str = ""
+    limit: int = 0
+    max_length: int = 1024
+    resamples: int = 1000
+    seed: int = 0
+    compute: Literal["float32", "bfloat16"] = "float32"
+    mesh: MeshConfig = MeshConfig()
+
+
+@dataclasses.dataclass(frozen=True)
 class RewardLossConfig:
     """The Bradley-Terry loss of a reward model: -log σ(r_w - r_l + α(L_w - L_l) - m) + λ·(r_w + r_l)².
 
@@ -875,6 +949,9 @@ _RANGES: tuple[tuple[str, Any, str], ...] = (
     ("judge.max_tokens", lambda v: v >= 1, "at least 1"),
     ("judge.price_in", lambda v: v >= 0, "a number >= 0"),
     ("judge.price_out", lambda v: v >= 0, "a number >= 0"),
+    ("reward.sources", lambda v: all(w > 0 and math.isfinite(w) for w in v.values()), "weights > 0"),
+    ("reward.length_penalty", lambda v: v == "auto" or math.isfinite(v), "a finite number, or 'auto'"),
+    ("bootstrap.replay_last", lambda v: v >= 0, "0 or more"),
     ("select.from_iteration", lambda v: v >= 1, "at least 1"),
     ("bootstrap.from_iteration", lambda v: v >= 1, "at least 1"),
     ("select.keep", lambda v: 0 <= v <= 1, "a share between 0 and 1"),
@@ -886,7 +963,11 @@ _RANGES: tuple[tuple[str, Any, str], ...] = (
     ("on_policy.beta", lambda v: v >= 0, "a number >= 0"),
     ("bootstrap.fresh", lambda v: v >= 0, "a share >= 0"),
     ("bootstrap.prompts_per_iteration", lambda v: 0 < v <= 1, "a share in (0, 1]"),
-    ("bootstrap.temperature", lambda v: v >= 0, "a number >= 0"),
+    (
+        "bootstrap.temperature",
+        lambda v: len(v) > 0 and all(t >= 0 for t in v) if isinstance(v, tuple) else v >= 0,
+        "a number >= 0, or a list of such",
+    ),
     ("bootstrap.top_p", lambda v: 0 < v <= 1, "a share in (0, 1]"),
     ("bootstrap.mixture", lambda v: 0 <= v <= 1, "0 <= α <= 1"),
     ("bootstrap.min_p", lambda v: 0 <= v < 1, "0 <= min_p < 1"),
@@ -912,6 +993,8 @@ _RANGES: tuple[tuple[str, Any, str], ...] = (
     ("refill", lambda v: v >= 1, "at least 1"),
     ("bootstrap.refill", lambda v: v >= 1, "at least 1"),
     ("data.limit", lambda v: v >= 0, "0 or more"),
+    ("resamples", lambda v: v >= 1, "at least 1"),
+    ("max_length", lambda v: v >= 2, "at least 2 tokens"),
     ("uninformative", lambda v: v >= 0, "a share >= 0"),
     ("reward_loss.margin", lambda v: 0 <= v < math.inf, "a number >= 0"),
     ("reward_loss.center", lambda v: 0 <= v < math.inf, "a number >= 0"),
@@ -1150,21 +1233,15 @@ def _check_train(config: TrainConfig, where: str) -> None:
     _check_lora(config, where)
     _check_explore(config, where)
     bootstrapping = config.bootstrap.fresh > 0 and config.loop.iterations >= config.bootstrap.from_iteration
-    on_policy = config.on_policy.algorithm != "none"
-    texts_alone = config.sft.data and not config.loop.iterations
-    prompts_alone = on_policy and config.data.prompts and (config.sft.data or not config.sft.epochs)
-    if not (config.data.pairs or texts_alone or prompts_alone):
-        raise ConfigError(
-            f"{where}: data.pairs is empty, expected at least one file of preference pairs. Only an SFT stage on its "
-            "own data (sft.data, loop.iterations 0) needs none, and on_policy.algorithm with data.prompts."
-        )
-    if on_policy:
+    _check_given(config, where)
+    if config.on_policy.algorithm != "none":
         _check_on_policy(config, where)
     sampling = bootstrapping and not config.bootstrap.candidates_file
-    if sampling and config.bootstrap.candidates < 2:
+    least = 1 if config.bootstrap.with_given else 2
+    if sampling and config.bootstrap.candidates < least:
         raise ConfigError(
-            f"{where}: bootstrap.candidates is {config.bootstrap.candidates}, expected at least 2: a best and a worst "
-            "response need two candidates. Raise it, or set bootstrap.fresh to 0."
+            f"{where}: bootstrap.candidates is {config.bootstrap.candidates}, expected at least {least}: a best and a "
+            "worst response need two candidates. Raise it, or set bootstrap.fresh to 0."
         )
     if sampling and config.bootstrap.slots < config.bootstrap.candidates:
         raise ConfigError(
@@ -1181,6 +1258,12 @@ def _check_train(config: TrainConfig, where: str) -> None:
             f"{where}: bootstrap.mixture_of is {config.bootstrap.mixture_of!r} with bootstrap.mixture 0, so that there "
             "is no mixture; set bootstrap.mixture, or leave it out."
         )
+    if sampling and isinstance(config.bootstrap.temperature, tuple):
+        if len(config.bootstrap.temperature) > config.bootstrap.candidates:
+            raise ConfigError(
+                f"{where}: bootstrap.temperature has {len(config.bootstrap.temperature)} values, expected at most "
+                f"bootstrap.candidates ({config.bootstrap.candidates}): they are split over them."
+            )
     _check_room(config, where)
     kinds = {"model": "the folder of a reward model", "preference": "the folder of a preference model"}
     if (config.reward.source in kinds) != bool(config.reward.model):
@@ -1209,22 +1292,25 @@ def _check_train(config: TrainConfig, where: str) -> None:
                 )
     if config.reward.source in FUNCTION_SOURCES and ":" not in config.reward.function:
         raise ConfigError(f"{where}: reward.function is {config.reward.function!r}, expected 'module:function'.")
-    if config.reward.source == "file" and bootstrapping and not config.bootstrap.candidates_file:
+    _check_sources(config, where)
+    kinds = [kind for kind, _ in sources(config.reward)]
+    if "file" in kinds and bootstrapping and not config.bootstrap.candidates_file:
         raise ConfigError(
-            f"{where}: reward.source is 'file', expected bootstrap.candidates_file with the scores. Set it, or use "
-            "another reward.source."
+            f"{where}: reward.source is {config.reward.source!r}, expected bootstrap.candidates_file with the scores. "
+            "Set it, or use another reward.source."
         )
-    if config.reward.source == "judge" and not config.judge.model:
+    if "judge" in kinds and not config.judge.model:
         raise ConfigError(
             f"{where}: judge.model is empty, expected the name of a model at judge.base_url ({config.judge.base_url}) "
-            "for reward.source 'judge'."
+            f"for reward.source {config.reward.source!r}."
         )
     if not re.fullmatch(r"[A-Za-z_]\w*", config.judge.key_env):  # it may be a key: not repeated
         raise ConfigError(
             f"{where}: judge.key_env is no name of an environment variable, expected one such as 'OPENAI_API_KEY'. The "
             "key itself belongs into that variable, and into no file."
         )
-    if (config.evaluate.prompts or config.evaluate.function) and ":" not in config.evaluate.function:
+    ranks = config.reward.source in WITH_ARGUMENT and not config.evaluate.function
+    if (config.evaluate.prompts or config.evaluate.function) and ":" not in config.evaluate.function and not ranks:
         raise ConfigError(f"{where}: evaluate.function is {config.evaluate.function!r}, expected 'module:function'.")
     if config.loop.first and (config.loop.optimizer_state == "carried" or not config.loop.iterations):
         raise ConfigError(
@@ -1232,9 +1318,15 @@ def _check_train(config: TrainConfig, where: str) -> None:
             + ("loop.iterations 0" if not config.loop.iterations else "loop.optimizer_state 'carried'")
             + ", expected an iteration 1 to stand for, and a fresh optimiser after it: a folder holds no moments."
         )
+    by_reward = config.loop.best_by == "reward"
     for key in ("best", "validate_every"):
-        if getattr(config.loop, key) and not config.data.validation:
+        if getattr(config.loop, key) and not config.data.validation and not (key == "best" and by_reward):
             raise ConfigError(f"{where}: loop.{key} needs held-out pairs: set data.validation to a share > 0.")
+    if config.loop.best and by_reward and not config.evaluate.prompts:
+        raise ConfigError(
+            f"{where}: loop.best_by is 'reward' with evaluate.prompts empty, expected prompts whose responses are "
+            "rewarded. Set them, or use best_by 'accuracy'."
+        )
     if config.loop.early_stop and not config.loop.validate_every:
         raise ConfigError(
             f"{where}: loop.early_stop is {config.loop.early_stop}, expected checks inside an iteration that it can "
@@ -1253,7 +1345,7 @@ def _check_train(config: TrainConfig, where: str) -> None:
                 "with different references cannot be compared. Use best_by 'accuracy', or reference 'initial'."
             )
     if config.loop.first and 1 in (
-        *([config.select.from_iteration] if config.select.rule != "all" else []),
+        *([config.select.from_iteration] if config.select.rule not in ("all", "none") else []),
         *([config.bootstrap.from_iteration] if config.bootstrap.fresh else []),
     ):
         raise ConfigError(
@@ -1266,8 +1358,25 @@ def _check_train(config: TrainConfig, where: str) -> None:
             f"{where}: bootstrap.replay is True with bootstrap.fresh 0, expected fresh pairs to train on again. Leave "
             "it out, or set bootstrap.fresh."
         )
+    if config.bootstrap.replay_last and not config.bootstrap.replay:
+        raise ConfigError(
+            f"{where}: bootstrap.replay_last is {config.bootstrap.replay_last} with bootstrap.replay False, expected "
+            "replay. Set bootstrap.replay, or leave it out."
+        )
+    if config.select.rule == "none" and config.select.unselected != "drop":
+        raise ConfigError(
+            f"{where}: select.unselected is {config.select.unselected!r} with select.rule 'none', which drops every "
+            "given pair; leave it out."
+        )
     ranks = config.select.rule in ("top_k", "bottom_k", "middle") and config.select.unselected == "drop"
     selects = config.loop.iterations >= config.select.from_iteration
+    fresh_from = config.bootstrap.from_iteration if config.bootstrap.fresh else math.inf
+    if selects and config.select.rule == "none" and fresh_from > config.select.from_iteration:
+        raise ConfigError(
+            f"{where}: select.rule is 'none' from iteration {config.select.from_iteration} on, expected fresh pairs to "
+            "train on from then on: set bootstrap.fresh, and bootstrap.from_iteration to "
+            f"{config.select.from_iteration} or less."
+        )
     if selects and ranks and config.select.keep == 0 and config.bootstrap.fresh == 0:
         raise ConfigError(f"{where}: select.keep and bootstrap.fresh are both 0: nothing would be left to train on.")
     _check_references(config, where)
@@ -1282,7 +1391,7 @@ def _check_on_policy(config: TrainConfig, where: str) -> None:
             f"{where}: {key} is {get(config, key)!r} with on_policy.algorithm {name!r}, expected {expected}."
         )
 
-    if config.reward.source in ("implicit", "file"):
+    if {"implicit", "file", "given"} & {kind for kind, _ in sources(config.reward)}:
         refuse("reward.source", "someone who ranks fresh samples and is not the policy: model, function or judge")
     if sampled.candidates_file:
         refuse("bootstrap.candidates_file", "none: candidates are the policy's own of that moment")
@@ -1301,21 +1410,92 @@ def _check_on_policy(config: TrainConfig, where: str) -> None:
         refuse("on_policy.kl", "'reward', or on_policy.beta 0: its loss is that of SFT")
 
 
+def sources(reward: RewardConfig) -> tuple[tuple[str, str], ...]:
+    """(kind, what it is of) of each source that ranks candidates: the one, or those of reward.sources."""
+    if reward.source != "combined":
+        return ((reward.source, getattr(reward, reward.source) if reward.source in WITH_ARGUMENT else ""),)
+    return tuple((kind, of) for kind, _, of in (name.partition(":") for name in reward.sources))
+
+
+def _check_given(config: TrainConfig, where: str) -> None:
+    """Runs without given pairs, and what needs them."""
+    own = config.loop.iterations and config.data.prompts and config.bootstrap.fresh > 0
+    own = own and config.bootstrap.from_iteration == 1
+    on_policy = config.on_policy.algorithm != "none"
+    own = own or (on_policy and config.data.prompts and (config.sft.data or not config.sft.epochs))
+    if not config.data.pairs and not own and (config.loop.iterations or not config.sft.data):
+        raise ConfigError(
+            f"{where}: data.pairs is empty, expected at least one file of preference pairs. Only an SFT stage on its "
+            "own data (sft.data, loop.iterations 0) needs none, a run that samples from data.prompts with "
+            "bootstrap.from_iteration 1, and on_policy.algorithm with data.prompts."
+        )
+    if "given" in [kind for kind, _ in sources(config.reward)] and not config.bootstrap.with_given:
+        raise ConfigError(
+            f"{where}: reward.source is {config.reward.source!r} with bootstrap.with_given False, expected given "
+            "responses among the candidates: set bootstrap.with_given."
+        )
+    if config.data.pairs or not config.loop.iterations or on_policy:
+        return
+    selects = config.loop.iterations >= config.select.from_iteration and config.select.rule not in ("all", "none")
+    wrong = {
+        "select.rule": selects,
+        "loop.parts": config.loop.parts != "all",
+        "loop.first": bool(config.loop.first),
+        "data.validation": config.data.validation > 0,
+        "bootstrap.with_given": config.bootstrap.with_given,
+        "sft.data": config.sft.epochs > 0 and not config.sft.data,
+    }
+    key = next((key for key, holds in wrong.items() if holds), None)
+    if key:
+        raise ConfigError(
+            f"{where}: {key} is {get(config, key)!r} with data.pairs empty, expected given pairs for it. Give them, or "
+            "leave it out" + (": use rule 'all' or 'none'." if key == "select.rule" else ".")
+        )
+
+
+def _check_sources(config: TrainConfig, where: str) -> None:
+    reward = config.reward
+    if reward.source != "combined":
+        if reward.sources:
+            raise ConfigError(
+                f"{where}: reward.sources is {reward.sources!r} with reward.source {reward.source!r}, which is one "
+                "source; use reward.source 'combined', or leave it out."
+            )
+        return
+    if len(reward.sources) < 2:
+        raise ConfigError(f"{where}: reward.sources is {reward.sources!r}, expected two sources or more to combine.")
+    for name in reward.sources:
+        kind, _, of = name.partition(":")
+        known = kind in get_args(RewardName) and kind not in ALONE
+        fits = ":" in of if kind == "function" else bool(of) == (kind in WITH_ARGUMENT)
+        if not (known and fits):
+            raise ConfigError(
+                f"{where}: reward.sources names {name!r}, expected one of 'implicit', 'judge', 'file', 'random', "
+                "'given', 'model:FOLDER', 'function:module:function'."
+            )
+    if reward.combine == "worst" and any(weight != 1 for weight in reward.sources.values()):
+        raise ConfigError(
+            f"{where}: reward.sources has weights {tuple(reward.sources.values())} with reward.combine 'worst', which "
+            "takes the smallest of the sources; expected weights of 1."
+        )
+
+
 def _check_references(config: TrainConfig, where: str) -> None:
     referenced = config.loss.name not in REFERENCE_FREE and config.reward.reference != "none"
     before_update = "the policy is its own reference before any update, so every margin is 0"
-    if referenced and config.select.from_iteration == 1 and config.select.score in MARGIN_SCORES:
+    first = config.select.from_iteration == 1 and config.select.rule != "none"
+    if referenced and first and config.data.pairs and config.select.score in MARGIN_SCORES:
         raise ConfigError(
             f"{where}: select.from_iteration is 1 with select.score {config.select.score!r}: selection before any "
             f"update; {before_update}. Use 2 or more, or another score."
         )
-    implicit = config.bootstrap.fresh > 0 and config.reward.source == "implicit"
+    implicit = config.bootstrap.fresh > 0 and "implicit" in [kind for kind, _ in sources(config.reward)]
     if referenced and config.bootstrap.from_iteration == 1 and implicit:
         raise ConfigError(
-            f"{where}: bootstrap.from_iteration is 1 with reward.source 'implicit': ranking before any update; "
-            f"{before_update}. Use 2 or more, or another reward.source."
+            f"{where}: bootstrap.from_iteration is 1 with reward.source {config.reward.source!r}: ranking before any "
+            f"update; {before_update}. Use 2 or more, or another reward.source."
         )
-    selects = config.loop.iterations >= config.select.from_iteration and config.select.rule != "all"
+    selects = config.loop.iterations >= config.select.from_iteration and config.select.rule not in ("all", "none")
     if selects and config.select.score == "reference_logp" and not referenced:
         raise ConfigError(
             f"{where}: select.score is 'reference_logp' with loss {config.loss.name!r} and reward.reference "

@@ -16,15 +16,16 @@ def pick(logits_PCV: jax.Array, keys_PC: jax.Array, t: jax.Array, sampling: Samp
     temperature, then top-k, then top-p on what is left, then min-p.
 
     Args:
-        t: int32, response position, one for all or [P, C].
+        t: int32, response position, one for all or [P, C]. sampling: its temperature is one for all or [P, C].
     """
     t_PC = jnp.broadcast_to(t, keys_PC.shape)
     uniform_PC2 = jax.vmap(jax.vmap(uniforms))(keys_PC, t_PC)
-    scaled = logits_PCV / jnp.maximum(sampling.temperature, 1e-6)
+    temperature = jnp.asarray(sampling.temperature)
+    scaled = logits_PCV / jnp.maximum(temperature[..., None] if temperature.ndim else temperature, 1e-6)
     active = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
     kept = jax.lax.cond(active, lambda x: filtered(x, sampling), lambda x: x, scaled)
     greedy = _first(logits_PCV == jnp.max(logits_PCV, axis=-1, keepdims=True))
-    return jnp.where(sampling.temperature == 0, greedy, drawn(kept, uniform_PC2))
+    return jnp.where(temperature == 0, greedy, drawn(kept, uniform_PC2))
 
 
 def uniforms(key: jax.Array, t: jax.Array) -> jax.Array:

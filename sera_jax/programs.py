@@ -553,9 +553,9 @@ def abstract_prompts(mesh: Mesh, prompts: int, length: int) -> tuple[jax.ShapeDt
     return one((prompts, length), jnp.int32), one((prompts,), jnp.int32), one((prompts, 2), jnp.uint32)
 
 
-def abstract_sampling(mesh: Mesh) -> Sampling:
-    """The Sampling of `decoder`."""
-    values = sample.sampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, eos_ids=(0,))
+def abstract_sampling(mesh: Mesh, temperature: Any = 1.0) -> Sampling:
+    """The Sampling of `decoder`. temperature: one, or an array of each candidate's."""
+    values = sample.sampling(temperature=temperature, top_k=0, top_p=1.0, min_p=0.0, eos_ids=(0,))
     whole = meshes.replicated(mesh)
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), values)
 

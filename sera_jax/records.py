@@ -174,8 +174,8 @@ class Candidates:
 class Sampling:
     """Sampling parameters as arrays, so that a change of value compiles nothing again.
 
-    temperature float32 [] (0 = greedy) · top_k int32 [] (0 = off) · top_p float32 [] (1 = off) ·
-    min_p float32 [] (0 = off) · eos_ids int32 [n] (-1 = unused entry)
+    temperature float32 [] or [C], one for each candidate of a prompt (0 = greedy) · top_k int32 [] (0 = off) ·
+    top_p float32 [] (1 = off) · min_p float32 [] (0 = off) · eos_ids int32 [n] (-1 = unused entry)
     """
 
     temperature: np.ndarray | jax.Array

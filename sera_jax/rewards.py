@@ -154,8 +154,78 @@ def _imported(spec: str) -> Callable[[Text, str], float]:
 
 
 def adjusted(rewards_PC: np.ndarray, length_PC: np.ndarray, *, penalty: float, normalise: bool) -> np.ndarray:
-    """Rewards per token if asked for, then less `penalty` for each token (DICE, RLHF Workflow: length debiasing)."""
+    """Rewards by length if asked for, then less `penalty` for each unit of length (DICE, RLHF Workflow's max_min_p).
+
+    Args:
+        length_PC: in tokens or characters (LENGTHS).
+    """
     return (rewards_PC / np.maximum(length_PC, 1) if normalise else rewards_PC) - penalty * length_PC
+
+
+def unbiased_penalty(rewards_PC: np.ndarray, length_PC: np.ndarray, valid_PC: np.ndarray) -> float:
+    """α >= 0 such that the best response by r - α·length is, on average over prompts, as long as the worst one (DICE).
+
+    The mean gap falls as α grows: the best one gets shorter, the worst one longer. So bisection finds where it crosses
+    0, and of both sides the one nearer to 0 is taken; DICE looks for the first minimum on a grid of 0.001. 0 where the
+    best ones are no longer as it is, or where no prompt has a pair.
+    """
+    rewards_PC, length_PC = np.asarray(rewards_PC, np.float64), np.asarray(length_PC, np.float64)
+
+    def gap(alpha: float) -> float:
+        value_PC = rewards_PC - alpha * length_PC
+        high_PC, low_PC = np.where(valid_PC, value_PC, -np.inf), np.where(valid_PC, value_PC, np.inf)
+        some_P = high_PC.max(axis=1) > low_PC.min(axis=1)
+        of = lambda pick_P: np.take_along_axis(length_PC, pick_P[:, None], axis=1)[:, 0]
+        gap_P = of(high_PC.argmax(axis=1)) - of(low_PC.argmin(axis=1))
+        return float(gap_P[some_P].mean()) if some_P.any() else 0.0
+
+    if gap(0.0) <= 0:
+        return 0.0
+    spread = lambda value_PC: float(np.std(value_PC[valid_PC]))
+    low, high = 0.0, max(spread(rewards_PC), 1e-6) / max(spread(length_PC), 1e-6)
+    while gap(high) > 0:
+        low, high = high, 2 * high
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if gap(middle) > 0 else (low, middle)
+    return low if abs(gap(low)) < abs(gap(high)) else high
+
+
+def standardised(values_PC: np.ndarray, valid_PC: np.ndarray, scale: str) -> np.ndarray:
+    """float64 [P, C]: (value - mean) / standard deviation (population form) over the valid candidates of all prompts
+    (`iteration`) or of each prompt (`prompt`); 0 where all of them are alike. `none`: as they are."""
+    values_PC = np.where(valid_PC, np.asarray(values_PC, np.float64), np.nan)
+    if scale == "none" or not valid_PC.any():
+        return values_PC
+    axis = {"iteration": None, "prompt": 1}[scale]
+    count = np.maximum(valid_PC.sum(axis=axis, keepdims=True), 1)
+    mean = np.nansum(values_PC, axis=axis, keepdims=True) / count
+    deviation = np.sqrt(np.nansum((values_PC - mean) ** 2, axis=axis, keepdims=True) / count)
+    size = np.nanmax(np.abs(np.where(valid_PC, values_PC, 0)), axis=axis, keepdims=True)
+    flat = deviation <= 1e-6 * size  # equal values have a deviation of rounding size
+    return np.where(flat & valid_PC, 0, (values_PC - mean) / np.where(flat, 1, deviation))
+
+
+def weighted(values_SPC: np.ndarray, weights_S: np.ndarray) -> np.ndarray:
+    """Σ_s weight_s · value_s."""
+    return np.tensordot(np.asarray(weights_S, np.float64), values_SPC, axes=1)
+
+
+def worst(values_SPC: np.ndarray, weights_S: np.ndarray) -> np.ndarray:
+    """min_s value_s: worst-case over the sources (Coste et al., ICLR 2024, arXiv 2310.02743); weights unread."""
+    return values_SPC.min(axis=0)
+
+
+COMBINATIONS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {"weighted": weighted, "worst": worst}
+"""combine(values_SPC, weights_S) → values_PC, of several sources of rewards."""
+
+
+def combined(
+    values_SPC: np.ndarray, valid_PC: np.ndarray, weights_S: np.ndarray, *, combine: str, scale: str
+) -> np.ndarray:
+    """float32 [P, C]: one reward of several sources, each standardised first as `scale` says; NaN where not valid."""
+    scaled_SPC = np.stack([standardised(values_PC, valid_PC, scale) for values_PC in values_SPC])
+    return COMBINATIONS[combine](scaled_SPC, weights_S).astype(np.float32)
 
 
 def trees(candidates: Candidates) -> list[Tree]:
@@ -170,6 +240,19 @@ def trees(candidates: Candidates) -> list[Tree]:
 def lengths(candidates: Candidates) -> np.ndarray:
     """int32 [P, C]: tokens of each candidate."""
     return np.array([[len(t) for t in tokens] for tokens in candidates.tokens_PC], np.int32)
+
+
+def characters(candidates: Candidates) -> np.ndarray:
+    """int32 [P, C]: characters of each candidate."""
+    return np.array([[len(text) for text in texts] for texts in candidates.texts_PC], np.int32)
+
+
+LENGTHS: dict[str, Callable[[Candidates], np.ndarray]] = {"tokens": lengths, "characters": characters}
+
+
+def text_length(prompt: Text, response: str) -> float:
+    """A reward function: characters of the response. What length alone would say."""
+    return float(len(response))
 
 
 def on_grid(values_F: np.ndarray, candidates: Candidates) -> np.ndarray:

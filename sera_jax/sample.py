@@ -154,7 +154,8 @@ def decode(
 
     Args:
         hash_P2: uint32, `prompt_hash` of each prompt (a prompt of length 0 is padding and starts finished).
-        key: of the iteration; not consumed, only folded. sampling: arrays, any change of value reuses the program.
+        key: of the iteration; not consumed, only folded. sampling: arrays, any change of value reuses the program; its
+            temperature is one for all, or [candidates].
         limit_PC: int32, tokens that each candidate may have, 1 to max_new_tokens; None = max_new_tokens.
         beside: the second model of a mixture, with a cache of its own; temperature and filters act on the mixture.
         slots: candidates decoded at a time; None = all.
@@ -173,6 +174,12 @@ def decode(
     limit_GQ = jnp.full((groups, queue), t_max) if limit_PC is None else limit_PC.reshape(groups, queue)
     keys_PC = candidate_keys(key, hash_P2, c)
     keys_GQ = keys_PC.reshape(groups, queue)
+    each = sampling.temperature.ndim > 0  # each candidate has a temperature of its own
+    temperature_PC = jnp.broadcast_to(sampling.temperature[None], (p, c)) if each else None
+
+    def at(temperature: jax.Array | None) -> Sampling:
+        return sampling if temperature is None else dataclasses.replace(sampling, temperature=temperature)
+
     layers, _, heads, j_max, h = start.cache[1].shape
     models = [(params, start), *([(beside.params, beside.start)] if beside else [])]
     caches = [jax.tree.map(lambda a: a.reshape(layers, groups, -1, *a.shape[2:]), its.cache) for _, its in models]
@@ -208,12 +215,19 @@ def decode(
         of_slot = lambda of_GQ: _each(of_GQ, s.item_GS)
         length_GS = of_slot(length_GQ)
         logits, owns = zip(*(forward(s, m, length_GS) for m in range(len(models))))
-        token_GS = draw.pick(mixed(logits, beside), of_slot(keys_GQ), s.t_GS, sampling)
+        own_sampling = at(of_slot(temperature_PC.reshape(groups, queue)) if each else None)
+        token_GS = draw.pick(mixed(logits, beside), of_slot(keys_GQ), s.t_GS, own_sampling)
         return _emitted(dataclasses.replace(s, owns=owns), token_GS, of_slot(limit_GQ), sampling.eos_ids)
 
     first_PV = mixed([its.logits_PV for _, its in models], beside)
-    of_candidate = lambda keys_P: draw.pick(first_PV[:, None], keys_P[:, None], jnp.int32(0), sampling)[:, 0]
-    first_GQ = jax.lax.map(of_candidate, keys_PC.swapaxes(0, 1)).swapaxes(0, 1).reshape(groups, queue)
+
+    def of_candidate(values: tuple[jax.Array, jax.Array | None]) -> jax.Array:
+        keys_P, temperature_P = values
+        own_sampling = at(temperature_P[:, None] if each else None)
+        return draw.pick(first_PV[:, None], keys_P[:, None], jnp.int32(0), own_sampling)[:, 0]
+
+    by_number = (keys_PC.swapaxes(0, 1), temperature_PC.swapaxes(0, 1) if each else None)
+    first_GQ = jax.lax.map(of_candidate, by_number).swapaxes(0, 1).reshape(groups, queue)
     real_GQ = length_GQ > 0
     tokens_GQT = jnp.full((groups, queue, t_max), -1, jnp.int32).at[:, :, 0].set(jnp.where(real_GQ, first_GQ, -1))
     finished_GQ = _ends(first_GQ, sampling.eos_ids) | ~real_GQ
@@ -463,9 +477,15 @@ def run_batches(
 
 
 def sampling(
-    *, temperature: float, top_k: int, top_p: float, min_p: float, eos_ids: Sequence[int], most_eos: int = 8
+    *,
+    temperature: float | np.ndarray,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    eos_ids: Sequence[int],
+    most_eos: int = 8,
 ) -> Sampling:
-    """Plain values as the arrays that `decode` takes.
+    """Plain values as the arrays that `decode` takes. temperature: one, or of each candidate (`temperatures`).
 
     Raises:
         ValueError: no EOS id, or more than `most_eos`.
@@ -474,4 +494,13 @@ def sampling(
         raise ValueError(f"got {len(eos_ids)} end-of-text ids ({list(eos_ids)}), expected 1 to {most_eos}.")
     ids = np.full(most_eos, -1, np.int32)
     ids[: len(eos_ids)] = eos_ids
-    return Sampling(np.float32(temperature), np.int32(top_k), np.float32(top_p), np.float32(min_p), ids)
+    return Sampling(np.asarray(temperature, np.float32), np.int32(top_k), np.float32(top_p), np.float32(min_p), ids)
+
+
+def temperatures(value: float | Sequence[float], candidates: int) -> float | np.ndarray:
+    """A temperature, or of several that of each candidate, float32 [C]: runs of equal size, in their order (RLHF
+    Workflow: n/2 at 1.0, n/2 at 0.7); where C is no multiple of their number, runs differ by one.
+    """
+    if isinstance(value, (int, float)):
+        return value
+    return np.array([value[c * len(value) // candidates] for c in range(candidates)], np.float32)

@@ -356,12 +356,18 @@ def all_(score_N, *, valid_N, group_N, keep_G, threshold):
     return valid_N
 
 
+def none(score_N, *, valid_N, group_N, keep_G, threshold):
+    """No pair: fresh pairs alone are trained on (SPIN, RLHF Workflow's code)."""
+    return jnp.zeros_like(valid_N)
+
+
 RULES: dict[str, Callable[..., jax.Array]] = {
     "top_k": top_k,
     "bottom_k": bottom_k,
     "middle": middle,
     "threshold": threshold,
     "all": all_,
+    "none": none,
 }
 """rule(score_N, *, valid_N, group_N, keep_G, threshold) -> bool [N]; shapes as in `top_k_mask`. Groups are the strata:
 one group, with keep_G [1], is no stratification. The mask means nothing where `non_finite` counts a score."""
@@ -460,6 +466,26 @@ def best_random(rewards_PC, valid_PC, key):
     return pair_PQ2.astype(jnp.int32), jnp.any(below_PC, axis=1)[:, None]
 
 
+def best_second(rewards_PC, valid_PC, key):
+    """The two highest rewards (RLHF Workflow's max_max); as there, no pair where these two are equal."""
+    high_PC, _ = _bounds(rewards_PC, valid_PC)
+    best_P = jnp.argmax(high_PC, axis=1)
+    other_PC = valid_PC & (jnp.arange(high_PC.shape[1])[None] != best_P[:, None])
+    second_P = jnp.max(jnp.where(other_PC, high_PC, -jnp.inf), axis=1)
+    pick_P = jnp.argmax(other_PC & (high_PC == second_P[:, None]), axis=1)
+    ok_PQ = (jnp.any(other_PC, axis=1) & (jnp.max(high_PC, axis=1) > second_P))[:, None]
+    return jnp.stack([best_P, pick_P], axis=1)[:, None].astype(jnp.int32), ok_PQ
+
+
+def best_each(rewards_PC, valid_PC, key):
+    """The highest reward against each one strictly below it, C pairs in the order of the candidates (Curry-DPO)."""
+    high_PC, low_PC = _bounds(rewards_PC, valid_PC)
+    best_PC = jnp.broadcast_to(jnp.argmax(high_PC, axis=1)[:, None], high_PC.shape)
+    other_PC = jnp.broadcast_to(jnp.arange(high_PC.shape[1])[None], high_PC.shape)
+    ok_PQ = low_PC < jnp.max(high_PC, axis=1, keepdims=True)
+    return jnp.stack([best_PC, other_PC], axis=2).astype(jnp.int32), ok_PQ
+
+
 def all_pairs(rewards_PC, valid_PC, key):
     """Every two candidates of unlike reward, C(C-1)/2 pairs in the order (0,1), (0,2), .."""
     one_Q, other_Q = np.triu_indices(rewards_PC.shape[1], 1)
@@ -517,11 +543,13 @@ rejected one is above ½."""
 PAIR_RULES: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
     "best_worst": best_worst,
     "best_random": best_random,
+    "best_second": best_second,
+    "best_each": best_each,
     "random": random_pair,
     "all_pairs": all_pairs,
 }
-"""rule(rewards_PC, valid_PC, key) -> (pair_PQ2, ok_PQ): int32 candidates (chosen, rejected) of Q pairs a prompt, Q = 1
-or C(C-1)/2 and C >= 2, and whether the pair exists: two valid candidates, the chosen one's reward strictly greater
+"""rule(rewards_PC, valid_PC, key) -> (pair_PQ2, ok_PQ): int32 candidates (chosen, rejected) of Q pairs a prompt, Q = 1,
+C or C(C-1)/2 and C >= 2, and whether the pair exists: two valid candidates, the chosen one's reward strictly greater
 (ties make no pair). Of equal rewards the lowest index is taken. Rewards that are not valid may be anything, NaN too;
 give those that are valid to `non_finite` first. Where not ok, the indices are in range and mean nothing. Only the
 random rules read `key`, and a prompt's noise depends on its row alone."""

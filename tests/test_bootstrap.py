@@ -11,7 +11,7 @@ import pytest
 from sera_jax import bootstrap, sample, sera
 from sera_jax.data import Responses
 from sera_jax.disk import DiskError
-from sera_jax.records import Candidates, Prompt
+from sera_jax.records import Candidates, Pair, Prompt, Tree
 
 ids = lambda *tokens: np.array(tokens, np.int32)
 C, SLOTS = 3, 6  # two prompts a sampling batch
@@ -246,10 +246,13 @@ def allowed(rule: str, p: int) -> set[tuple[int, int]]:
     live = np.flatnonzero(VALID[p])
     unlike = {(a, b) for a, b in itertools.permutations(live, 2) if REWARDS[p, a] > REWARDS[p, b]}
     best, worst = max(REWARDS[p, live]), min(REWARDS[p, live])
+    second = sorted(REWARDS[p, live])[-2:][0]
     return {
         "all_pairs": unlike,
         "random": unlike,
         "best_random": {(a, b) for a, b in unlike if REWARDS[p, a] == best},
+        "best_second": {(a, b) for a, b in unlike if REWARDS[p, a] == best and REWARDS[p, b] == second},
+        "best_each": {(a, b) for a, b in unlike if REWARDS[p, a] == best},
         "best_worst": {(a, b) for a, b in unlike if REWARDS[p, a] == best and REWARDS[p, b] == worst},
     }[rule]
 
@@ -295,7 +298,8 @@ def test_the_pairs_of_every_rule(rule):
     found = {p: [tuple(map(int, pair)) for q, pair in zip(fresh.prompt_F, fresh.pair_F2) if q == p] for p in range(6)}
     for p in range(6):
         assert set(found[p]) <= allowed(rule, p)
-        assert len(found[p]) == (len(allowed(rule, p)) if rule == "all_pairs" else bool(allowed(rule, p)))
+        every = rule in ("all_pairs", "best_each")
+        assert len(found[p]) == (len(allowed(rule, p)) if every else bool(allowed(rule, p)))
     assert not found[1] and not found[4]  # ties make no pair, nor does one candidate alone
     for tree, p, (a, b), reward, margin in zip(
         fresh.trees, fresh.prompt_F, fresh.pair_F2, fresh.reward_F2, fresh.margin_F, strict=True
@@ -411,3 +415,33 @@ def test_repeated_candidates_stand_in_one_pair_and_win_as_often_as_they_were_sai
     np.testing.assert_allclose(fresh.win_F2, [[0.9, 0.5]], rtol=1e-6)
     of_rewards = bootstrap.fresh_pairs(said, rewards_PC, counts > 0, **how)
     np.testing.assert_allclose(of_rewards.preference_F2, [[1 / (1 + np.exp(-1)), 1 / (1 + np.e)]], rtol=1e-6)
+
+
+def test_prompts_in_turn_come_once_before_any_comes_twice():
+    draw = lambda turn, seed=0: bootstrap.prompts_of_iteration(9, 1 / 3, seed=seed, iteration=turn + 1, turn=turn)
+    three = [draw(turn).tolist() for turn in range(3)]
+    assert sorted(sum(three, [])) == list(range(9)) and all(part == sorted(part) for part in three)
+    assert draw(3).tolist() == three[0] and draw(0, seed=1).tolist() != three[0]
+    over = [bootstrap.prompts_of_iteration(10, 0.3, seed=0, iteration=t, turn=t) for t in range(4)]
+    assert [len(part) for part in over] == [3, 3, 3, 3] and len(set(np.concatenate(over[:3]))) == 9
+    assert len(set(np.concatenate(over))) == 10  # the fourth takes the last one, and goes on from the start
+
+
+def test_a_given_response_is_candidate_0_and_its_repetition_is_the_sample():
+    made = candidates_of(((ids(5, 2), ids(6, 2)), (ids(7, 2), ids(8, 2)), (ids(7, 2), ids(8, 2))))
+    given = (ids(6, 2), ids(9), ids())
+    both = bootstrap.with_given(made, given, decode, (2,))
+    assert [row[0] is own for row, own in zip(both.tokens_PC, given)] == [True] * 3
+    assert both.tokens_PC[0][1:] == made.tokens_PC[0] and both.texts_PC[1][1:] == made.texts_PC[1]
+    assert both.finished_PC.tolist() == [[True, True, True], [False, True, True], [False, True, True]]
+    assert both.texts_PC[0][0] == decode(ids(6, 2))
+    kept = bootstrap.valid(both, keep_unfinished=True)
+    assert kept.tolist() == [[True, True, False], [True, True, True], [False, True, True]]
+
+
+def test_the_chosen_response_of_a_prompt_is_that_of_its_first_pair():
+    pairs = [Pair(str(i), prompt, "c", "r") for i, prompt in enumerate(["a", "b", "a"])]
+    trees = [Tree(str(i), ids(1), (ids(10 + i, 2), ids(20, 2))) for i in range(3)]
+    prompts = [Prompt("x", "b"), Prompt("y", "a"), Prompt("z", "c")]
+    found = bootstrap.chosen_of(prompts, pairs, trees)
+    assert [ids_.tolist() for ids_ in found] == [[11, 2], [10, 2], []]

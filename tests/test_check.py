@@ -159,6 +159,10 @@ def test_every_key_of_the_data_is_asked(ask, tmp_path):
     seeded = {first(ask(*flags, "--data.ranked=random", f"--run.seed={seed}")[0]) for seed in range(8)}
     assert len(seeded) > 1
     assert "expected info, two summaries and choice (tldr)" in ask(*flags, "--data.format=tldr")[1]
+    out, code = ask(*flags, "--data.ranked=best_each", "--loop.parts=easy_first")
+    assert "easy_first: 3, 3, 2 pairs by iteration" in out and code == 0
+    out, code = ask(*flags, "--loop.parts=sources")
+    assert "loop.parts: loop.parts is 'sources': got pairs of 1 sources" in str(code)
 
 
 LABELLED = [

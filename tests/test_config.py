@@ -10,8 +10,28 @@ import pytest
 import yaml
 
 import sera_jax
-from sera_jax import attention, config, data, generate, losses, model, policy_gradient, programs, reward_model, step
-from sera_jax.config import AnnotateConfig, ConfigError, GenerateConfig, ReviewConfig, RewardModelConfig, TrainConfig
+from sera_jax import (
+    attention,
+    config,
+    data,
+    generate,
+    losses,
+    model,
+    policy_gradient,
+    programs,
+    reward_model,
+    rewards,
+    step,
+)
+from sera_jax.config import (
+    AgreeConfig,
+    AnnotateConfig,
+    ConfigError,
+    GenerateConfig,
+    ReviewConfig,
+    RewardModelConfig,
+    TrainConfig,
+)
 from sera_jax.train import fresh, rounds, validate
 
 NEEDED = {"run": {"dir": "runs/a"}, "model": {"path": "models/m"}, "data": {"pairs": ["p.jsonl"]}}
@@ -37,6 +57,7 @@ def base(record: type):
         GenerateConfig: lambda: GenerateConfig(mine, ("p",), "o"),
         AnnotateConfig: lambda: AnnotateConfig("q.jsonl"),
         ReviewConfig: lambda: ReviewConfig("a", "b", config.DataConfig(("p.jsonl",)), "o"),
+        AgreeConfig: lambda: AgreeConfig(("f.jsonl",)),
         RewardModelConfig: lambda: RewardModelConfig(
             config.RunConfig("r"), mine, config.DataConfig(("p.jsonl",), validation=0.1)
         ),
@@ -190,7 +211,13 @@ RANGES = {
     "on_policy.beta": ([-0.1, float("nan")], [0.0]),
     "bootstrap.fresh": ([-0.1], [0.0, 2.0]),
     "bootstrap.prompts_per_iteration": ([0.0, 1.1], [1.0, 0.01]),
-    "bootstrap.temperature": ([-0.1], [0.0]),
+    "bootstrap.temperature": ([-0.1, (), (1.0, -0.1)], [0.0, (1.0, 0.0)]),
+    "bootstrap.replay_last": ([-1], [0]),
+    "reward.sources": (
+        [{"implicit": 0.0, "random": 1.0}, {"implicit": float("inf")}],
+        [{"implicit": 0.5, "random": 2}],
+    ),
+    "reward.length_penalty": ([float("nan"), float("inf")], ["auto", -1.0, 0.0]),
     "bootstrap.top_k": NOT_NEGATIVE,
     "bootstrap.top_p": ([0.0, 1.1], [1.0]),
     "bootstrap.mixture": ([-0.1, 1.5], [0.0, 1.0]),
@@ -245,6 +272,7 @@ OWNERS = {
     "lora.dropout": {"lora.rank": 1},
     **{f"explore.{key}": {"bootstrap.pair_rule": "explore"} for key in ("weight", "regularisation", "dimension")},
     "loss.f_alpha": {"loss.f_divergence": "alpha_divergence"},
+    "reward.sources": {"reward.source": "combined"},
     "loss.gamma": {"loss.name": "simpo"},
     "loss.gamma_beta_ratio": {"loss.name": "simpo"},
     "loss.alphapo_alpha": {"loss.name": "alphapo", "loss.gamma": 0.5},
@@ -270,6 +298,7 @@ DOOR_RANGES = {
         "refill": AT_LEAST_1,
         "limit": NOT_NEGATIVE,
     },
+    AgreeConfig: {"resamples": AT_LEAST_1, "max_length": ([1], [2])},
     ReviewConfig: {"uninformative": ([-0.1], [0.0]), "long": ([1.0], [1.1])},
     RewardModelConfig: {
         **{f"reward_loss.{key}": ([-0.1, float("inf")], [0.0, 2.0]) for key in ("margin", "center", "length_alpha")},
@@ -294,6 +323,16 @@ def test_ranges(record, key, bad, good):
 
 def test_every_range_is_tested():
     assert {key for key, _, _ in config._RANGES} == {case[1] for case in CASES}
+
+
+# A run without given pairs.
+ONLINE = {
+    "data.pairs": (),
+    "data.prompts": ("q.jsonl",),
+    "bootstrap.from_iteration": 1,
+    "reward.source": "random",
+    "select.rule": "all",
+}
 
 
 # --- combinations that cannot run -------------------------------------------------------------------------------------
@@ -361,6 +400,85 @@ ON_POLICY = {"on_policy.algorithm": "policy_gradient", "reward.source": "functio
         ),
         ({"reward.source": "file"}, "reward.source is 'file', expected bootstrap.candidates_file with the scores"),
         ({"loop.best": True}, "loop.best needs held-out pairs: set data.validation"),
+        (
+            {"loop.best": True, "loop.best_by": "reward"},
+            "loop.best_by is 'reward' with evaluate.prompts empty, expected prompts whose responses are rewarded",
+        ),
+        (
+            {"bootstrap.temperature": (1.0, 0.9, 0.8, 0.7, 0.6)},
+            "bootstrap.temperature has 5 values, expected at most bootstrap.candidates (4)",
+        ),
+        (
+            {"bootstrap.replay_last": 1},
+            "bootstrap.replay_last is 1 with bootstrap.replay False, expected replay",
+        ),
+        (
+            {"select.rule": "none", "bootstrap.fresh": 0.0},
+            "select.rule is 'none' from iteration 2 on, expected fresh pairs to train on from then on",
+        ),
+        (
+            {"select.rule": "none", "bootstrap.from_iteration": 3},
+            "set bootstrap.fresh, and bootstrap.from_iteration to 2 or less",
+        ),
+        (
+            {"select.rule": "none", "select.unselected": "relabel"},
+            "select.unselected is 'relabel' with select.rule 'none', which drops every given pair",
+        ),
+        (
+            {"reward.source": "given"},
+            "reward.source is 'given' with bootstrap.with_given False, expected given responses among the candidates",
+        ),
+        (
+            {"bootstrap.with_given": True, "bootstrap.candidates": 0},
+            "bootstrap.candidates is 0, expected at least 1",
+        ),
+        (
+            {"reward.sources": {"implicit": 1.0, "random": 1.0}},
+            "with reward.source 'implicit', which is one source; use reward.source 'combined', or leave it out",
+        ),
+        (
+            {"reward.source": "combined", "reward.sources": {"implicit": 1.0}},
+            "reward.sources is {'implicit': 1.0}, expected two sources or more to combine",
+        ),
+        *(
+            (
+                {"reward.source": "combined", "reward.sources": {name: 1.0, "random": 1.0}},
+                f"reward.sources names {name!r}, expected one of 'implicit', 'judge', 'file', 'random', 'given', 'mode",
+            )
+            for name in ("combined", "strange", "model", "model:", "implicit:x", "function:no_colon")
+        ),
+        (
+            {
+                "reward.source": "combined",
+                "reward.sources": {"implicit": 0.5, "random": 1.0},
+                "reward.combine": "worst",
+            },
+            "reward.sources has weights (0.5, 1.0) with reward.combine 'worst', which takes the smallest",
+        ),
+        (
+            {
+                "reward.source": "combined",
+                "reward.sources": {"implicit": 1.0, "random": 1.0},
+                "bootstrap.from_iteration": 1,
+            },
+            "bootstrap.from_iteration is 1 with reward.source 'combined': ranking before any update",
+        ),
+        (
+            {"reward.source": "combined", "reward.sources": {"judge": 1.0, "random": 1.0}},
+            "judge.model is empty, expected the name of a model",
+        ),
+        *(
+            ({**ONLINE, key: value}, f"{key} is {value!r} with data.pairs empty, expected given pairs for it")
+            for key, value in (
+                ("loop.parts", "random"),
+                ("data.validation", 0.1),
+                ("bootstrap.with_given", True),
+                ("loop.first", "a/export"),
+            )
+        ),
+        ({**ONLINE, "select.rule": "top_k", "select.score": "random"}, "select.rule is 'top_k' with data.pairs empty"),
+        ({**ONLINE, "bootstrap.from_iteration": 2}, "data.pairs is empty, expected at least one file"),
+        ({**ONLINE, "data.prompts": ()}, "data.pairs is empty, expected at least one file"),
         ({"loop.validate_every": 5}, "loop.validate_every needs held-out pairs: set data.validation"),
         ({"loop.early_stop": 2, "data.validation": 0.1}, "loop.early_stop is 2, expected checks inside an iteration"),
         (
@@ -481,7 +599,7 @@ ON_POLICY = {"on_policy.algorithm": "policy_gradient", "reward.source": "functio
             {"on_policy.algorithm": "raft"},
             "reward.source is 'implicit' with on_policy.algorithm 'raft', expected someone who ranks fresh samples",
         ),
-        (ON_POLICY | {"data.pairs": ()}, "needs none, and on_policy.algorithm with data.prompts."),
+        (ON_POLICY | {"data.pairs": ()}, "and on_policy.algorithm with data.prompts."),
         (
             ON_POLICY | {"data.pairs": (), "data.prompts": ("p",), "sft.epochs": 1},
             "data.pairs is empty, expected at least one file",
@@ -539,6 +657,19 @@ def test_combinations_that_cannot_run(changes, said):
         {"select.from_iteration": 1, "select.score": "annotator_gap"},
         {"select.keep": 0.0, "bootstrap.fresh": 0.0, "loop.iterations": 1},
         {"loop.best": True, "data.validation": 0.1},
+        {"loop.best": True, "loop.best_by": "reward", "evaluate.prompts": ("p",), "evaluate.function": "a:b"},
+        {"evaluate.prompts": ("p",), "reward.source": "model", "reward.model": "a/export"},
+        {"evaluate.prompts": ("p",), "reward.source": "function", "reward.function": "a:b"},
+        ONLINE,
+        ONLINE | {"select.rule": "none", "select.from_iteration": 1},
+        {"select.rule": "none"},
+        {"select.rule": "none", "select.from_iteration": 1, "reward.source": "random", "bootstrap.from_iteration": 1},
+        {"bootstrap.with_given": True, "bootstrap.candidates": 1, "reward.source": "given"},
+        {"bootstrap.temperature": (1.0, 0.7)},
+        {
+            "reward.source": "combined",
+            "reward.sources": {"model:a/b": 1.0, "function:a:b": 2.0, "implicit": 0.5, "random": 1.0},
+        },
         {"loop.validate_every": 5, "loop.early_stop": 2, "data.validation": 0.1},
         {"loop.best": True, "loop.best_by": "loss", "data.validation": 0.1},
         {
@@ -689,6 +820,9 @@ def test_names_are_those_of_the_tables():
     assert names(config.OnPolicyConfig, "algorithm") == {"none", *rounds.LEARN}
     assert names(config.OnPolicyConfig, "advantage") == set(policy_gradient.ADVANTAGES)
     assert names(config.OnPolicyConfig, "ratio") == set(policy_gradient.RATIOS)
+    assert names(config.LoopConfig, "parts") == {"all", *data.PARTS}
+    assert names(config.RewardConfig, "combine") == set(rewards.COMBINATIONS)
+    assert names(config.RewardConfig, "length_unit") == set(rewards.LENGTHS)
 
 
 # --- nothing in a config is idle: types followed through the syntax trees ---------------------------------------------
@@ -781,14 +915,14 @@ def test_no_field_is_idle():
     [
         ("train/validate.py", "best_by", "best", ("LoopConfig", "best_by")),
         ("train/update.py", "config.bootstrap.replay", "False", ("BootstrapConfig", "replay")),
-        ("train/fresh.py", "values.temperature", "1.0", ("BootstrapConfig", "temperature")),
+        ("train/fresh.py", "values.top_p", "1.0", ("BootstrapConfig", "top_p")),
         ("train/fresh.py", '"top_k", 0', '"top_q", 0', ("BootstrapConfig", "top_k")),
         ("train/world.py", "optimizer.clip", "1.0", ("OptimizerConfig", "clip")),
         ("review.py", "config.uninformative", "0.1", ("ReviewConfig", "uninformative")),
     ],
 )
 def test_a_field_that_falls_idle_is_caught(file, used, instead, field):
-    """Also one whose name others have: temperature is read off other records all over the house."""
+    """Also one whose name others have: top_p is read off other records all over the house."""
     assert used in SOURCES[file]
     changed_sources = SOURCES | {file: SOURCES[file].replace(used, instead)}
     assert FIELDS - reads(changed_sources) - DYNAMIC >= {field}

@@ -13,9 +13,10 @@ from sera_jax import config as configs
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
 SETS = [file for file in FILES if re.search("^arms:", file.read_text(encoding="utf-8"), re.M)]
+AGREEMENTS = [file for file in FILES if re.search("^files:", file.read_text(encoding="utf-8"), re.M)]
 
 
-@pytest.mark.parametrize("file", sorted(set(FILES) - set(SETS)), ids=lambda f: f.stem)
+@pytest.mark.parametrize("file", sorted(set(FILES) - set(SETS) - set(AGREEMENTS)), ids=lambda f: f.stem)
 def test_a_config_parses(file):
     door = re.search(r"^#   command   .*?python -m sera_jax\.(\w+)", file.read_text(encoding="utf-8"), re.M)
     if door and door[1] == "annotate":
@@ -28,6 +29,12 @@ def test_a_config_parses(file):
     assert configs.parse(record, ["--config", str(file), *paths]).run.dir.startswith("runs/")
 
 
+@pytest.mark.parametrize("file", AGREEMENTS, ids=lambda f: f.stem)
+def test_a_config_of_agreements_parses(file):
+    config = configs.parse(configs.AgreeConfig, ["--config", str(file), "--files=[judged.jsonl]"])
+    assert config.files == ("judged.jsonl",) and config.out.startswith("runs/")
+
+
 @pytest.mark.parametrize("file", SETS, ids=lambda f: f.stem)
 def test_every_arm_of_a_set_is_a_config(file):
     config = configs.parse(arms.ArmsConfig, ["--config", str(file)])
@@ -38,7 +45,7 @@ def test_every_arm_of_a_set_is_a_config(file):
 @pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
 def test_a_config_says_how_it_is_run(file):
     text = file.read_text(encoding="utf-8")
-    header = re.split("^(?:run|out):", text, maxsplit=1, flags=re.M)[0]
+    header = re.split("^(?:run|out|files):", text, maxsplit=1, flags=re.M)[0]
     assert re.search(r"^#   command   \S", header, re.M) and re.search(r"^#   hardware  \S", header, re.M)
     told = re.search(r"configs/RESULTS.md, \"(.+)\"", header)
     if told:
@@ -51,7 +58,8 @@ def test_what_readme_names_exists():
     assert len(named) > 4
     assert not [name for name in named if not (ROOT / name).exists()]
     doors = set(re.findall(r"python -m sera_jax\.(\w+)", text))
-    assert doors >= {"train", "generate", "evaluate", "review", "report", "toyworld", "reward_model", "annotate"}
+    known = "train generate evaluate review report toyworld reward_model annotate agree".split()
+    assert doors >= set(known)
     for door in doors:
         assert (ROOT / "sera_jax" / f"{door}.py").exists() or (ROOT / "sera_jax" / door / "__main__.py").exists()
 
@@ -72,6 +80,7 @@ def test_every_choice_of_a_key_is_in_readme():
         configs.AlgorithmName,
         configs.AdvantageName,
         configs.RatioName,
+        configs.PartsName,
     ):
         missing = [name for name in typing.get_args(names) if f"`{name}`" not in text]
         assert not missing, missing

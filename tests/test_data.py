@@ -1159,3 +1159,46 @@ def test_what_a_loss_is_told_of_given_pairs():
     pairs[0] = Pair("a", "p", "x", "y")
     with pytest.raises(ValueError, match="annotator's scores, but 1 of 2 pairs have none, the first 'a'. Give score_"):
         told("reward")
+
+
+def of_parts(count=10, sources=None, gaps=None, prompts=None):
+    return [
+        Pair(
+            str(i),
+            prompts[i] if prompts else f"p{i}",
+            "c",
+            "r",
+            scores=None if gaps is None else (float(gaps[i]), 0.0),
+            source=sources[i] if sources else "s",
+        )
+        for i in range(count)
+    ]
+
+
+def test_random_parts_are_equal_and_hold_every_pair_once():
+    parts = data.parts(of_parts(11), 3, "random", seed=0)
+    assert [len(part) for part in parts] == [4, 4, 3] and sorted(np.concatenate(parts)) == list(range(11))
+    assert all((np.diff(part) > 0).all() for part in parts) and parts[0].tolist() != [0, 1, 2, 3]
+    again, other = (data.parts(of_parts(11), 3, "random", seed=seed) for seed in (0, 1))
+    assert [p.tolist() for p in again] == [p.tolist() for p in parts] != [p.tolist() for p in other]
+
+
+def test_parts_of_sources_stand_in_the_order_of_the_files():
+    parts = data.parts(of_parts(5, sources=["b", "b", "a", "b", "a"]), 2, "sources", seed=0)
+    assert [part.tolist() for part in parts] == [[0, 1, 3], [2, 4]]
+    said = r"got pairs of 1 sources \('s'\), expected one for each of 2 iterations. Set loop.iterations to 1"
+    with pytest.raises(ValueError, match=said):
+        data.parts(of_parts(), 2, "sources", seed=0)
+
+
+def test_easy_pairs_come_first_and_of_every_prompt_one_before_the_second_of_any():
+    """Curry-DPO: of four ranked responses (best, worst), then (best, third), then (best, second)."""
+    prompts, gaps = [f"p{i // 3}" for i in range(12)], [3, 1, 2, 9, 8, 7, 1, 3, 2, 0.2, 0.1, 0.3]
+    parts = data.parts(of_parts(12, gaps=gaps, prompts=prompts), 3, "easy_first", seed=0)
+    assert [part.tolist() for part in parts] == [[0, 3, 7, 11], [2, 4, 8, 9], [1, 5, 6, 10]]
+    single = data.parts(of_parts(6, gaps=[1, 5, 3, 6, 2, 4]), 3, "easy_first", seed=0)  # one pair a prompt: by gap
+    assert [part.tolist() for part in single] == [[1, 3], [2, 5], [0, 4]]
+    with pytest.raises(ValueError, match="loop.parts is 'easy_first': pair '0' has no scores, expected score_chosen"):
+        data.parts(of_parts(), 2, "easy_first", seed=0)
+    with pytest.raises(ValueError, match="loop.parts is 'random': got 2 pairs, expected at least one for each of 3"):
+        data.parts(of_parts(2), 3, "random", seed=0)

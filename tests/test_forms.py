@@ -272,7 +272,7 @@ def test_rules_by_brute_force(tmp_path, rule):
         assert pair.scores == (row["scores"][chosen], row["scores"][rejected]) and pair.scores[0] > pair.scores[1]
         assert (chosen, rejected) not in got[name]
         got[name].add((chosen, rejected))
-    ties = 0
+    ties, tops = 0, 0
     for n, row in enumerate(rows, 1):
         s = row["scores"]
         every = {(i, j) for i, j in itertools.permutations(range(len(s)), 2) if s[i] > s[j]}
@@ -281,15 +281,25 @@ def test_rules_by_brute_force(tmp_path, rule):
             assert got[f"f:{n}"] == set()
             continue
         best, worst = s.index(max(s)), s.index(min(s))
+        top = sorted(s, reverse=True)
+        if rule == "best_second" and top[0] == top[1]:
+            tops += 1
+            assert got[f"f:{n}"] == set()
+            continue
         allowed = {
             "best_worst": {(best, worst)},
             "best_random": {(i, j) for i, j in every if i == best},
+            "best_second": {(best, s.index(top[1]))},
+            "best_each": {(i, j) for i, j in every if i == best},
             "random": every,
             "all_pairs": every,
         }[rule]
         assert got[f"f:{n}"] <= allowed
-        assert len(got[f"f:{n}"]) == (len(every) if rule == "all_pairs" else 1)
-    assert ties > 3 and report.dropped[0][:2] == ("all scores are equal", ties)
+        assert len(got[f"f:{n}"]) == (len(allowed) if rule in ("all_pairs", "best_each") else 1)
+    dropped = {reason: count for reason, count, *_ in report.dropped}
+    assert ties > 3 and dropped.pop("all scores are equal") == ties
+    assert dropped == ({"the highest scores are equal": tops} if rule == "best_second" else {})
+    assert (tops > 3) == (rule == "best_second")
     assert report.usable == len(pairs) and report.rows == len(rows)
     assert len({pair.id for pair in pairs}) == len(pairs)
 
@@ -347,7 +357,7 @@ def test_ranks_messages_and_responses_that_take_no_part(tmp_path):
         "the last message of a response is not the assistant's": good | {"responses": [[USER], [BAD]]},
     }
     refused(tmp_path, good, bad)
-    with pytest.raises(ValueError, match=r"data.ranked: got 'best'; expected best_worst, best_random, random, all_pa"):
+    with pytest.raises(ValueError, match=r"data.ranked: got 'best'; expected best_worst, best_random, best_second, b"):
         read(tmp_path, good, ranked="best")
 
 

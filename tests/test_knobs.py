@@ -9,10 +9,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow.parquet
 import pytest
 
-from sera_jax import policies
+from sera_jax import data, policies
 from sera_jax.policies import Live, Name
+from sera_jax.records import Prompt
 from sera_jax.train import fresh, outcome, select, update, validate
 from sera_jax.train import world as worlds
 from sera_jax.train.world import World
@@ -253,7 +255,7 @@ def test_soft_weights_are_told_as_shares(base, made):
     chosen = select.review(base, 3, live)
     weight = 1 / (1 + np.exp(-chosen.score_N.astype(np.float64)))
     world = turned(base, select__unselected="soft_weight")
-    told, hard = (outcome._of_selection(w, chosen) for w in (world, base))
+    told, hard = (outcome._of_selection(w, w.given, chosen) for w in (world, base))
     flipped = np.array([bool(pair.truth.flipped) for pair in base.given.pairs])
     gap = np.array([a - b for a, b in (pair.truth.gold for pair in base.given.pairs)])
     assert (told["pairs/kept"], hard["pairs/kept"]) == (N, KEEP)
@@ -313,6 +315,10 @@ def test_sampling(base, made, tmp_path):
     )
     assert 1 < different(cold) < different(hot)
     assert sampled(base, made, tmp_path / "seed", run__seed=1).candidates.texts_PC != cold.candidates.texts_PC
+    mixed = sampled(base, made, tmp_path / "mixed", bootstrap__temperature=(3.0, 0.0), bootstrap__top_p=1.0)
+    for row, one, other in zip(*(m.candidates.tokens_PC for m in (mixed, hot, greedy))):
+        halves = [*one[:2], *other[2:]]  # the first half of the candidates at 3, the second greedy
+        assert [t.tolist() for t in row] == [t.tolist() for t in halves]
 
 
 def test_counts_of_candidates_prompts_and_pairs(base, made, tmp_path):
@@ -320,6 +326,9 @@ def test_counts_of_candidates_prompts_and_pairs(base, made, tmp_path):
     assert plain.candidates.finished_PC.shape == (20, 4) and plain.fresh.kept_F.sum() == min(13, len(plain.fresh.trees))
     few = sampled(base, made, tmp_path / "few", bootstrap__prompts_per_iteration=0.25)
     assert len(few.prompts) == 5 and {p.id for p in few.prompts} < {p.id for p in plain.prompts}
+    share = {"bootstrap__prompts_per_iteration": 0.25, "bootstrap__prompts_drawn": "in_turn"}
+    four = [fresh.bootstrap_pairs(turned(base, tmp_path / "turn", **share), t, scored(made, 1)) for t in (2, 3, 4, 5)]
+    assert {p.id for one in four for p in one.prompts} == {p.id for p in plain.prompts}  # five each, none twice
     small = sampled(base, made, tmp_path / "plain", bootstrap__fresh=0.1)
     margin = plain.fresh.margin_F
     assert set(np.flatnonzero(small.fresh.kept_F)) == set(np.argsort(-margin, kind="stable")[:4])
@@ -349,10 +358,29 @@ def test_pair_rules_and_length(base, made, tmp_path):
         assert margin == every.margin_F[every.prompt_F == p].max()
     assert (of(bootstrap__pair_rule="best_random").margin_F <= best.margin_F).all()
     assert of(bootstrap__pair_rule="random").margin_F.mean() < best.margin_F.mean()
+    second, each = of(bootstrap__pair_rule="best_second"), of(bootstrap__pair_rule="best_each")
+    first = dict(zip(best.prompt_F, best.pair_F2[:, 0]))
+    for pairs in (second, each):
+        assert all(chosen == first[p] for p, chosen in zip(pairs.prompt_F, pairs.pair_F2[:, 0]))
+    least = {p: each.margin_F[each.prompt_F == p].min() for p in each.prompt_F}
+    assert all(margin == least[p] for p, margin in zip(second.prompt_F, second.margin_F)) and len(second.trees) > 10
     gap = lambda made_: np.array([len(t.branches[0]) - len(t.branches[1]) for t in made_.trees])
     short, long = of(reward__length_penalty=100.0), of(reward__length_penalty=-100.0)
     assert gap(short).max() <= 0 < gap(long).max() and gap(long).min() >= 0
     assert gap(short).mean() < gap(best).mean() < gap(long).mean()
+    unbiased = sampled(base, made, tmp_path, bootstrap__fresh=9.0, reward__length_penalty="auto")
+    alpha = unbiased.ranked.told["reward/length_penalty"]
+    assert alpha >= 0 and abs(gap(unbiased.fresh).mean()) <= max(abs(gap(best).mean()), 0.5)
+    by_hand = of(reward__length_penalty=alpha)
+    assert [t.id for t in by_hand.trees] == [t.id for t in unbiased.fresh.trees]
+    letters = lambda pairs, made_: [
+        len(made_.candidates.texts_PC[p][a]) - len(made_.candidates.texts_PC[p][b])
+        for p, (a, b) in zip(pairs.prompt_F, pairs.pair_F2)
+    ]
+    by_letter = sampled(
+        base, made, tmp_path, bootstrap__fresh=9.0, reward__length_penalty=100.0, reward__length_unit="characters"
+    )
+    assert max(letters(by_letter.fresh, by_letter)) <= 0 < max(letters(short, by_letter))
     tokens = of(bootstrap__pair_rule="all_pairs", reward__length_normalise=True)
     per_token = {tree.id: reward for tree, reward in zip(tokens.trees, tokens.reward_F2)}
     compared = 0
@@ -454,6 +482,72 @@ def test_a_mixture_with_the_initial_policy(base, made, tmp_path):
     assert fresh.bootstrap_pairs(world, 2, initial).candidates.texts_PC == whole.candidates.texts_PC
 
 
+def test_sources_are_combined_and_told_apart(base, made, tmp_path):
+    """Each source says what it says alone; the worst of them, standardised, ranks; how far they agree is logged."""
+    alone = {
+        "function:tiny_reward:count": {"reward__source": "function", "reward__function": "tiny_reward:count"},
+        "implicit": {"reward__source": "implicit"},
+        "random": {"reward__source": "random"},
+    }
+    ones = {name: sampled(base, made, tmp_path, bootstrap__fresh=9.0, **how) for name, how in alone.items()}
+    how = {"reward__source": "combined", "reward__sources": dict.fromkeys(alone, 1.0), "reward__combine": "worst"}
+    both = sampled(base, made, tmp_path, bootstrap__fresh=9.0, **how)
+    valid_PC = fresh.valid(turned(base, bootstrap__unfinished="keep"), both.candidates)
+    z = []
+    for name, one in ones.items():
+        np.testing.assert_allclose(both.ranked.sources[name][valid_PC], one.ranked.rewards_PC[valid_PC], atol=1e-6)
+        value = one.ranked.rewards_PC[valid_PC].astype(np.float64)
+        z.append((value - value.mean()) / value.std())
+        assert both.ranked.told[f"source/{name}/mean"] == pytest.approx(value.mean(), rel=1e-5, abs=1e-6)
+        assert both.ranked.told[f"source/{name}/std"] == pytest.approx(value.std(), rel=1e-5)
+    np.testing.assert_allclose(both.rewards_PC[valid_PC], np.min(z, axis=0), atol=1e-5)
+    assert both.ranked.kl == ones["implicit"].ranked.kl
+    key = "function:tiny_reward:count implicit"
+    assert both.ranked.told[f"agree/pearson/{key}"] == pytest.approx(np.corrcoef(z[0], z[1])[0, 1], abs=1e-5)
+    assert {k.split("/")[1] for k in both.ranked.told if k.startswith("agree/")} == {"pearson", "spearman", "within"}
+    weights = dict(zip(alone, (2.0, 1.0, 0.5)))
+    mixed = sampled(base, made, tmp_path, **how | {"reward__sources": weights, "reward__combine": "weighted"})
+    np.testing.assert_allclose(mixed.rewards_PC[valid_PC], np.array([2, 1, 0.5]) @ np.array(z), atol=1e-4)
+    raw = sampled(base, made, tmp_path, **how | {"reward__scale": "none"})
+    least = np.min([one.ranked.rewards_PC[valid_PC] for one in ones.values()], axis=0)
+    np.testing.assert_allclose(raw.rewards_PC[valid_PC], least, atol=1e-6)
+    world = turned(base, tmp_path, bootstrap__unfinished="keep", **how)
+    outcome.write_pairs(world, 2, None, both)
+    table = pyarrow.parquet.read_table(tmp_path / "iterations" / "2" / "rewards.parquet").to_pydict()
+    assert list(table) == ["prompt_id", "candidate", *alone, "reward"] and len(table["reward"]) == 80
+    assert table["candidate"][:5] == [0, 1, 2, 3, 0] and table["random"][5] == both.ranked.sources["random"][1, 1]
+
+
+def test_a_source_without_a_number_is_named(base, made, tmp_path, monkeypatch):
+    monkeypatch.setitem(
+        fresh.SOURCES, "random", lambda w, t, s, d, c: fresh.Ranked(np.full(c.finished_PC.shape, np.nan))
+    )
+    how = {"reward__source": "combined", "reward__sources": {"implicit": 1.0, "random": 1.0}}
+    with pytest.raises(
+        ValueError, match=r"reward.sources: 'random' gives candidate \d of prompt 'q\d+' the reward nan"
+    ):
+        sampled(base, made, tmp_path, **how)
+
+
+def test_given_responses_stand_against_samples(base, made, tmp_path):
+    """SPIN: prompts of the pairs; the given chosen response is candidate 0 and always the better one."""
+    given = base.given
+    prompts = tuple(Prompt(pair.id, pair.prompt) for pair in given.pairs[:6])
+    own = dataclasses.replace(
+        given,
+        prompts=(*prompts, given.prompts[0]),  # one of whose prompts no pair is
+        prompt_tokens=(*(tree.prompt for tree in given.trees[:6]), given.prompt_tokens[0]),
+        chosen=(*(tree.branches[0] for tree in given.trees[:6]), np.zeros(0, np.int32)),
+    )
+    how = {"bootstrap__with_given": True, "bootstrap__candidates": 1, "reward__source": "given"}
+    made_ = sampled(dataclasses.replace(base, given=own), made, tmp_path, bootstrap__fresh=1.0, **how)
+    assert made_.candidates.finished_PC.shape == (7, 2) and made_.sampled.finished_PC.shape == (7, 1)
+    found = dict(zip(made_.fresh.prompt_F.tolist(), made_.fresh.trees))
+    assert len(found) >= 5 and 6 not in found and (made_.fresh.pair_F2 == [0, 1]).all() and made_.fresh.kept_F.all()
+    for p, tree in found.items():
+        assert tree.branches[0] is given.trees[p].branches[0] and tree.branches[1] is made_.sampled.tokens_PC[p][0]
+
+
 def test_replay(base, made, tmp_path):
     """Fresh pairs of iteration 2 that were kept train again in iteration 3, and only with replay."""
     world = turned(base, tmp_path, bootstrap__unfinished="keep")
@@ -464,9 +558,48 @@ def test_replay(base, made, tmp_path):
     assert kept and len(update.training_set(world, 3, live, None, None).trees) == N
     stage = update.training_set(turned(world, tmp_path, bootstrap__replay=True), 3, live, None, None)
     assert [tree.id for tree in stage.trees[N:]] == kept
+    last = turned(world, tmp_path, bootstrap__replay=True, bootstrap__replay_last=1)
+    assert len(update.training_set(last, 3, live, None, None).trees) == N + len(kept)
+    assert len(update.training_set(last, 4, live, None, None).trees) == N  # iteration 3 made none
+    assert len(update.training_set(turned(last, bootstrap__replay_last=2), 4, live, None, None).trees) == N + len(kept)
     again = dict(zip((t.id for t in made_.fresh.trees), made_.fresh.trees))
     for tree in stage.trees[N:]:
         assert all(np.array_equal(a, b) for a, b in zip(tree.branches, again[tree.id].branches))
+
+
+def test_parts_and_passes(base, made, tmp_path):
+    """An iteration sees its part alone: it selects from it, trains on it, and takes as many updates as it does."""
+    parts = data.parts(base.given.pairs, 3, "random", seed=0)
+    world = dataclasses.replace(turned(base), given=dataclasses.replace(base.given, parts=parts))
+    live, trees = scored(made, 2), base.given.trees
+    for t in (1, 2, 3):
+        mine = [trees[i] for i in parts[t - 1]]
+        stage = update.training_set(world, t, live, None, None)
+        assert stage.trees == mine and len(stage.batches) == 2 and update.updates_before(world, t, []) == 2 * (t - 1)
+    chosen = select.review(world, 3, live)
+    assert len(chosen.mask_N) == len(parts[2]) and chosen.mask_N.sum() == int(0.6 * len(parts[2]))
+    assert update.training_set(world, 3, live, chosen, None).trees == [t for t, k in zip(mine, chosen.mask_N) if k]
+    kept = sampled(world, made, tmp_path, bootstrap__fresh=0.2).fresh.kept_F
+    assert kept.sum() == round(0.2 * len(parts[1]))
+    # passes: over the training set itself, whatever its size
+    every = turned(base, loop__passes="all", loop__epochs=2)
+    few = select.review(base, 3, live)
+    assert len(update.training_set(every, 3, live, few, None).batches) == 2 * -(-KEEP // 8)
+    assert update.updates_before(every, 3, [{"updates": 5}, {"updates": 8}]) == 13
+
+
+def test_no_given_pair(base, made, tmp_path):
+    """select.rule none: fresh pairs alone, nothing is scored of the given ones; without fresh pairs an error."""
+    world = turned(base, tmp_path, select__rule="none", bootstrap__unfinished="keep")
+    live = scored(made, 2)
+    assert select.review(world, 3, live) is None
+    made_ = fresh.bootstrap_pairs(world, 2, scored(made, 1))
+    stage = update.training_set(world, 2, scored(made, 1), None, made_)
+    assert stage.trees == [t for t, k in zip(made_.fresh.trees, made_.fresh.kept_F) if k] and len(stage.batches) == 6
+    assert update.training_set(world, 1, live, None, None).trees == list(base.given.trees)  # from iteration 2 on
+    with pytest.raises(ValueError, match="iteration 3 has nothing to train on"):
+        update.training_set(world, 3, live, None, None)
+    assert outcome._scores_of(world, 3) == set()
 
 
 # --- iterations -------------------------------------------------------------------------------------------------------

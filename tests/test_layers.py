@@ -8,18 +8,18 @@ import pytest
 import sera_jax
 
 FLOORS = """
-0 records mesh processes metrics config disk calibration nash tree_kernel decode_kernel
+0 records mesh processes metrics config disk calibration correlation nash tree_kernel decode_kernel
 1 tree_loops draw rope rows step toyworld
 2 attention model data losses policy_gradient sera explore ledger checkpoint report
 3 hf score sample
 4 rewards judge preference
 5 programs
 6 bootstrap selection winrate policies run
-7 train generate evaluate review annotate
+7 train generate evaluate review annotate agree
 8 arms compile_check reward_model
 """
 FLOOR = {room: int(line.split()[0]) for line in FLOORS.strip().splitlines() for room in line.split()[1:]}
-DOORS = set("annotate arms compile_check reward_model train generate evaluate review toyworld report".split())
+DOORS = set("annotate agree arms compile_check reward_model train generate evaluate review toyworld report".split())
 OPTIONAL = {"tensorboardX", "wandb", "openai"}  # the only imports that may stand inside a function
 HOUSE = pathlib.Path(sera_jax.__file__).parent
 

@@ -157,3 +157,71 @@ def test_a_preference_function_that_returns_no_probability(value):
         f"the preference function returned {value!r} for prompt 1 and responses 'x' and 'bad', expected a "
         "probability, that the first is better than the second."
     )
+
+
+def test_characters_and_tokens_are_units_of_length(candidates):
+    assert rewards.LENGTHS["tokens"] is rewards.lengths
+    want = [[len(text) for text in row] for row in candidates.texts_PC]
+    assert rewards.LENGTHS["characters"](candidates).tolist() == want
+    assert rewards.text_length("a prompt", "äb c") == 4
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_unbiased_penalty_is_where_the_length_gap_vanishes(seed):
+    """Against DICE's search: the first minimum of |mean gap| on a grid of 0.001."""
+    rng = np.random.default_rng(seed)
+    length = rng.integers(5, 400, (300, 8))
+    value = (0.02 + 0.01 * seed) * length + rng.normal(size=(300, 8)) * 2
+    valid = rng.random((300, 8)) < 0.9
+
+    def gap(alpha):
+        gaps = []
+        for v, n, ok in zip(value - alpha * length, length, valid):
+            live = np.flatnonzero(ok)
+            gaps.append(n[live[np.argmax(v[live])]] - n[live[np.argmin(v[live])]])
+        return np.mean(gaps)
+
+    grid = [abs(gap(k / 1000)) for k in range(200)]
+    first = next(k for k in range(200) if grid[k] <= min(grid[k - 1 : k + 2] if k else grid[:2]))
+    alpha = rewards.unbiased_penalty(value, length, valid)
+    assert abs(alpha - first / 1000) <= 0.002 and abs(gap(alpha)) <= grid[first] + 1e-9
+    assert gap(0.0) > 50
+    assert rewards.unbiased_penalty(-value, length, valid) == 0  # the best ones are the shorter ones as it is
+    assert rewards.unbiased_penalty(np.ones((2, 3)), length[:2, :3], valid[:2, :3]) == 0  # nobody is better
+
+
+def test_standardised_over_the_iteration_or_each_prompt():
+    rng = np.random.default_rng(0)
+    value, valid = rng.normal(3, 2, (6, 5)).astype(np.float32), rng.random((6, 5)) < 0.8
+    value[~valid] = np.nan
+    z = lambda v: (v - v.mean()) / v.std()
+    whole = rewards.standardised(value, valid, "iteration")
+    np.testing.assert_allclose(whole[valid], z(value[valid].astype(float)), atol=1e-12)
+    each = rewards.standardised(value, valid, "prompt")
+    for p in range(6):
+        np.testing.assert_allclose(each[p][valid[p]], z(value[p][valid[p]].astype(float)), atol=1e-12)
+    assert np.isnan(whole[~valid]).all() and np.isnan(each[~valid]).all()
+    np.testing.assert_array_equal(rewards.standardised(value, valid, "none")[valid], value[valid].astype(float))
+    same = np.full((2, 3), 0.1, np.float32)
+    assert not rewards.standardised(same, np.ones((2, 3), bool), "iteration").any()
+    assert not rewards.standardised(same, np.ones((2, 3), bool), "prompt").any()
+
+
+def test_sources_are_combined_by_weight_or_by_the_worst():
+    one, other = np.array([[1.0, 2, 9], [3, 4, 5]]), np.array([[10.0, -10, 99], [0, 5, -5]])
+    valid = np.array([[True, True, False], [True, True, True]])
+    both = np.stack([one, other])
+    made = lambda **how: rewards.combined(both, valid, np.array([1.0, 0.5]), **how)
+    want = one + 0.5 * other
+    np.testing.assert_allclose(made(combine="weighted", scale="none")[valid], want[valid])
+    np.testing.assert_allclose(made(combine="worst", scale="none")[valid], np.minimum(one, other)[valid])
+    z = lambda v: (v - v[valid].mean()) / v[valid].std()
+    got = made(combine="worst", scale="iteration")
+    np.testing.assert_allclose(got[valid], np.minimum(z(one), z(other))[valid], rtol=1e-6)
+    assert got.dtype == np.float32 and np.isnan(got[~valid]).all()
+    np.testing.assert_allclose(
+        made(combine="weighted", scale="iteration")[valid], (z(one) + 0.5 * z(other))[valid], rtol=1e-5, atol=1e-6
+    )
+    # A source that shouts does not decide by that.
+    loud = rewards.combined(np.stack([one, 1000 * other]), valid, np.ones(2), combine="weighted", scale="iteration")
+    np.testing.assert_allclose(loud[valid], (z(one) + z(other))[valid], rtol=1e-5, atol=1e-6)

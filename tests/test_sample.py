@@ -404,6 +404,30 @@ def test_filters_that_are_off_cut_nothing(allowed):
     assert allowed(tied, values(1.0, 2, 1.0, 0.0)).tolist() == [[True, True, True, True, False]]
 
 
+@pytest.mark.parametrize("slots", [None, 2], ids=["side by side", "refilled"])
+def test_a_temperature_for_each_candidate(params, one_device, slots):
+    """Each candidate is, bit for bit, the one that its temperature gives when all have it; a list compiles once."""
+    run, given = runner(params, one_device, slots=slots), prompts([3, 11, 20], seed=5)
+    of = lambda temperature: responses(run(values(temperature, eos_ids=[1, 2])), given)
+    alike = {t: of(t) for t in (0.0, 0.7, 1.5)}
+    mixed, size = of(np.array([1.5, 0.0, 0.7], np.float32)), run.programs[1]._cache_size()
+    for p in range(len(given)):
+        for c, t in enumerate((1.5, 0.0, 0.7)):
+            assert mixed[p][c].tolist() == alike[t][p][c].tolist()
+    assert {c.tobytes() for p in alike[0.7] for c in p} != {c.tobytes() for p in alike[1.5] for c in p}
+    same = of(np.full(3, 0.7, np.float32))
+    assert all(np.array_equal(a, b) for x, y in zip(same, alike[0.7]) for a, b in zip(x, y))
+    assert run.programs[1]._cache_size() == size
+
+
+def test_temperatures_are_split_over_the_candidates():
+    of = lambda value, candidates: np.asarray(sample.temperatures(value, candidates)).tolist()
+    half = lambda values: [round(v, 6) for v in values]
+    assert half(of((1.0, 0.7), 8)) == [1.0] * 4 + [0.7] * 4
+    assert half(of((1.0, 0.7), 5)) == [1.0] * 3 + [0.7] * 2 and half(of((1.0, 0.5, 0.0), 3)) == [1.0, 0.5, 0.0]
+    assert of(0.8, 4) == 0.8 and of((0.8,), 2) == [np.float32(0.8)] * 2
+
+
 # --- slots that are filled again --------------------------------------------------------------------------------------
 
 LIMITS = np.array([[12, 1, 2], [3, 12, 1], [1, 1, 5], [7, 4, 12]], np.int32)

@@ -220,6 +220,8 @@ def expected_mask(rule, score_N, valid_N, group_N, keep_G, threshold=0.0):
     mask_N = np.zeros(len(score_N), bool)
     if rule == "threshold":
         return valid_N & (score_N.astype(np.float64) > threshold)
+    if rule == "none":
+        return np.zeros_like(valid_N)
     if rule == "all":
         return valid_N
     for group, keep in enumerate(keep_G):
@@ -414,7 +416,7 @@ def test_pair_rules_equal_brute_force(rule, count):
     pair_PQ2, ok_PQ = jax.jit(sera.PAIR_RULES[rule])(rewards_PC, valid_PC, jax.random.key(0))
     pair_PQ2, ok_PQ = np.asarray(pair_PQ2), np.asarray(ok_PQ)
     assert pair_PQ2.dtype == np.int32 and ok_PQ.dtype == bool and pair_PQ2.shape == (*ok_PQ.shape, 2)
-    assert ok_PQ.shape[1] == (count * (count - 1) // 2 if rule == "all_pairs" else 1)
+    assert ok_PQ.shape[1] == {"all_pairs": count * (count - 1) // 2, "best_each": count}.get(rule, 1)
     assert pair_PQ2.min() >= 0 and pair_PQ2.max() < count
     assert 0 < ok_PQ.any(axis=1).sum() < len(ok_PQ)
     for rewards_C, valid_C, pair_Q2, ok_Q in zip(rewards_PC, valid_PC, pair_PQ2, ok_PQ):
@@ -423,9 +425,18 @@ def test_pair_rules_equal_brute_force(rule, count):
         if rule == "all_pairs":
             assert sorted(got) == sorted(pairs)
             continue
+        best = max(index, key=lambda i: rewards_C[i]) if index else None  # max and min take the first of equals
+        if rule == "best_each":
+            assert got == sorted(pair for pair in pairs if pair[0] == best)
+            continue
+        if rule == "best_second":
+            others = [i for i in index if i != best]
+            second = max(others, key=lambda i: rewards_C[i]) if others else None
+            assert got == ([(best, second)] if (best, second) in pairs else [])
+            continue
         assert len(got) == bool(pairs) and set(got) <= pairs
         if got and rule in ("best_worst", "best_random"):
-            assert got[0][0] == max(index, key=lambda i: rewards_C[i])  # max and min take the first of equals
+            assert got[0][0] == best
         if got and rule == "best_worst":
             assert got[0][1] == min(index, key=lambda i: rewards_C[i])
 

@@ -74,11 +74,12 @@ def at_end(monkeypatch, value: float, checks: Checks, update: int, **loop) -> di
     monkeypatch.setattr(validate, "pair_logps", lambda *_: LOGP)
     monkeypatch.setattr(validate, "_seen", lambda *_: SEEN)
     monkeypatch.setattr(validate, "references", lambda *_: None)
-    found = {"validation/loss": -value, "validation/accuracy": value}
+    found = {"validation/loss": -value, "validation/accuracy": value, "eval/reward": value}
     monkeypatch.setattr(validate, "measured", lambda *_: dict(found))
     live = types.SimpleNamespace(name=Name("iterate", 1))
-    got = validate.at_end(world_of("dpo", **loop), 1, live, checks, update)
-    assert {k: got[k] for k in found} == found
+    evaluated = {"eval/reward": found.pop("eval/reward")}
+    got = validate.at_end(world_of("dpo", **loop), 1, live, checks, update, evaluated)
+    assert {k: got[k] for k in found} == found and "eval/reward" not in got
     return {k: v for k, v in got.items() if k not in found}
 
 
@@ -91,6 +92,14 @@ def test_the_end_of_an_iteration_is_a_point_like_the_others(monkeypatch, by):
     assert end(0.5, before) == best(0.5, 4)  # the earlier of equal ones
     assert end(0.3, Checks()) == best(0.3, 9)
     assert at_end(monkeypatch, 0.6, before, 9) == {}  # nobody asked
+
+
+def test_the_best_by_reward_needs_no_held_out_pairs(monkeypatch):
+    world = world_of("dpo", best=True, best_by="reward")
+    world.given.held_out = ()
+    live = types.SimpleNamespace(name=Name("iterate", 2))
+    got = validate.at_end(world, 2, live, Checks(), 7, {"eval/reward": 0.25, "eval/win_rate": 1.0})
+    assert got == {"validation/best": 0.25, "validation/best_update": 7}
 
 
 def test_the_best_point_of_a_run():

@@ -65,11 +65,13 @@ def lengths(config: TrainConfig) -> np.ndarray:
     """int [n, 3], as rows.measure: the longest trees of each kind that the config lets through.
 
     A pair has a prompt of one token at least, and prompt + response ≤ data.max_length on either side; a fresh pair has
-    two responses of bootstrap.max_new_tokens.
+    two responses of bootstrap.max_new_tokens, one of them a given one where those are among the candidates.
     """
     most, new = config.data.max_length, config.bootstrap.max_new_tokens
     given = [2 * most - 1, 2 * (most - 1), 2]
     fresh = [config.data.max_prompt_length + 2 * new, 2 * new, 2]
+    if config.bootstrap.with_given:
+        fresh = [most + new, most - 1 + new, 2]
     return np.array([given, fresh] if worlds.bootstraps(config) else [given])
 
 
@@ -84,7 +86,10 @@ def scored(config: TrainConfig) -> np.ndarray:
     trees = lengths(config)[:1]
     if worlds.bootstraps(config) and not config.bootstrap.candidates_file:
         new, count = config.bootstrap.max_new_tokens, config.bootstrap.candidates
-        trees = np.vstack((trees, [config.data.max_prompt_length + count * new, count * new, count]))
+        longest = [config.data.max_prompt_length + count * new, count * new, count]
+        if config.bootstrap.with_given:
+            longest = [config.data.max_length + count * new, config.data.max_length - 1 + count * new, count + 1]
+        trees = np.vstack((trees, longest))
     return _longest(trees)
 
 
@@ -108,7 +113,7 @@ def _useful(arch: Arch, tree: np.ndarray) -> float:
 def names(config: TrainConfig) -> list[str]:
     """Keys of CASES: the programs that the config runs, in the order in which a run comes to them."""
     loops = config.loop.iterations > 0
-    selects = loops and config.loop.iterations >= config.select.from_iteration
+    selects = loops and config.loop.iterations >= config.select.from_iteration and config.select.rule != "none"
     samples = (worlds.bootstraps(config) and not config.bootstrap.candidates_file) or bool(config.evaluate.prompts)
     asked = {
         "sft update": config.sft.epochs > 0,
@@ -270,7 +275,10 @@ def _decode(setting: Setting) -> Case:
     hashes = programs.abstract_prompts(mesh, prompts, longest)[2]
     one, two = (flops.seen_by(arch, longest, (new,) * n) for n in (0, 1))
     behind = [more - less for less, more in zip(one, two)]  # what the tokens of one response see
-    arguments = (weights, start, hashes, programs.abstract_key(mesh), programs.abstract_sampling(mesh))
+    made = worlds.bootstraps(setting.config) and not setting.config.bootstrap.candidates_file
+    temperature = sample.temperatures(setting.config.bootstrap.temperature if made else 1.0, candidates)
+    sampling = programs.abstract_sampling(mesh, temperature)
+    arguments = (weights, start, hashes, programs.abstract_key(mesh), sampling)
     parts, models = {"weights": weights, "cache": start.cache, "logits": start.logits_PV}, 1
     if worlds.bootstraps(setting.config) and setting.config.bootstrap.mixture:
         alpha = jax.ShapeDtypeStruct((), jnp.float32, sharding=meshes.replicated(mesh))

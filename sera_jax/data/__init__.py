@@ -1,9 +1,11 @@
 """From files and `datasets` to preference pairs, to tokens, to the order of batches.
 
 `files` reads rows, `forms` says what they mean, `tokens` makes trees of texts, `mismatch` adds what KTO compares them
-with, `told` what else a loss is told, `order` says which of them an update takes. All on the host, NumPy only.
+with, `told` what else a loss is told, `order` says which of them an update takes, `evaluations` reads what several
+judged. All on the host, NumPy only.
 """
 
+from sera_jax.data.evaluations import Evaluated, load_evaluated
 from sera_jax.data.files import (
     Progress,
     Report,
@@ -20,7 +22,7 @@ from sera_jax.data.files import (
 )
 from sera_jax.data.forms import FORMATS, RANKED, UNPAIRED, Demonstration
 from sera_jax.data.mismatch import derangement, mismatched
-from sera_jax.data.order import batches, order, split_validation
+from sera_jax.data.order import PARTS, batches, order, parts, split_validation
 from sera_jax.data.tokens import (
     CUTS,
     Counts,
@@ -42,10 +44,12 @@ from sera_jax.data.told import valued
 __all__ = [
     "CUTS",
     "FORMATS",
+    "PARTS",
     "RANKED",
     "UNPAIRED",
     "Counts",
     "Demonstration",
+    "Evaluated",
     "Progress",
     "Report",
     "Responses",
@@ -57,6 +61,7 @@ __all__ = [
     "derangement",
     "encoded",
     "eos_ids",
+    "load_evaluated",
     "load_pairs",
     "load_prompts",
     "load_responses",
@@ -67,6 +72,7 @@ __all__ = [
     "mismatched",
     "order",
     "padding_id",
+    "parts",
     "prompts_of",
     "silent",
     "split_validation",

@@ -86,7 +86,7 @@ def load_pairs(
     """Preference pairs of files (see READERS, each also .gz), `datasets` folders and hub names.
 
     format: a key of FORMATS, or auto: the one most of the first rows of each file have. split, subset: of folders and
-    hub names (see `_open`). ranked: a key of RANKED, how K scored responses become pairs; seed: of its random rules.
+    hub names (see `opened`). ranked: a key of RANKED, how K scored responses become pairs; seed: of its random rules.
     limit: the first n usable pairs over all files (0 = all).
 
     Columns carried where they are: id, score_chosen and score_rejected (see forms.SCORES; null, NaN or one alone =
@@ -204,7 +204,7 @@ def load_texts(
 def load_rows(path: str) -> Iterable[Row]:
     """Rows of a file as they stand (see READERS, each also .gz), with their line numbers. Raises ValueError for a path
     that cannot be read."""
-    return _open(path, "train", "")[2]
+    return opened(path, "train", "")[2]
 
 
 def load_responses(path: str, *, scored: bool, progress: Progress = silent) -> list[Responses]:
@@ -215,7 +215,7 @@ def load_responses(path: str, *, scored: bool, progress: Progress = silent) -> l
     Raises:
         ValueError: the first line that is anything else, by its number; no row at all.
     """
-    stem, total, rows = _open(path, "train", "")
+    stem, total, rows = opened(path, "train", "")
     found = []
     for line, row in progress(rows, total, f"reading {stem}"):
         try:
@@ -273,7 +273,7 @@ def _collect(
     for path in map(str, paths):
         if limit and len(items) >= limit:
             break
-        stem, total, rows = _open(path, *where)
+        stem, total, rows = opened(path, *where)
         before, read, form = len(items), 0, forced
         rows = iter(rows)
         head = list(itertools.islice(rows, HEAD))
@@ -326,7 +326,7 @@ def _vote(path: str, rows: list[dict], detect: Callable[[dict], str | None], exp
     return votes.most_common(1)[0][0]
 
 
-def _open(path: str, split: str, subset: str) -> tuple[str, int | None, Iterable[Row]]:
+def opened(path: str, split: str, subset: str) -> tuple[str, int | None, Iterable[Row]]:
     """(name for ids and sources, rows if known, rows). split, subset: of a folder or a hub name, nothing to a file."""
     local = pathlib.Path(path).expanduser()
     if local.is_dir():

@@ -175,14 +175,14 @@ def ultrafeedback(row: dict) -> Judged:
 
 def _mean_rating(completion: dict) -> float | None:
     annotations = completion.get("annotations")
-    aspects = [a[0] if isinstance(a, list) and a else a for a in _dict(annotations).values()]
-    found = [value for value in (_rating(_dict(aspect).get("Rating")) for aspect in aspects) if value is not None]
+    aspects = [a[0] if isinstance(a, list) and a else a for a in mapping(annotations).values()]
+    found = [value for value in (rating(mapping(aspect).get("Rating")) for aspect in aspects) if value is not None]
     return sum(found) / len(found) if found else None
 
 
 RATINGS: tuple[Callable[[dict], float | None], ...] = (
-    lambda completion: _rating(completion.get("overall_score")),
-    lambda completion: _rating(completion.get("fine-grained_score")),
+    lambda completion: rating(completion.get("overall_score")),
+    lambda completion: rating(completion.get("fine-grained_score")),
     _mean_rating,
 )
 
@@ -197,7 +197,7 @@ def ranked(row: dict) -> Judged:
         if any(part and part[-1]["role"] != "assistant" for part in parts):
             raise Unusable("the last message of a response is not the assistant's")
     column = "scores" if row.get("scores") is not None else "ranks"
-    scores = [_number({column: value}, column) for value in _list(row, column)]
+    scores = [number({column: value}, column) for value in _list(row, column)]
     if len(scores) != len(parts):
         raise Unusable(f"responses and {column} differ in number")
     if column == "ranks":
@@ -209,10 +209,10 @@ def tldr(row: dict) -> Judged:
     """OpenAI's comparisons of summaries (Stiennon et al., 2020): of Reddit posts, or of news articles. The prompt ends
     with "TL;DR:", a summary starts with one space.
     """
-    prompt, texts = _post(row), [_string(_dict(part), "text") for part in _list(row, "summaries")]
+    prompt, texts = _post(row), [_string(mapping(part), "text") for part in _list(row, "summaries")]
     if len(texts) != 2:
         raise Unusable("summaries has not two entries")
-    choice = _number(row, "choice")
+    choice = number(row, "choice")
     if choice not in (0, 1):
         raise Unusable("choice is not 0 or 1")
     # Without the strip, white space would tell which model wrote a summary.
@@ -221,7 +221,7 @@ def tldr(row: dict) -> Judged:
 
 
 def _post(row: dict) -> str:
-    info = _dict(row.get("info"))
+    info = mapping(row.get("info"))
     if info.get("post") is None and info.get("article") is not None:
         return f"Article:\n{_string(info, 'article')}\n\nTL;DR:"
     subreddit, title, post = (_string(info, column) for column in ("subreddit", "title", "post"))
@@ -236,9 +236,8 @@ def alpaca_eval(row: dict) -> Judged:
     where it is graded. 1.5, and 0 in old files, is a tie. The scores are the two shares, 2 - preference and
     preference - 1.
     """
-    columns = next(two for two in OUTPUTS if two[0] in row or two is OUTPUTS[-1])
-    responses = tuple(_string(row, column) for column in columns)
-    preference = _number(row, "preference")
+    prompt, responses = two_outputs(row)
+    preference = number(row, "preference")
     if preference is None:
         raise Unusable("no preference")
     if preference in (0, 1.5):
@@ -246,7 +245,14 @@ def alpaca_eval(row: dict) -> Judged:
     if not 1 <= preference <= 2:
         raise Unusable("preference is not from 1 to 2")
     pair = (0, 1) if preference < 1.5 else (1, 0)
-    return Judged(_question(row), responses, (2 - preference, preference - 1), pair)
+    return Judged(prompt, responses, (2 - preference, preference - 1), pair)
+
+
+def two_outputs(row: dict) -> tuple[str, tuple[str, str]]:
+    """The prompt and the two outputs of a comparison."""
+    columns = next(two for two in OUTPUTS if two[0] in row or two is OUTPUTS[-1])
+    one, other = (_string(row, column) for column in columns)
+    return _question(row), (one, other)
 
 
 def _question(row: dict) -> str:
@@ -432,7 +438,8 @@ def _by_rule(judged: Judged, rule: str, seed: int) -> tuple[list[tuple[int, int]
 
     pairs = [(places[i], places[j]) for i, j in RANKED[rule](scores, draw)] if places else []
     if not pairs:
-        faults.append(Unusable("fewer than two responses to rank" if len(places) < 2 else "all scores are equal"))
+        equal = "all scores are equal" if len(set(scores)) < 2 else "the highest scores are equal"
+        faults.append(Unusable("fewer than two responses to rank" if len(places) < 2 else equal))
     return pairs, faults
 
 
@@ -455,6 +462,18 @@ def best_random(scores: Sequence[float], draw: Callable[[int], int]) -> list[tup
     return [(best, below[draw(len(below))])] if below else []
 
 
+def best_second(scores: Sequence[float], draw: Callable[[int], int]) -> list[tuple[int, int]]:
+    """The two highest; no pair where they are equal."""
+    first, second = (sorted(range(len(scores)), key=lambda i: -scores[i]) + [0, 0])[:2]
+    return [(first, second)] if scores[first] > scores[second] else []
+
+
+def best_each(scores: Sequence[float], draw: Callable[[int], int]) -> list[tuple[int, int]]:
+    """The highest against each of those below it (Curry-DPO)."""
+    best = scores.index(max(scores))
+    return [(best, i) for i, score in enumerate(scores) if score < scores[best]]
+
+
 def random_pair(scores: Sequence[float], draw: Callable[[int], int]) -> list[tuple[int, int]]:
     """A random one of `all_pairs`."""
     pairs = all_pairs(scores, draw)
@@ -464,6 +483,8 @@ def random_pair(scores: Sequence[float], draw: Callable[[int], int]) -> list[tup
 RANKED: dict[str, Callable[[Sequence[float], Callable[[int], int]], list[tuple[int, int]]]] = {
     "best_worst": best_worst,
     "best_random": best_random,
+    "best_second": best_second,
+    "best_each": best_each,
     "random": random_pair,
     "all_pairs": all_pairs,
 }
@@ -623,7 +644,7 @@ def _list(row: dict, column: str) -> list:
     return value
 
 
-def _dict(value: Any) -> dict:
+def mapping(value: Any) -> dict:
     return value if isinstance(value, dict) else {}
 
 
@@ -642,7 +663,7 @@ def _filled(text: Text, column: str) -> None:
         raise Unusable(f"empty {column}")
 
 
-def _number(row: dict, column: str) -> float | None:
+def number(row: dict, column: str) -> float | None:
     value = row.get(column)
     if value is None:
         return None
@@ -651,7 +672,7 @@ def _number(row: dict, column: str) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def _rating(value: Any) -> float | None:
+def rating(value: Any) -> float | None:
     """A number, also one that is written as text; "N/A" and the like are none."""
     try:
         number = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
@@ -666,10 +687,16 @@ SCORES = ("score_{}", "{}_score", "{}_rating", "{}-rating")
 
 def _scores(row: dict, forms: Sequence[str] = SCORES) -> tuple[float, float] | None:
     for form in forms:
-        chosen, rejected = _number(row, form.format("chosen")), _number(row, form.format("rejected"))
+        chosen, rejected = number(row, form.format("chosen")), number(row, form.format("rejected"))
         if chosen is not None and rejected is not None:
             return chosen, rejected
     return None
+
+
+def scores_of_pair(row: dict) -> dict[str, tuple[float, float]]:
+    """The annotator's and the gold scores of (chosen, rejected), those that the row has; also out of `metadata`."""
+    found = {"score": _scores(row) or _scores(mapping(row.get("metadata"))), "gold": _scores(row, ("gold_{}",))}
+    return {name: scores for name, scores in found.items() if scores is not None}
 
 
 def _truth(row: dict) -> Truth:
@@ -682,7 +709,7 @@ def _truth(row: dict) -> Truth:
 def _weight(row: dict) -> float:
     if row.get("weight") is None:
         return 1.0
-    weight = _number(row, "weight")
+    weight = number(row, "weight")
     if weight is None or weight < 0:
         raise Unusable("weight is not a finite number of 0 or more")
     return weight
@@ -734,7 +761,7 @@ def _value(column: str, cell: str) -> Any:
             return float(cell)
         if column in NESTED or (column in CHATS and cell.lstrip()[:1] == "["):
             value = json.loads(cell)
-            chat = isinstance(value, list) and all("role" in _dict(turn) and "content" in turn for turn in value)
+            chat = isinstance(value, list) and all("role" in mapping(turn) and "content" in turn for turn in value)
             return value if column in NESTED or (chat and value) else cell
     except (ValueError, RecursionError):
         pass

@@ -8,6 +8,7 @@ a million indices takes about 0.1 s once an epoch, so a lazily computed one (gra
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -52,6 +53,58 @@ def batches(
 
 
 Given = TypeVar("Given", Pair, Unpaired)
+
+
+def _random(pairs: Sequence[Given], count: int, seed: int) -> list[np.ndarray]:
+    """By chance."""
+    return np.array_split(order(len(pairs), seed=seed + 2, iteration=0, epoch=0), count)
+
+
+def _sources(pairs: Sequence[Given], count: int, seed: int) -> list[np.ndarray]:
+    """A source (a file) each, in the order in which they appear."""
+    names = [pair.source for pair in pairs]
+    each = list(dict.fromkeys(names))
+    if len(each) != count:
+        raise ValueError(
+            f"loop.parts is 'sources': got pairs of {len(each)} sources ({', '.join(map(repr, each[:5]))}), expected "
+            f"one for each of {count} iterations. Set loop.iterations to {len(each)}, or give other files."
+        )
+    return [np.flatnonzero([name == one for name in names]) for one in each]
+
+
+def _easy_first(pairs: Sequence[Given], count: int, seed: int) -> list[np.ndarray]:
+    """The largest gaps of the annotator first: the first pair of every prompt before the second of any."""
+    lacking = next((pair.id for pair in pairs if getattr(pair, "scores", None) is None), None)
+    if lacking is not None:
+        raise ValueError(
+            f"loop.parts is 'easy_first': pair {lacking!r} has no scores, expected score_chosen and score_rejected of "
+            "every pair. Give them, or use loop.parts 'random'."
+        )
+    gap_N = np.array([pair.scores[0] - pair.scores[1] for pair in pairs])
+    place_N, seen = np.zeros(len(pairs), np.int64), Counter()
+    for i in np.argsort(-gap_N, kind="stable"):
+        prompt = _digest(pairs[i].prompt, seed)
+        place_N[i] = seen[prompt]
+        seen[prompt] += 1
+    return np.array_split(np.lexsort((-gap_N, place_N)), count)
+
+
+PARTS = {"random": _random, "sources": _sources, "easy_first": _easy_first}
+"""rule(pairs, count, seed) → the numbers of the pairs of each part; every pair is in one."""
+
+
+def parts(pairs: Sequence[Given], count: int, rule: str, *, seed: int) -> tuple[np.ndarray, ...]:
+    """The given pairs in as many parts as there are iterations, by a rule of PARTS: int64 each, ascending. Parts are
+    equal up to one pair, but those of sources.
+
+    Raises:
+        ValueError: fewer pairs than parts; as the rules do.
+    """
+    if len(pairs) < count:
+        raise ValueError(
+            f"loop.parts is {rule!r}: got {len(pairs)} pairs, expected at least one for each of {count} parts."
+        )
+    return tuple(np.sort(part) for part in PARTS[rule](pairs, count, seed))
 
 
 def split_validation(pairs: Sequence[Given], share: float, seed: int) -> tuple[list[Given], list[Given]]:

@@ -71,6 +71,8 @@ def check(config: TrainConfig) -> dict[str, Any]:
             attempt("loss.name", lambda: _mismatches(config, pairs, trees))
         else:
             attempt("select.score", lambda: _scores(config, [pair for pair in pairs if pair.id in used]))
+        if config.loop.parts != "all" and config.loop.iterations:
+            attempt("loop.parts", lambda: _parts(config, [pair for pair in pairs if pair.id in used]))
     sets = {"data.pairs": [pair.prompt for pair in pairs]}
     if config.data.prompts:
         read = attempt("data.prompts", lambda: _prompts(config, tokenizer, worlds.read_prompts))
@@ -118,6 +120,12 @@ def _candidates(config: TrainConfig, pairs: Sequence[Pair], tokenizer: Any, eos_
 def _scores(config: TrainConfig, pairs: Sequence[Pair]) -> None:
     worlds.check_scores(config, pairs)
     metrics.say(f"{config.select.score}: the pairs have what it needs")
+
+
+def _parts(config: TrainConfig, pairs: Sequence[Pair] | Sequence[Unpaired]) -> None:
+    train, _ = data.split_validation(pairs, config.data.validation, config.run.seed)
+    parts = data.parts(train, config.loop.iterations, config.loop.parts, seed=config.run.seed)
+    metrics.say(f"{config.loop.parts}: {', '.join(str(len(part)) for part in parts)} pairs by iteration")
 
 
 def _mismatches(config: TrainConfig, examples: Sequence[Unpaired], trees: Sequence[Tree]) -> None:

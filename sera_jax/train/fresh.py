@@ -13,6 +13,7 @@ import numpy as np
 
 from sera_jax import (
     bootstrap,
+    correlation,
     disk,
     judge,
     nash,
@@ -25,7 +26,7 @@ from sera_jax import (
     score,
 )
 from sera_jax.bootstrap import Fresh
-from sera_jax.config import BootstrapConfig, EvaluateConfig
+from sera_jax.config import WITH_ARGUMENT, BootstrapConfig, EvaluateConfig
 from sera_jax.ledger import branch_key, derived_tag
 from sera_jax.policies import Live, Name
 from sera_jax.records import Candidates, Prompt
@@ -41,13 +42,14 @@ class Ranked:
 
     rewards_PC: float32, the higher the better, NaN where there is none. kl: mean log π/π_ref of the candidates under
     the policy that sampled them and the reward's reference, None without implicit reward or reference. prob_PCC:
-    float32, P[p, i, j] that candidate i is better than j, None where the source compares no two. told: measures for
-    the log.
+    float32, P[p, i, j] that candidate i is better than j, None where the source compares no two. sources: of a
+    combined reward, what each source said, as rewards_PC. told: measures for the log.
     """
 
     rewards_PC: np.ndarray
     kl: float | None = None
     prob_PCC: np.ndarray | None = None
+    sources: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     told: dict[str, float | None] = dataclasses.field(default_factory=dict)
 
 
@@ -55,13 +57,17 @@ class Ranked:
 class Made:
     """What an iteration sampled: the prompts it drew, their candidates, the fresh pairs, and how they were ranked.
 
-    opponents: whom the candidates' wins are against, None = each other; ranked counts them behind the candidates.
+    sampled: the candidates without the given responses of bootstrap.with_given. rewards_PC: what the pairs were made
+    by: the ranked rewards, adjusted for length. opponents: whom the candidates' wins are against, None = each other;
+    ranked counts them behind the candidates.
     """
 
     prompts: tuple[Prompt, ...]
     candidates: Candidates
     fresh: Fresh
     ranked: Ranked
+    sampled: Candidates
+    rewards_PC: np.ndarray
     opponents: Candidates | None = None
 
 
@@ -71,31 +77,39 @@ def bootstrap_pairs(world: World, t: int, scored: Live) -> Made | None:
     if t < b.from_iteration or not worlds.bootstraps(config):
         return None
     drawn = bootstrap.prompts_of_iteration(
-        len(given.prompts), b.prompts_per_iteration, seed=config.run.seed, iteration=t
+        len(given.prompts),
+        b.prompts_per_iteration,
+        seed=config.run.seed,
+        iteration=t,
+        turn=t - b.from_iteration if b.prompts_drawn == "in_turn" else None,
     )
     prompts = tuple(given.prompts[i] for i in drawn)
     tokens, opponents = [given.prompt_tokens[i] for i in drawn], None
-    sampled = functools.partial(responses, world, scored, prompts, tokens, t=t, candidates=b.candidates, values=b)
+    draw = functools.partial(responses, world, scored, prompts, tokens, t=t, candidates=b.candidates, values=b)
     if given.imported is not None:
-        candidates = bootstrap.take(given.imported.candidates, drawn)
+        sampled = bootstrap.take(given.imported.candidates, drawn)
     else:
-        candidates = sampled(
+        sampled = draw(
             use="sample",
             path=worlds.folder(world, t) / "candidates.jsonl",
             label=f"iteration {t}: sampling {b.candidates} candidates a prompt",
             mixture=b.mixture if b.mixture_of == "candidates" else 0.0,
         )
     if b.mixture and b.mixture_of == "opponents":
-        opponents = sampled(
+        opponents = draw(
             use="opponents",
             path=worlds.folder(world, t) / "opponents.jsonl",
             label=f"iteration {t}: sampling {b.candidates} opponents a prompt",
             mixture=b.mixture,
         )
+    candidates = sampled
+    if b.with_given:
+        of_prompts = [given.chosen[i] for i in drawn]
+        candidates = bootstrap.with_given(sampled, of_prompts, _decoded(world), world.policies.start.eos_ids)
     everybody = candidates if opponents is None else bootstrap.joined(candidates, opponents)
     ranked, rewards_PC = rewarded(world, t, scored, drawn, everybody)
-    said_PC = said(world, everybody)
-    own_PC = np.broadcast_to(np.arange(said_PC.shape[1]) < candidates.finished_PC.shape[1], said_PC.shape)
+    said_PC, count = said(world, everybody), candidates.finished_PC.shape[1]
+    own_PC = np.broadcast_to(np.arange(said_PC.shape[1]) < count, said_PC.shape)
     valid_PC, also = own_PC & (said_PC > 0), {}
     if b.pair_rule == "explore":
         gamma_PC = uncertainty.against_best(world, t, everybody, rewards_PC, valid_PC, scored)
@@ -107,20 +121,20 @@ def bootstrap_pairs(world: World, t: int, scored: Live) -> Made | None:
         ranked.prob_PCC,
         said_PC if opponents is None else np.where(own_PC, 0, said_PC),
         rule=b.pair_rule,
-        keep=round(b.fresh * len(given.trees)),
+        keep=round(b.fresh * worlds.size_of_pass(config, given, t)),
         key=worlds.key(world, "pairs", t),
         **also,
     )
     if also:
         uncertainty.learn(world, t, made, scored)
-    return Made(prompts, candidates, made, ranked, opponents)
+    return Made(prompts, candidates, made, ranked, sampled, rewards_PC[:, :count], opponents)
 
 
 def said(world: World, candidates: Candidates) -> np.ndarray:
     """int32 [P, C]: how often the policy said what a candidate says, at the first of those that say it; 0 elsewhere.
     Opponents behind the candidates are counted apart."""
     b = world.config.bootstrap
-    draws = 0 if world.given.imported else b.candidates
+    draws = 0 if world.given.imported else b.candidates + b.with_given
     return bootstrap.copies(candidates, keep_unfinished=b.unfinished == "keep", draws=draws)
 
 
@@ -128,21 +142,33 @@ def rewarded(
     world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Candidates
 ) -> tuple[Ranked, np.ndarray]:
     """What the run's source says of candidates, and their rewards [P, C] with the length's part."""
-    config = world.config.reward
-    ranked = SOURCES[config.source](world, t, scored, drawn, candidates)
-    rewards_PC = rewards.adjusted(
-        ranked.rewards_PC,
-        rewards.lengths(candidates),
-        penalty=config.length_penalty,
-        normalise=config.length_normalise,
-    )
+    ranked = SOURCES[world.config.reward.source](world, t, scored, drawn, candidates)
+    adjusted_PC, penalty = _adjusted(world, candidates, ranked.rewards_PC)
     # They decide what is trained on.
-    rewards_PC, prob_PCC = processes.once(lambda: (rewards_PC, ranked.prob_PCC))
+    rewards_PC, prob_PCC = processes.once(lambda: (adjusted_PC, ranked.prob_PCC))
+    told = dict(ranked.told)
+    if world.config.reward.length_penalty == "auto":
+        told["reward/length_penalty"] = penalty
     if prob_PCC is not None:
         circles, triples = preference.cycles(prob_PCC)
-        told = {**ranked.told, "sera/intransitive": circles / triples if triples else None}
-        ranked = dataclasses.replace(ranked, prob_PCC=prob_PCC, told=told)
-    return ranked, rewards_PC
+        told["sera/intransitive"] = circles / triples if triples else None
+    return dataclasses.replace(ranked, prob_PCC=prob_PCC, told=told), rewards_PC
+
+
+def _adjusted(world: World, candidates: Candidates, rewards_PC: np.ndarray) -> tuple[np.ndarray, float]:
+    """Rewards as reward.length_normalise and reward.length_penalty change them, and the penalty of a unit of length."""
+    reward = world.config.reward
+    length_PC = rewards.LENGTHS[reward.length_unit](candidates)
+    rewards_PC = rewards.adjusted(rewards_PC, length_PC, penalty=0.0, normalise=reward.length_normalise)
+    penalty = reward.length_penalty
+    if penalty == "auto":
+        penalty = rewards.unbiased_penalty(rewards_PC, length_PC, valid(world, candidates))
+    return rewards.adjusted(rewards_PC, length_PC, penalty=penalty, normalise=False).astype(np.float32), penalty
+
+
+def _decoded(world: World) -> Callable[[np.ndarray], str]:
+    """Token ids → text, specials removed."""
+    return lambda ids: world.policies.start.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def valid(world: World, candidates: Candidates) -> np.ndarray:
@@ -189,7 +215,7 @@ def responses(
         sampler(world, live, worlds.key(world, use, t), candidates, values, mixture),
         prompts,
         tokens,
-        lambda ids: world.policies.start.tokenizer.decode(ids, skip_special_tokens=True),
+        _decoded(world),
         candidates=candidates,
         slots=config.bootstrap.slots,
         refill=config.bootstrap.refill,
@@ -224,7 +250,7 @@ def sampler(
     where = world.policies
     initial = lambda: policies.params(where, Name("iterate", 0))
     sampling = sample.sampling(
-        temperature=values.temperature,
+        temperature=sample.temperatures(values.temperature, candidates),
         top_k=getattr(values, "top_k", 0),
         top_p=values.top_p,
         min_p=getattr(values, "min_p", 0.0),
@@ -271,7 +297,8 @@ def _implicit(world: World, t: int, scored: Live, drawn: np.ndarray, candidates:
         lambda logp, ref, length: world.loss.reward(logp, ref, length, **world.loss_keys),
     )
     known = reference is not None and world.given.imported is None
-    return Ranked(rewards_PC, float(np.nanmean(logp_EPC[-1] - reference_PC)) if known else None)
+    own = slice(1 if world.config.bootstrap.with_given else 0, None)  # of what the policy sampled
+    return Ranked(rewards_PC, float(np.nanmean((logp_EPC[-1] - reference_PC)[:, own])) if known else None)
 
 
 def _model(world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Candidates) -> Ranked:
@@ -353,6 +380,77 @@ def _random(world: World, t: int, scored: Live, drawn: np.ndarray, candidates: C
     return Ranked(rewards.random(candidates, worlds.key(world, "reward", t)))
 
 
+def _given(world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Candidates) -> Ranked:
+    """The given response of bootstrap.with_given is better than any sample, and of two samples neither is (SPIN)."""
+    rewards_PC = np.zeros(candidates.finished_PC.shape, np.float32)
+    rewards_PC[:, 0] = 1
+    return Ranked(rewards_PC)
+
+
+def _combined(world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Candidates) -> Ranked:
+    """Several sources, each asked as if it were the only one. They agree as far as `correlation` tells."""
+    reward, told = world.config.reward, {}
+    ranked = {
+        name: SOURCES[name.partition(":")[0]](_alone(world, name), t, scored, drawn, candidates)
+        for name in reward.sources
+    }
+    valid_PC = valid(world, candidates)
+    each = {name: np.asarray(one.rewards_PC, np.float32) for name, one in ranked.items()}
+    _check_finite(each, valid_PC, candidates)
+    total_PC = rewards.combined(
+        np.stack(list(each.values())),
+        valid_PC,
+        np.array(list(reward.sources.values())),
+        combine=reward.combine,
+        scale=reward.scale,
+    )
+    for name, one in ranked.items():
+        told |= one.told | {f"source/{name}/mean": float(each[name][valid_PC].mean(dtype=np.float64))}
+        told |= {f"source/{name}/std": float(each[name][valid_PC].std(dtype=np.float64))}
+    prompt_PC = np.broadcast_to(np.arange(len(valid_PC))[:, None], valid_PC.shape)
+    for one, other in itertools.combinations(each, 2):
+        pair = (each[one][valid_PC], each[other][valid_PC])
+        told[f"agree/pearson/{one} {other}"] = correlation.told(correlation.pearson(*pair))
+        told[f"agree/spearman/{one} {other}"] = correlation.told(correlation.spearman(*pair))
+        within = correlation.within(*pair, prompt_PC[valid_PC])
+        told[f"agree/within/{one} {other}"] = correlation.told(within)
+    kl = next((one.kl for one in ranked.values() if one.kl is not None), None)
+    return Ranked(total_PC, kl, sources=each, told=told)
+
+
+def _alone(world: World, name: str) -> World:
+    """The world in which a key of reward.sources is the only source."""
+    kind, _, of = name.partition(":")
+    own = {kind: of} if kind in WITH_ARGUMENT else {}
+    reward = dataclasses.replace(world.config.reward, source=kind, sources={}, **own)
+    config = dataclasses.replace(world.config, reward=reward)
+    return dataclasses.replace(world, config=config, ranker=world.rankers.get(of))
+
+
+def _check_finite(each: dict[str, np.ndarray], valid_PC: np.ndarray, candidates: Candidates) -> None:
+    """Raises ValueError for a valid candidate without a finite reward, naming the source."""
+    for name, rewards_PC in each.items():
+        bad = np.argwhere(valid_PC & ~np.isfinite(rewards_PC))
+        if len(bad):
+            p, c = bad[0]
+            raise ValueError(
+                f"reward.sources: {name!r} gives candidate {c} of prompt {candidates.ids[p]!r} the reward "
+                f"{rewards_PC[p, c]}, expected a finite number ({len(bad)} of {int(valid_PC.sum())} candidates)."
+            )
+
+
+def responses_judged(world: World, prompts: Sequence[Prompt], said: Candidates, label: str) -> np.ndarray:
+    """float32 [P]: rewards of one response to each evaluation prompt, by evaluate.function, or, without one, by the
+    reward model or function that ranks candidates."""
+    config = world.config
+    if not config.evaluate.function and config.reward.source == "model":
+        trees = rewards.trees(said)
+        flat = policies.folder_rewards(world.ranker, trees, ledger=world.policies.ledger, label=label)
+        return rewards.on_grid(flat, said)[:, 0]
+    function = rewards.load_function(config.evaluate.function or config.reward.function)
+    return rewards.by_function(function, [p.prompt for p in prompts], said.texts_PC, label)[:, 0]
+
+
 SOURCES: dict[str, Callable[..., Ranked]] = {
     "implicit": _implicit,
     "model": _model,
@@ -362,4 +460,6 @@ SOURCES: dict[str, Callable[..., Ranked]] = {
     "judge": _judge,
     "file": _file,
     "random": _random,
+    "given": _given,
+    "combined": _combined,
 }

@@ -108,7 +108,7 @@ def iterate(world: World, t: int, live: Live, moments: Any, before: Sequence[dic
         state,
         world.update,
         at=world.run.at if resumed else None,
-        count=update.updates_before(world, t),
+        count=update.updates_before(world, t, before),
         key=worlds.key(world, "update", t),
         mesh=world.mesh,
         frozen=policies.frozen(world.policies),

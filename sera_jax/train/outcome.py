@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
+from sera_jax import config as configs
 from sera_jax import disk, hf, metrics, model, policies, processes, programs, report, rewards, selection, sera, winrate
 from sera_jax.policies import Live, Name
 from sera_jax.records import Candidates, Tree
@@ -20,9 +21,9 @@ from sera_jax.run import Checks, Cursor, Rounds, Stage
 from sera_jax.selection import Selection
 from sera_jax.train import rounds, validate, watch
 from sera_jax.train import world as worlds
-from sera_jax.train.fresh import Made, candidate_logps, responses
+from sera_jax.train.fresh import Made, candidate_logps, responses, responses_judged
 from sera_jax.train.select import ensemble, loss_reference, reward_reference
-from sera_jax.train.world import World
+from sera_jax.train.world import Given, World
 
 
 def judged(world: World, t: int, made: Made | None) -> np.ndarray | None:
@@ -41,15 +42,17 @@ def judged(world: World, t: int, made: Made | None) -> np.ndarray | None:
 def write_pairs(
     world: World, t: int, chosen: Selection | None, made: Made | None, gold_F2: np.ndarray | None = None
 ) -> None:
-    """iterations/t/kept.parquet (every given pair with its verdict), fresh.parquet (every fresh pair), and, of a source
-    that compares, probabilities.parquet (every two candidates).
+    """iterations/t/kept.parquet (every given pair that the iteration sees, and its verdict), fresh.parquet (every fresh
+    pair), of a source that compares probabilities.parquet (every two candidates), of a combined reward rewards.parquet
+    (every candidate, and what each source said).
 
     Args:
         gold_F2: of the fresh pairs (`judged`).
     """
     folder = worlds.folder(world, t)
     if chosen is not None:
-        columns = selection.columns(world.given.pairs, world.given.trees, chosen)
+        given = worlds.given_at(world.given, t)
+        columns = selection.columns(given.pairs, given.trees, chosen)
         _write_table(columns, folder / "kept.parquet")
     if made is not None:
         candidates, fresh, prob_PCC = made.candidates, made.fresh, made.ranked.prob_PCC
@@ -82,6 +85,19 @@ def write_pairs(
         _write_table(columns, folder / "fresh.parquet")
         if prob_PCC is not None:
             _write_table(_probabilities(candidates, prob_PCC), folder / "probabilities.parquet")
+        if made.ranked.sources:
+            _write_table(_rewards(made), folder / "rewards.parquet")
+
+
+def _rewards(made: Made) -> dict[str, Any]:
+    """Every candidate: what each source said of it, and the reward that its pairs were made by."""
+    found = np.argwhere(rewards.lengths(made.candidates) > 0)
+    return {
+        "prompt_id": [made.candidates.ids[p] for p, _ in found],
+        "candidate": found[:, 1],
+        **{name: rewards_PC[tuple(found.T)] for name, rewards_PC in made.ranked.sources.items()},
+        "reward": made.rewards_PC[tuple(found.T)],
+    }
 
 
 def _probabilities(candidates: Candidates, prob_PCC: np.ndarray) -> dict[str, Any]:
@@ -132,19 +148,20 @@ def summarise(
         stage: its updates; None = the iterate was given (loop.first). at: the end of the updates; None = it had none.
         gold_F2: of the fresh pairs (`judged`). before: the summaries of the iterations before.
     """
-    summary: dict[str, Any] = {"iteration": t, "pairs/given": len(world.given.trees)}
+    summary: dict[str, Any] = {"iteration": t, "pairs/given": len(worlds.given_at(world.given, t).trees)}
     if isinstance(stage, Rounds):
         summary |= {"updates": at.update, **_of_rounds(world, t)}
     elif stage is not None:
         done = stage.batches[: at.update]
         summary |= {"pairs/trained": len(np.unique(np.concatenate(done))), "updates": at.update}
         summary |= _flops(world, t, chosen, made, stage.trees, done)
-    summary |= _of_selection(world, chosen)
+    summary |= _of_selection(world, worlds.given_at(world.given, t), chosen)
     summary |= _of_candidates(made, gold_F2)
-    summary |= watch.of_samples(world, made.candidates if made else None)
+    summary |= watch.of_samples(world, made.sampled if made else None)
     summary |= watch.of_policy(world, live)
-    summary |= validate.at_end(world, t, live, at.checks if at else Checks(), at.update if at else 0)
-    summary |= _of_evaluation(world, live)
+    evaluated = _of_evaluation(world, live)
+    summary |= validate.at_end(world, t, live, at.checks if at else Checks(), at.update if at else 0, evaluated)
+    summary |= evaluated
     if at is not None and at.checks.stopped:
         metrics.say(
             f"iteration {t}: stopped behind update {at.update} of {at.total}, no lower validation loss in "
@@ -173,24 +190,25 @@ def _flops(
     """
     config, (forward, update) = world.config, _flops_of_token(world)
     trained = np.array([tree.length for tree in trees])
-    earlier = set().union(*(_scores_of(world, s) for s in range(1, t)))
-    size = {False: _tokens(world.given.trees, False), True: _tokens(world.given.trees, True)}
+    given = worlds.given_at(world.given, t)  # of parts each is new
+    earlier = set() if world.given.parts else set().union(*(_scores_of(world, s) for s in range(1, t)))
+    size = {False: _tokens(given.trees, False), True: _tokens(given.trees, True)}
     scored = sum(size[shared] for _, shared in _scores_of(world, t) - earlier)
     decoded, told, explores = 0, world.loss.target == "bonus", config.bootstrap.pair_rule == "explore"
     if t == (1 if told else config.bootstrap.from_iteration) and (told or (made is not None and explores)):
         scored += size[False]  # features of the given pairs
     if made is not None:
         candidates = rewards.trees(made.candidates)
-        sampled = sum(tree.length for tree in candidates)
+        sampled = sum(tree.length for tree in rewards.trees(made.sampled))
         opposed = sum(tree.length for tree in rewards.trees(made.opponents)) if made.opponents else 0
         # A mixture takes two passes for a token; before any update it is one of equals, and none.
         twice = 0 if config.bootstrap.mixture == 0 or t == 1 else opposed if made.opponents else sampled
         decoded = sampled + opposed + twice
         known: set[Name | None] = set()
-        if config.reward.source == "implicit":
+        if ("implicit", "") in configs.sources(config.reward):
             scorer = Live(Name("iterate", t - 1), None)
             known = {*ensemble(world, scorer)[0], reward_reference(world, scorer)} - {None}
-            scored += (sampled + opposed) * len(known)
+            scored += (sum(tree.length for tree in candidates) + opposed) * len(known)
         kept = [tree for tree, kept in zip(made.fresh.trees, made.fresh.kept_F) if kept]
         if world.loss.reference:
             scored += _tokens(kept, False) * (loss_reference(world, t) not in known)
@@ -235,9 +253,10 @@ def _scores_of(world: World, t: int) -> set[tuple[Name, bool]]:
     """The models under which iteration t has to know the log-probs of the given set; True: of its shared parts."""
     config, found = world.config, set()
     reference = loss_reference(world, t)
-    if reference is not None:
+    trained = config.select.rule != "none" or t < config.select.from_iteration
+    if reference is not None and trained:
         found |= {(reference, False)} | ({(reference, True)} if config.loss.ld_alpha < 1 else set())
-    weighs = config.select.rule != "all" or config.select.unselected == "soft_weight"
+    weighs = config.select.rule not in ("all", "none") or config.select.unselected == "soft_weight"
     needs = set(sera.needs(config.select.score))
     if t >= config.select.from_iteration and weighs and needs & {"reward_N2", "loss_N", "reference_logp_N2"}:
         scorer = Live(Name("iterate", t - 1), None)
@@ -247,11 +266,11 @@ def _scores_of(world: World, t: int) -> set[tuple[Name, bool]]:
     return found
 
 
-def _of_selection(world: World, chosen: Selection | None) -> dict[str, Any]:
+def _of_selection(world: World, given: Given, chosen: Selection | None) -> dict[str, Any]:
     """Margins of the given pairs under the policy that scored them, and what was kept."""
     if chosen is None:
         return {}
-    length_N2 = np.array([[len(b) for b in tree.branches] for tree in world.given.trees], np.float64)
+    length_N2 = np.array([[len(b) for b in tree.branches] for tree in given.trees], np.float64)
     lengths_N = length_N2.sum(axis=1)
     quantiles = dict(zip(("10", "50", "90"), np.quantile(chosen.margin_N, [0.1, 0.5, 0.9])))
     share_N = kept_shares(world, chosen)
@@ -263,7 +282,7 @@ def _of_selection(world: World, chosen: Selection | None) -> dict[str, Any]:
         **{f"sera/margin_q{q}": float(v) for q, v in quantiles.items()},
         "sera/kept_length_ratio": _over(lengths_N / lengths_N.mean(), share_N),
         "sera/kept_length_gap": _over(length_N2[:, 0] - length_N2[:, 1], share_N),
-        **_of_truth(world, share_N, length_N2),
+        **_of_truth(given, share_N, length_N2),
     }
 
 
@@ -274,14 +293,14 @@ def kept_shares(world: World, chosen: Selection) -> np.ndarray:
     return chosen.mask_N.astype(np.float64)
 
 
-def _of_truth(world: World, share_N: np.ndarray, length_N2: np.ndarray) -> dict[str, Any]:
+def _of_truth(given: Given, share_N: np.ndarray, length_N2: np.ndarray) -> dict[str, Any]:
     """Whether selection found out what is true, where that is known; equal gold counts half.
 
     sera/flips_kept: share of the flipped pairs that were kept. gold_accuracy, gold_gap: of the pairs kept and dropped.
     gold_length_gap: tokens of the truly better response less those of the other, over the kept pairs; beside
     kept_length_gap it tells what the labels add to the length cue.
     """
-    pairs = world.given.pairs
+    pairs = given.pairs
     told: dict[str, Any] = {}
     flipped_N = np.array([bool(pair.truth.flipped) for pair in pairs])
     if any(pair.truth.flipped is not None for pair in pairs):
@@ -336,20 +355,16 @@ def _of_fresh_gold(kept_F: np.ndarray, gold_F2: np.ndarray | None) -> dict[str, 
 
 
 def _of_evaluation(world: World, live: Live) -> dict[str, Any]:
-    """Responses to the evaluation prompts against those of iterate 0, judged by the evaluation's function."""
-    config, prompts = world.config.evaluate, world.given.eval_prompts
+    """Responses to the evaluation prompts against those of iterate 0, judged as `fresh.responses_judged` does."""
+    prompts = world.given.eval_prompts
     if not prompts:
         return {}
-    function = rewards.load_function(config.function)
     before = Live(Name("iterate", 0), None)
     told = {}
     for who in (before, live):
         said = _responses(world, who)
         label = f"judging {who.name.kind} {who.name.t}"
-        told[who.name] = (
-            said,
-            rewards.by_function(function, [p.prompt for p in prompts], said.texts_PC, label)[:, 0],
-        )
+        told[who.name] = (said, responses_judged(world, prompts, said, label))
     said, reward_P = told[live.name]
     start_reward_P = told[before.name][1]
     wins = winrate.win_rate(reward_P, start_reward_P, seed=world.config.run.seed)

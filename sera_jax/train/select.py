@@ -12,13 +12,13 @@ from sera_jax.records import Tree
 from sera_jax.rows import Plan
 from sera_jax.selection import Selection
 from sera_jax.train import world as worlds
-from sera_jax.train.world import World
+from sera_jax.train.world import Given, World
 
 
 def review(world: World, t: int, scored: Live) -> Selection | None:
-    """Scores the given pairs under the policy and selects; None while all pairs are trained on."""
-    config, given = world.config.select, world.given
-    if t < config.from_iteration:
+    """Scores the given pairs under the policy and selects; None while all pairs are trained on, or none is."""
+    config, given = world.config.select, worlds.given_at(world.given, t)
+    if t < config.from_iteration or config.rule == "none" or not given.trees:
         return None
     names, weights_E = ensemble(world, scored)
     reference = reward_reference(world, scored)
@@ -39,15 +39,15 @@ def review(world: World, t: int, scored: Live) -> Selection | None:
         keep=config.keep,
         stratify=config.stratify,
         what=f"score {config.score} of iteration {t}",
-        reward_gap_N=_reward_gaps(world) if "reward_gap_N" in sera.needs(config.score) else None,
+        reward_gap_N=_reward_gaps(world, given) if "reward_gap_N" in sera.needs(config.score) else None,
     )
 
 
-def _reward_gaps(world: World) -> np.ndarray:
+def _reward_gaps(world: World, given: Given) -> np.ndarray:
     """float32 [N]: reward.function of the chosen response less that of the rejected one, of the given pairs."""
     function = rewards.load_function(world.config.reward.function)
-    texts_N2 = [[selection.shown(pair.chosen), selection.shown(pair.rejected)] for pair in world.given.pairs]
-    prompts = [pair.prompt for pair in world.given.pairs]
+    texts_N2 = [[selection.shown(pair.chosen), selection.shown(pair.rejected)] for pair in given.pairs]
+    prompts = [pair.prompt for pair in given.pairs]
     reward_N2 = rewards.by_function(function, prompts, texts_N2, "reward of the given pairs")
     return reward_N2[:, 0] - reward_N2[:, 1]
 

@@ -166,8 +166,9 @@ def _through_ledger(
     world: World, t: int, what: str, trees: Sequence[Tree], compute: Callable[[], np.ndarray]
 ) -> np.ndarray:
     """float32 by flat branch number; once known they stay, since they decide what is trained on, and how."""
-    tag = derived_tag(policies.fingerprint(world.policies, t), "uncertainty", what, t)
-    ledger = world.policies.ledger
+    own, ledger = world.config.explore, world.policies.ledger
+    said = ("uncertainty", what, t, own.regularisation, own.dimension)
+    tag = derived_tag(policies.fingerprint(world.policies, t), *said)
     keys = [branch_key(tree.prompt, branch) for tree in trees for branch in tree.branches]
     if not np.isfinite(ledger.look_up(tag, keys)).all():
         ledger.append(tag, keys, compute())

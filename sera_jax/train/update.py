@@ -24,7 +24,7 @@ from sera_jax.train import uncertainty
 from sera_jax.train import world as worlds
 from sera_jax.train.fresh import Made
 from sera_jax.train.select import loss_logps, loss_reference
-from sera_jax.train.world import World
+from sera_jax.train.world import Given, World
 
 FRESH = ("win", "preference", "reward")  # what fresh pairs are known by, of what a loss may be told
 
@@ -107,38 +107,45 @@ def starting_state(world: World, live: Live, moments: Any) -> step.TrainState:
 
 
 def training_set(world: World, t: int, scored: Live, chosen: Selection | None, made: Made | None) -> Stage:
-    """Kept ∪ fresh pairs, their reference log-probs and weights; as many updates as all given pairs would take."""
-    config, given = world.config, world.given
-    trees, weight_N = _kept(world, chosen)
+    """Kept ∪ fresh pairs, their reference log-probs and weights; as many updates as loop.passes says."""
+    config, given = world.config, worlds.given_at(world.given, t)
+    trees, weight_N = _kept(world, given, t, chosen)
+    whole = given.trees if trees else ()
     extra = _fresh(world, made.fresh) if made else []
     if config.bootstrap.replay:
-        extra += [tree for earlier in range(1, t) for tree in _earlier_fresh(world, earlier)]
+        since = max(1, t - config.bootstrap.replay_last) if config.bootstrap.replay_last else 1
+        extra += [tree for earlier in range(since, t) for tree in _earlier_fresh(world, earlier)]
     extra = uncertainty.told(world, extra, scored)
     trees = [*trees, *extra]
     if not trees:
         raise ValueError(f"iteration {t} has nothing to train on: no given pair was kept and no fresh pair was made.")
     weight_N = np.concatenate((weight_N, np.ones(len(extra), np.float32)))
+    full = len(trees) if config.loop.passes == "all" else worlds.size_of_pass(config, world.given, t)
     return Stage(
         name="update",
         iteration=t,
-        batches=_batches(len(trees), config.optimizer.batch_size, config, t, config.loop.epochs, len(given.trees)),
+        batches=_batches(len(trees), config.optimizer.batch_size, config, t, config.loop.epochs, full),
         trees=trees,
-        reference_F=_reference_logps(world, t, scored, trees, extra),
+        reference_F=_reference_logps(world, t, scored, trees, whole, extra),
         weight_N=weight_N,
         plans=world.plans,
     )
 
 
-def _reference_logps(world: World, t: int, scored: Live, trees: list[Tree], extra: list[Tree]) -> np.ndarray:
+def _reference_logps(
+    world: World, t: int, scored: Live, trees: Sequence[Tree], whole: Sequence[Tree], extra: Sequence[Tree]
+) -> np.ndarray:
     """float32 by flat branch number of `trees`: log-probs under the loss's reference, as the loss sees them.
 
-    Whole sets are scored: the given one, and `extra`.
+    Whole sets are scored: the given one (`whole`), and `extra`.
     """
     reference, known = loss_reference(world, t), {}
     for what, some, plan in (
-        ("the given set", world.given.trees, world.score_plan),
+        ("the given set", whole, world.score_plan),
         ("fresh pairs", extra, world.plans[0]),
     ):
+        if not some:
+            continue
         known |= dict(zip(_keys(some), loss_logps(world, reference, some, scored, plan=plan, what=what)))
     return np.array([known[key] for key in _keys(trees)], np.float32)
 
@@ -150,9 +157,11 @@ def _keys(trees: Sequence[Tree]) -> list[tuple[bytes, int]]:
     ]
 
 
-def _kept(world: World, chosen: Selection | None) -> tuple[list[Tree], np.ndarray]:
+def _kept(world: World, given: Given, t: int, chosen: Selection | None) -> tuple[list[Tree], np.ndarray]:
     """The given pairs an iteration trains on, and their weights."""
-    config, given = world.config, world.given
+    config = world.config
+    if config.select.rule == "none" and t >= config.select.from_iteration:
+        return [], np.zeros(0, np.float32)
     own_N = np.array([tree.weight for tree in given.trees], np.float32)
     if chosen is None:
         return list(given.trees), own_N
@@ -189,11 +198,17 @@ def _batches(n: int, size: int, config: TrainConfig, iteration: int, epochs: int
     ]
 
 
-def updates_before(world: World, t: int) -> int:
-    """Updates of the run before iteration t."""
+def updates_before(world: World, t: int, before: Sequence[dict[str, Any]]) -> int:
+    """Updates of the run before iteration t, those that an early stop left out too where their number was known.
+
+    Args:
+        before: the summaries of the iterations before.
+    """
     config = world.config
     sft = config.sft.epochs * -(-len(world.given.sft) // config.sft.optimizer.batch_size)
-    return sft + (t - 1) * worlds.updates_of_iteration(config, len(world.given.trees))
+    if config.loop.passes == "all" and not worlds.on_policy(config):
+        return sft + sum(summary.get("updates", 0) for summary in before)
+    return sft + sum(worlds.updates_of_iteration(config, world.given, earlier) for earlier in range(1, t))
 
 
 def _earlier_fresh(world: World, t: int) -> list[Tree]:

@@ -17,6 +17,7 @@ from sera_jax.train.world import World
 BEST: dict[str, Callable[[dict[str, float]], float]] = {
     "accuracy": lambda found: found["validation/accuracy"],
     "loss": lambda found: -found["validation/loss"],
+    "reward": lambda found: found["eval/reward"],
 }
 """What loop.best goes by: metrics → a value, the higher the better."""
 
@@ -68,13 +69,15 @@ def measured(world: World, logp_N2: np.ndarray, seen_N2: np.ndarray, reference: 
 
 
 def of_stage(world: World, t: int, scored: Live) -> Validation | None:
-    """The checks of iteration t. Asks for the references while `scored` is all that is in memory."""
+    """The checks of iteration t. Asks for the references while `scored` is all that is in memory. Rewards are of whole
+    iterations: nothing is sampled inside of one."""
     config, trees = world.config.loop, world.given.held_out
     if not trees:
         return None
     reference = references(world, t, scored)
     if not config.validate_every:
         return None
+    inside = config.best and config.best_by != "reward"
     scorer = programs.scorer(world.policies.arch, world.mesh, world.policies.compute)
 
     def keep(trained: Any) -> None:
@@ -95,24 +98,26 @@ def of_stage(world: World, t: int, scored: Live) -> Validation | None:
         every=config.validate_every,
         measure=measure,
         patience=config.early_stop,
-        best=BEST[config.best_by] if config.best else None,
-        keep=keep if config.best else None,
+        best=BEST[config.best_by] if inside else None,
+        keep=keep if inside else None,
     )
 
 
-def at_end(world: World, t: int, live: Live, checks: Checks, update: int) -> dict[str, float]:
+def at_end(
+    world: World, t: int, live: Live, checks: Checks, update: int, evaluated: dict[str, float] | None = None
+) -> dict[str, float]:
     """The same of iterate t; with loop.best, value and update of the iteration's best point, the earlier of equal ones.
 
     Args:
-        checks: of the stage before its end, which was at `update`.
+        checks: of the stage before its end, which was at `update`. evaluated: what the evaluation says of iterate t.
     """
-    if not world.given.held_out:
-        return {}
-    logp_N2 = pair_logps(world, live.name, world.given.held_out, live)
-    found = measured(world, logp_N2, _seen(world, live.name, live), references(world, t, live))
+    found: dict[str, float] = {}
+    if world.given.held_out:
+        logp_N2 = pair_logps(world, live.name, world.given.held_out, live)
+        found = measured(world, logp_N2, _seen(world, live.name, live), references(world, t, live))
     if not world.config.loop.best:
         return found
-    value = BEST[world.config.loop.best_by](found)
+    value = BEST[world.config.loop.best_by](found | (evaluated or {}))
     best = (checks.best, checks.best_update) if checks.best is not None and not value > checks.best else (value, update)
     return {**found, "validation/best": best[0], "validation/best_update": best[1]}
 

@@ -53,6 +53,8 @@ DECIDING = ("model", "mode", "template", "temperature", "max_tokens")  # keys of
 class Given:
     """Text and trees, one to one: the given pairs (`held_out` only as trees), the prompts to sample from, those to
     evaluate on; the trees of the SFT stage. imported: candidates of the prompts to sample from, None = none are given.
+    parts: the pairs that each iteration sees, by number; None = all in each. chosen: of bootstrap.with_given, the given
+    response of each prompt to sample from, empty = it has none.
     Under an unpaired loss the pairs are labelled single responses, their trees (own completion, mismatch).
     """
 
@@ -65,12 +67,15 @@ class Given:
     eval_prompts: tuple[Prompt, ...]
     eval_tokens: tuple[np.ndarray, ...]
     imported: Imported | None
+    parts: tuple[np.ndarray, ...] | None = None
+    chosen: tuple[np.ndarray, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class World:
     """What does not change while a run walks. ranker: the reward model or preference model that ranks candidates, None
-    = no such model; form: how the preference model is asked, None = it is none."""
+    = no such model; form: how the preference model is asked, None = it is none; rankers: reward models of a combined
+    reward, by folder."""
 
     config: TrainConfig
     run: Run
@@ -86,16 +91,17 @@ class World:
     score_plan: Plan
     ranker: Folder | None
     form: Form | None
+    rankers: dict[str, Folder] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Files:
-    """What a process reads. content: hash of what is behind the config's paths."""
+    """What a process reads. rankers: reward models by folder. content: hash of what is behind the config's paths."""
 
     start: Folder
     given: Given
     first: Folder | None
-    ranker: Folder | None
+    rankers: dict[str, Folder]
     form: Form | None
     content: str
 
@@ -114,9 +120,9 @@ def _read(config: TrainConfig, mesh: Mesh) -> _Files:
     )
     given = load(config, start)
     check_scores(config, given.pairs)
-    first, (ranker, form) = _first(config, start, mesh), _ranker(config, start, mesh)
+    first, (rankers, form) = _first(config, start, mesh), _rankers(config, start, mesh)
     asked = [judge.template(config.judge.template, config.judge.mode)] if judges(config) else []
-    return _Files(start, given, first, ranker, form, _content(given, start, first, ranker, asked))
+    return _Files(start, given, first, rankers, form, _content(given, start, first, tuple(rankers.values()), asked))
 
 
 def prepare(config: TrainConfig) -> World:
@@ -137,9 +143,9 @@ def prepare(config: TrainConfig) -> World:
     else:
         lengths_N3 = np.concatenate((rowlib.measure(trees), _largest_fresh(config, given)))
     plans = update_plans(lengths_N3, config.optimizer, arch, mesh)
-    _check_stops(config, len(given.trees))
+    _check_stops(config, given)
     watched = [*trees, *given.held_out]
-    score_plan = score.plan_for(watched, arch, mesh) if watched else plans[0]
+    score_plan = score.plan_of(rowlib.measure(watched) if watched else lengths_N3, arch, mesh)
     run = runs.open_run(
         configs.dump(config),
         content=content,
@@ -173,8 +179,9 @@ def prepare(config: TrainConfig) -> World:
         update=update_of(config, arch, mesh, compute, transform),
         plans=plans,
         score_plan=score_plan,
-        ranker=files.ranker,
+        ranker=files.rankers.get(config.reward.model),
         form=files.form,
+        rankers=files.rankers,
     )
     _describe(world)
     return world
@@ -240,11 +247,11 @@ def updates_of_round(config: TrainConfig) -> int:
     return config.on_policy.passes * -(-config.on_policy.prompts // config.optimizer.batch_size)
 
 
-def updates_of_iteration(config: TrainConfig, pairs: int) -> int:
-    """Updates of an iteration with so many given pairs."""
+def updates_of_iteration(config: TrainConfig, given: Given, t: int) -> int:
+    """Updates of iteration t, whose number of fresh pairs does not matter (loop.passes given)."""
     if on_policy(config):
         return config.on_policy.rounds * updates_of_round(config)
-    return config.loop.epochs * -(-pairs // config.optimizer.batch_size)
+    return config.loop.epochs * -(-size_of_pass(config, given, t) // config.optimizer.batch_size)
 
 
 def selector_of(config: TrainConfig, mesh: Mesh) -> Callable:
@@ -262,9 +269,11 @@ def _check_early(config: TrainConfig) -> None:
         ValueError: as the rooms raise it.
     """
     selects = config.loop.iterations >= config.select.from_iteration and not on_policy(config)
-    gaps = config.select.score == "reward_gap" and selects
-    if gaps or (config.reward.source in configs.FUNCTION_SOURCES and ranks(config)):
+    if config.select.score == "reward_gap" and selects:
         rewards.load_function(config.reward.function)
+    for kind, function in configs.sources(config.reward):
+        if kind in configs.FUNCTION_SOURCES and (ranks(config) or config.evaluate.prompts):
+            rewards.load_function(function)
     if config.evaluate.function:
         rewards.load_function(config.evaluate.function)
     if judges(config):
@@ -273,9 +282,10 @@ def _check_early(config: TrainConfig) -> None:
         sera.ensemble_weights(t, config.reward.ensemble, config.reward.gamma)
 
 
-def _check_stops(config: TrainConfig, pairs: int) -> None:
+def _check_stops(config: TrainConfig, given: Given) -> None:
     """Raises ValueError where loop.early_stop could never stop anything."""
-    updates = updates_of_iteration(config, pairs)
+    least = (updates_of_iteration(config, given, t) for t in range(1, config.loop.iterations + 1))
+    updates = min(least, default=0)
     if config.loop.early_stop and config.loop.iterations and config.loop.validate_every >= updates:
         raise ValueError(
             f"loop.validate_every is {config.loop.validate_every} with loop.early_stop {config.loop.early_stop}, "
@@ -320,6 +330,10 @@ def load(config: TrainConfig, start: Folder) -> Given:
         )
     by_id = {pair.id: pair for pair in pairs}
     pairs = [by_id[tree.id] for tree in trees]
+    parts, loop = None, config.loop
+    if loop.parts != "all" and loop.iterations:
+        parts = data.parts(pairs, loop.iterations, loop.parts, seed=config.run.seed)
+        metrics.say(f"loop.parts {loop.parts}: {', '.join(str(len(part)) for part in parts)} pairs by iteration")
     prompts = told(read_prompts(config)) if config.data.prompts else data.prompts_of(pairs)
     prompts, prompt_tokens = sampled_prompts(prompts, tokenizer, config.data.max_prompt_length, config.data.truncation)
     imported = None
@@ -345,7 +359,25 @@ def load(config: TrainConfig, start: Folder) -> Given:
         eval_prompts=eval_prompts,
         eval_tokens=eval_tokens,
         imported=imported,
+        parts=parts,
+        chosen=bootstrap.chosen_of(prompts, pairs, trees) if config.bootstrap.with_given else (),
     )
+
+
+def given_at(given: Given, t: int) -> Given:
+    """What iteration t sees: the pairs of its part alone."""
+    if given.parts is None:
+        return given
+    of = lambda values: tuple(values[i] for i in given.parts[t - 1])
+    return dataclasses.replace(given, pairs=of(given.pairs), trees=of(given.trees), parts=None)
+
+
+def size_of_pass(config: TrainConfig, given: Given, t: int) -> int:
+    """Examples of a pass of iteration t: the given pairs that it sees, or, of a run without, the prompts it samples
+    from."""
+    if given.trees:
+        return len(given.trees) if given.parts is None else len(given.parts[t - 1])
+    return bootstrap.count_of_prompts(len(given.prompts), config.bootstrap.prompts_per_iteration)
 
 
 def read_candidates(
@@ -358,7 +390,7 @@ def read_candidates(
     """The candidates of bootstrap.candidates_file, and what to tell of them."""
     path = config.bootstrap.candidates_file
     return bootstrap.imported(
-        data.load_responses(path, scored=config.reward.source == "file", progress=progress),
+        data.load_responses(path, scored=("file", "") in configs.sources(config.reward), progress=progress),
         prompts,
         prompt_tokens,
         tokenizer,
@@ -473,9 +505,12 @@ def _largest_fresh(config: TrainConfig, given: Given) -> np.ndarray:
             for prompt, tokens in zip(given.imported.candidates.prompts, given.imported.candidates.tokens_PC)
         ]
         responses = max(sum(lengths[1:]) for lengths in pairs)
-        return np.array([[max(map(sum, pairs)), responses, 2]])
-    new = config.bootstrap.max_new_tokens
-    return np.array([[max(map(len, given.prompt_tokens)) + 2 * new, 2 * new, 2]])
+        longest = np.array([[max(map(sum, pairs)), responses, 2]])
+    else:
+        new = config.bootstrap.max_new_tokens
+        longest = np.array([[max(map(len, given.prompt_tokens)) + 2 * new, 2 * new, 2]])
+    more = max(map(len, given.chosen), default=0)  # a given response in the place of one of them
+    return longest + [[more, more, 0]]
 
 
 def sampled_lengths(config: TrainConfig, given: Given, branches: int | None = None) -> np.ndarray:
@@ -518,28 +553,34 @@ def _first(config: TrainConfig, start: Folder, mesh: Mesh) -> Folder | None:
     return folder
 
 
-def _ranker(config: TrainConfig, start: Folder, mesh: Mesh) -> tuple[Folder | None, Form | None]:
-    """The reward model that ranks candidates, or the preference model and its form, if one does.
+def _rankers(config: TrainConfig, start: Folder, mesh: Mesh) -> tuple[dict[str, Folder], Form | None]:
+    """The reward models that rank candidates, by folder; or the preference model, and how it is asked."""
+    how = {"compute": config.model.compute, "attention": config.model.attention}
+    if config.reward.source == "preference":
+        folder, form = policies.open_preference_model(config.reward.model, mesh, **how)
+        return {config.reward.model: folder}, form
+    of_models = [folder for kind, folder in configs.sources(config.reward) if kind == "model"]
+    return {folder: _ranker(config, folder, start, mesh) for folder in of_models}, None
+
+
+def _ranker(config: TrainConfig, path: str, start: Folder, mesh: Mesh) -> Folder:
+    """A reward model that ranks candidates.
 
     Raises:
         ValueError: a folder of something else, or a reward model of other tokens than those of model.path.
     """
-    if not config.reward.model:
-        return None, None
     how = {"compute": config.model.compute, "attention": config.model.attention}
-    if config.reward.source == "preference":
-        return policies.open_preference_model(config.reward.model, mesh, **how)
-    folder = policies.open_reward_model(config.reward.model, mesh, **how)
+    folder = policies.open_reward_model(path, mesh, **how)
     if not policies.same_tokens(folder, start):
         raise ValueError(
-            f"reward.model: the tokeniser of {config.reward.model} differs from that of model.path "
+            f"reward.model: the tokeniser of {path} differs from that of model.path "
             f"{config.model.path}, expected the same vocabulary and EOS ids: it is given the sampled ids. Give a "
             "reward model that was trained from a checkpoint with these tokens."
         )
-    return folder, None
+    return folder
 
 
-def _content(given: Given, start: Folder, first: Folder | None, ranker: Folder | None, asked: Sequence[str]) -> str:
+def _content(given: Given, start: Folder, first: Folder | None, rankers: Sequence[Folder], asked: Sequence[str]) -> str:
     """Hash of what is behind the config's paths: the models, the data that decides the iterates, `asked`: the judge's
     template.
     """
@@ -557,7 +598,7 @@ def _content(given: Given, start: Folder, first: Folder | None, ranker: Folder |
         told += [branch_key(prompt, ids).hex() for prompt, row in zip(made.prompts, made.tokens_PC) for ids in row]
         told += [repr(made.texts_PC), made.finished_PC.tobytes().hex()]
         told += [] if scores_PC is None else [scores_PC.tobytes().hex()]
-    models = [folder.tag for folder in (start, first, ranker) if folder]
+    models = [folder.tag for folder in (start, first, *rankers) if folder]
     return derived_tag(*models, *branches, *prompts, *told, *asked)
 
 
@@ -605,7 +646,7 @@ def balance(config: TrainConfig, trees: Sequence[Tree]) -> str:
 
 def judges(config: TrainConfig) -> bool:
     """Will a judge be asked?"""
-    return config.reward.source == "judge" and ranks(config)
+    return ("judge", "") in configs.sources(config.reward) and ranks(config)
 
 
 def endpoint(config: TrainConfig) -> judge.Endpoint:
