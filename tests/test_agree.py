@@ -64,7 +64,7 @@ def test_scores_may_be_chosen_and_rows_limited(judged):
     assert list(got["evaluators"]) == ["long", "good"] and got["responses"] == 15
 
 
-def test_a_reward_model_reads_the_texts(judged, tiny, tmp_path, one_device):
+def test_a_reward_model_reads_the_texts(judged, tiny, tiny_config, tmp_path, one_device):
     """The tokens of prompt and response, put together by hand here; what is too long has no score."""
     path, rows = judged
     policy = policies.open_folder(str(tiny / "model"), one_device, compute="float32", seed=3)
