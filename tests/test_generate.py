@@ -151,7 +151,7 @@ def test_best_of_n_keeps_the_best_candidate(tiny, folder, ask, tmp_path, one_dev
     save = tmp_path / "ranker"
     params = jax.tree.map(lambda w: w, ranker.load())
     hf.save(save, ranker.arch, params, source=folder, dtype=jnp.float32)
-    monkeypatch.setattr(generate.shutil, "rmtree", lambda path: None)  # it holds the tokens
+    monkeypatch.setattr(generate.shutil, "rmtree", lambda path, **_: None)  # it holds the tokens
     made = rows(run(ask(*SAMPLED, f"--best_by={save}", out="ranked.jsonl")))
     sampled = {row["id"]: row["tokens"] for row in rows(tmp_path / "ranked.jsonl.partial" / "candidates.jsonl")}
     tokenizer = data.load_tokenizer(str(folder))
