@@ -18,7 +18,7 @@ install_python() {
     # The TPU images come with Python 3.10, and sera_jax needs 3.11.
     python3 -m pip install --quiet --user uv
     [ -x "$SERA/venv/bin/python" ] || python3 -m uv venv --quiet --python 3.12 "$SERA/venv"
-    python3 -m uv pip install --quiet --python "$SERA/venv/bin/python" "$SERA/src[tpu]"
+    python3 -m uv pip install --quiet --python "$SERA/venv/bin/python" "$SERA/src[tpu,judge]"
 }
 
 # A fresh VM may still be upgrading itself.
