@@ -1,4 +1,4 @@
-"""Exploration where the truth is known: bandit.py OUT_DIR [--seeds N] [--tune]
+"""Exploration where the truth is known: bandit.py OUT_DIR [--seeds N] [--again] [--tune]
 
 A linear contextual bandit. A prompt has ACTIONS responses with features φ in R^d; their reward is ⟨θ*, φ⟩, θ* known;
 labels are Bradley-Terry's. The policy is the best one for the fitted reward at a price of η a nat from π_0, the uniform
@@ -10,8 +10,9 @@ without its budget. Seeds share θ*, prompts, noise and the first d pairs, which
     even   φ ~ N(0, I): every direction shows in every prompt
     rare   half of the directions, which hold most of the reward, show in one response of twenty alone
 
-The gap is the theorem's: J(π*) - J(π) + η·KL(π* ‖ π), on 256 other prompts. OUT_DIR gets curves.parquet (every run),
-dimensions.parquet (labels to ε by d), table.md and bandit.png. --tune: the weight β of Γ, on seeds set aside.
+The gap is the theorem's: J(π*) - J(π) + η·KL(π* ‖ π), on 256 other prompts. OUT_DIR gets curves.parquet (every run) and
+dimensions.parquet (labels to ε by d), and what they say as table.md and bandit.png, which --again makes anew. --tune:
+the weight β of Γ, on seeds set aside.
 
     python launch/bandit.py configs/results/bandit --seeds 20
 """
@@ -159,9 +160,9 @@ def walk(
             return told
 
 
-def labels_to(told: list[dict], epsilon: float) -> float:
-    """Labels when the gap is first at most ε; infinite where it never is."""
-    return next((float(one["labels"]) for one in told if one["gap"] <= epsilon), np.inf)
+def labels_to(told: list[dict], epsilon: float, measure: str = "gap") -> float:
+    """Labels when the gap, or the regret, is first at most ε; infinite where it never is."""
+    return next((float(one["labels"]) for one in told if one[measure] <= epsilon), np.inf)
 
 
 def interval(value_N: np.ndarray, of: Callable = np.median, seed: int = 0) -> tuple[float, float]:
@@ -235,23 +236,25 @@ def table(curves_: list[dict], dimensions_: list[dict]) -> str:
     for world in WORLDS:
         lines += [
             f"**{world}**: labels to a gap of ε, median over {seeds} seeds, and their exponent of 1/ε; "
-            f"how many times as many labels best_worst needs, mean over ε, and how many times as much regret it has at "
-            f"{LABELS}: geometric means by seed [95 %]",
+            f"how many times as many labels best_worst needs, mean over ε, and to the regret that it has at {LABELS}; "
+            f"how many times as much regret it has there: geometric means by seed [95 %]",
             "",
-            f"| rule | {' | '.join(f'ε {e:g}' for e in EPSILONS)} | exponent | labels of best_worst | its regret |",
-            "|---|" + "---|" * (len(EPSILONS) + 3),
+            f"| rule | {' | '.join(f'ε {e:g}' for e in EPSILONS)} | exponent | labels of best_worst | late | regret |",
+            "|---|" + "---|" * (len(EPSILONS) + 4),
         ]
-        needed, left = {}, {}
+        needed, left, late = {}, {}, {}
+        level_S = [run[-1]["regret"] for run in runs_of(c, world, "best_worst")]
         for rule in RULES:
             runs = runs_of(c, world, rule)
             needed[rule] = np.array([[min(labels_to(run, e), LABELS) for run in runs] for e in EPSILONS])
             left[rule] = np.array([run[-1]["regret"] for run in runs])
+            late[rule] = np.array([min(labels_to(run, r, "regret"), LABELS) for run, r in zip(runs, level_S)])
         for rule in RULES:
             shown = [f"{np.median(labels_S):g}" for labels_S in needed[rule]]
             slope, low, high = exponent(needed[rule], 1 / np.array(EPSILONS))
             shown.append(f"{slope:.2f} [{low:.2f}, {high:.2f}]")
             saved_S = np.log(needed["best_worst"] / needed[rule]).mean(axis=0)
-            for log_S in (saved_S, np.log(left["best_worst"] / left[rule])):
+            for log_S in (saved_S, *(np.log(of["best_worst"] / of[rule]) for of in (late, left))):
                 low, high = np.exp(interval(log_S, np.mean))
                 shown.append(f"{np.exp(log_S.mean()):.2f} [{low:.2f}, {high:.2f}]")
             lines.append(f"| {rule} | {' | '.join(shown)} |")
@@ -287,7 +290,7 @@ def figure(curves_: list[dict], dimensions_: list[dict], path: pathlib.Path) -> 
                 ]
             )
             middle, spread = logs_SG.mean(axis=0), 1.96 * logs_SG.std(axis=0, ddof=1) / np.sqrt(len(logs_SG))
-            line = axes.plot(grid, np.exp(middle), label=rule)[0]
+            line = axes.plot(grid, np.exp(middle), label=rule, color=f"C{RULES.index(rule)}")[0]
             shade = {"color": line.get_color(), "alpha": 0.15, "linewidth": 0}
             axes.fill_between(grid, np.exp(middle - spread), np.exp(middle + spread), **shade)
         axes.set(yscale="log", xscale="log", xlabel="labels", ylabel="gap", title=f"{world}, d = 8")
@@ -296,9 +299,12 @@ def figure(curves_: list[dict], dimensions_: list[dict], path: pathlib.Path) -> 
         needed = [d["labels"][(d["rule"] == rule) & (d["dimension"] == n)] for n in DIMENSIONS]
         low, high = np.array([interval(n) for n in needed]).T
         middle = np.array([np.median(n) for n in needed])
-        panels[2].errorbar(DIMENSIONS, middle, (middle - low, high - middle), label=rule, capsize=3)
+        panels[2].errorbar(
+            DIMENSIONS, middle, (middle - low, high - middle), capsize=3, label=rule, color=f"C{RULES.index(rule)}"
+        )
     panels[2].set(xscale="log", yscale="log", xlabel="d", ylabel=f"labels to {EPSILON:g}", title="even")
     panels[2].set_xticks(DIMENSIONS, [str(n) for n in DIMENSIONS], minor=False)
+    panels[2].minorticks_off()
     panels[2].legend(fontsize=7)
     drawn.savefig(path, dpi=110, metadata={"Software": None})
 
@@ -308,12 +314,21 @@ def main(args: list[str]) -> None:
         tune()
         return
     out = pathlib.Path(args[0])
+    if "--again" in args:
+        read = lambda name: pyarrow.parquet.read_table(out / f"{name}.parquet").to_pylist()
+        write(read("curves"), read("dimensions"), out)
+        return
     seeds = int(args[args.index("--seeds") + 1]) if "--seeds" in args else 20
     out.mkdir(parents=True, exist_ok=True)
     curves_, dimensions_ = curves(seeds), dimensions(seeds)
     for rows, name in ((curves_, "curves"), (dimensions_, "dimensions")):
         made = {key: v.astype(np.float32) if v.dtype == np.float64 else v for key, v in columns(rows).items()}
         pyarrow.parquet.write_table(pyarrow.table(made), out / f"{name}.parquet", compression="zstd")
+    write(curves_, dimensions_, out)
+
+
+def write(curves_: list[dict], dimensions_: list[dict], out: pathlib.Path) -> None:
+    """table.md and bandit.png, of what the files of `out` hold."""
     (out / "table.md").write_text(table(curves_, dimensions_), encoding="utf-8")
     figure(curves_, dimensions_, out / "bandit.png")
     print((out / "table.md").read_text())

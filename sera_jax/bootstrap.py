@@ -246,6 +246,29 @@ def take(candidates: Candidates, chosen_Q: np.ndarray) -> Candidates:
     )
 
 
+def picked(candidates: Candidates, chosen_P: np.ndarray) -> Candidates:
+    """One candidate of each prompt."""
+    pick = lambda values_PC: tuple((row[c],) for row, c in zip(values_PC, chosen_P))
+    return dataclasses.replace(
+        candidates,
+        texts_PC=pick(candidates.texts_PC),
+        tokens_PC=pick(candidates.tokens_PC),
+        finished_PC=np.take_along_axis(candidates.finished_PC, np.asarray(chosen_P)[:, None], axis=1),
+    )
+
+
+def joined(one: Candidates, other: Candidates) -> Candidates:
+    """The candidates of the same prompts by two samplers, side by side."""
+    both = lambda a, b: tuple((*x, *y) for x, y in zip(a, b, strict=True))
+    return Candidates(
+        ids=one.ids,
+        prompts=one.prompts,
+        texts_PC=both(one.texts_PC, other.texts_PC),
+        tokens_PC=both(one.tokens_PC, other.tokens_PC),
+        finished_PC=np.concatenate((one.finished_PC, other.finished_PC), axis=1),
+    )
+
+
 def with_given(
     candidates: Candidates, tokens: Sequence[np.ndarray], decode: Callable[[np.ndarray], str], eos_ids: Sequence[int]
 ) -> Candidates:
@@ -269,29 +292,6 @@ def chosen_of(prompts: Sequence[Prompt], pairs: Sequence[Pair], trees: Sequence[
     for pair, tree in zip(pairs, trees):
         first.setdefault(_content(pair.prompt), tree.branches[0])
     return tuple(first.get(_content(prompt.prompt), np.zeros(0, np.int32)) for prompt in prompts)
-
-
-def picked(candidates: Candidates, chosen_P: np.ndarray) -> Candidates:
-    """One candidate of each prompt."""
-    pick = lambda values_PC: tuple((row[c],) for row, c in zip(values_PC, chosen_P))
-    return dataclasses.replace(
-        candidates,
-        texts_PC=pick(candidates.texts_PC),
-        tokens_PC=pick(candidates.tokens_PC),
-        finished_PC=np.take_along_axis(candidates.finished_PC, np.asarray(chosen_P)[:, None], axis=1),
-    )
-
-
-def joined(one: Candidates, other: Candidates) -> Candidates:
-    """The candidates of the same prompts by two samplers, side by side."""
-    both = lambda a, b: tuple((*x, *y) for x, y in zip(a, b, strict=True))
-    return Candidates(
-        ids=one.ids,
-        prompts=one.prompts,
-        texts_PC=both(one.texts_PC, other.texts_PC),
-        tokens_PC=both(one.tokens_PC, other.tokens_PC),
-        finished_PC=np.concatenate((one.finished_PC, other.finished_PC), axis=1),
-    )
 
 
 def _content(prompt: Text) -> str:

@@ -84,9 +84,9 @@ RewardName = Literal[
     "given",
     "combined",
 ]
-FUNCTION_SOURCES = ("function", "preference_function")  # of reward.function
-SOURCE_KEYS = {"model": "model", "preference": "model", "function": "function", "preference_function": "function"}
 WITH_ARGUMENT = ("model", "function")  # sources that a key of reward.sources names with what they are of
+FUNCTION_SOURCES = ("function", "preference_function")  # of reward.function
+ALONE = ("preference", "preference_function", "combined")  # sources that are no part of a combined one
 BestName = Literal["accuracy", "loss", "reward"]
 PartsName = Literal["all", "random", "sources", "easy_first"]
 RankedRuleName = Literal["best_worst", "best_random", "best_second", "best_each", "random", "all_pairs"]
@@ -475,11 +475,11 @@ class BootstrapConfig:
             the source's own where it compares two, else σ(r_i - r_j); explore = the best against the one of which the
             reward is least certain (section explore).
         unfinished: drop = a candidate that did not reach EOS takes no part; keep = it does.
-        with_given: the chosen response of a prompt's first given pair is one more candidate, number 0.
         mixture: α of Nash-MD: responses of the geometric mixture π^(1-α)·π_0^α of the policy and the initial one, token
             by token; 0 = off. Both are in memory while it samples.
         mixture_of: opponents = C more responses a prompt, which stand in no pair but are whom the candidates' wins are
             against (Nash-MD, with loss sppo); candidates = the candidates themselves (IPO-MD, with loss ipo_soft).
+        with_given: the chosen response of a prompt's first given pair is one more candidate, number 0.
         replay: also train on the fresh pairs of earlier iterations.
         replay_last: of so many iterations before; 0 = of all.
         candidates_file: JSONL of candidates in the place of sampling, as `sera_jax.generate` writes it: {"prompt",
@@ -501,9 +501,9 @@ class BootstrapConfig:
     refill: int = 1
     pair_rule: PairRuleName = "best_worst"
     unfinished: Literal["drop", "keep"] = "drop"
-    with_given: bool = False
     mixture: float = 0.0
     mixture_of: Literal["opponents", "candidates"] = "opponents"
+    with_given: bool = False
     replay: bool = False
     replay_last: int = 0
     candidates_file: str = ""
@@ -1249,12 +1249,6 @@ def _check_train(config: TrainConfig, where: str) -> None:
             f"{where}: bootstrap.slots is {config.bootstrap.slots}, expected at least bootstrap.candidates "
             f"({config.bootstrap.candidates}): the candidates of a prompt are decoded side by side."
         )
-    if sampling and isinstance(config.bootstrap.temperature, tuple):
-        if len(config.bootstrap.temperature) > config.bootstrap.candidates:
-            raise ConfigError(
-                f"{where}: bootstrap.temperature has {len(config.bootstrap.temperature)} values, expected at most "
-                f"bootstrap.candidates ({config.bootstrap.candidates}): they are split over them."
-            )
     if config.bootstrap.mixture and config.bootstrap.candidates_file:
         raise ConfigError(
             f"{where}: bootstrap.mixture is {config.bootstrap.mixture} with bootstrap.candidates_file, expected "
@@ -1265,6 +1259,12 @@ def _check_train(config: TrainConfig, where: str) -> None:
             f"{where}: bootstrap.mixture_of is {config.bootstrap.mixture_of!r} with bootstrap.mixture 0, so that there "
             "is no mixture; set bootstrap.mixture, or leave it out."
         )
+    if sampling and isinstance(config.bootstrap.temperature, tuple):
+        if len(config.bootstrap.temperature) > config.bootstrap.candidates:
+            raise ConfigError(
+                f"{where}: bootstrap.temperature has {len(config.bootstrap.temperature)} values, expected at most "
+                f"bootstrap.candidates ({config.bootstrap.candidates}): they are split over them."
+            )
     _check_room(config, where)
     kinds = {"model": "the folder of a reward model", "preference": "the folder of a preference model"}
     if (config.reward.source in kinds) != bool(config.reward.model):
@@ -1294,13 +1294,13 @@ def _check_train(config: TrainConfig, where: str) -> None:
     if config.reward.source in FUNCTION_SOURCES and ":" not in config.reward.function:
         raise ConfigError(f"{where}: reward.function is {config.reward.function!r}, expected 'module:function'.")
     _check_sources(config, where)
-    ranking = [kind for kind, _ in sources(config.reward)]
-    if "file" in ranking and bootstrapping and not config.bootstrap.candidates_file:
+    kinds = [kind for kind, _ in sources(config.reward)]
+    if "file" in kinds and bootstrapping and not config.bootstrap.candidates_file:
         raise ConfigError(
             f"{where}: reward.source is {config.reward.source!r}, expected bootstrap.candidates_file with the scores. "
             "Set it, or use another reward.source."
         )
-    if "judge" in ranking and not config.judge.model:
+    if "judge" in kinds and not config.judge.model:
         raise ConfigError(
             f"{where}: judge.model is empty, expected the name of a model at judge.base_url ({config.judge.base_url}) "
             f"for reward.source {config.reward.source!r}."
@@ -1310,9 +1310,8 @@ def _check_train(config: TrainConfig, where: str) -> None:
             f"{where}: judge.key_env is no name of an environment variable, expected one such as 'OPENAI_API_KEY'. The "
             "key itself belongs into that variable, and into no file."
         )
-    rewards_them = config.reward.source in WITH_ARGUMENT and not config.evaluate.function
-    asks = config.evaluate.prompts or config.evaluate.function
-    if asks and ":" not in config.evaluate.function and not rewards_them:
+    ranks = config.reward.source in WITH_ARGUMENT and not config.evaluate.function
+    if (config.evaluate.prompts or config.evaluate.function) and ":" not in config.evaluate.function and not ranks:
         raise ConfigError(f"{where}: evaluate.function is {config.evaluate.function!r}, expected 'module:function'.")
     if config.loop.first and (config.loop.optimizer_state == "carried" or not config.loop.iterations):
         raise ConfigError(
@@ -1384,39 +1383,68 @@ def _check_train(config: TrainConfig, where: str) -> None:
     _check_references(config, where)
 
 
+def _check_on_policy(config: TrainConfig, where: str) -> None:
+    """What rounds of samples cannot do."""
+    name, on_policy, sampled = config.on_policy.algorithm, config.on_policy, config.bootstrap
+
+    def refuse(key: str, expected: str) -> None:
+        raise ConfigError(
+            f"{where}: {key} is {get(config, key)!r} with on_policy.algorithm {name!r}, expected {expected}."
+        )
+
+    if {"implicit", "file", "given"} & {kind for kind, _ in sources(config.reward)}:
+        refuse("reward.source", "someone who ranks fresh samples and is not the policy: model, function or judge")
+    if sampled.candidates_file:
+        refuse("bootstrap.candidates_file", "none: candidates are the policy's own of that moment")
+    if sampled.candidates < 2:
+        refuse("bootstrap.candidates", "at least 2: a candidate is compared with the others of its prompt")
+    if sampled.slots < sampled.candidates:
+        refuse("bootstrap.slots", f"at least bootstrap.candidates ({sampled.candidates})")
+    if config.loop.first:
+        refuse("loop.first", "none")
+    for key in ("validate_every", "best"):
+        if getattr(config.loop, key):
+            refuse(f"loop.{key}", "none: the loss of held-out pairs is not what is trained with")
+    if on_policy.beta and (config.loss.reference == "none" or config.loss.name in REFERENCE_FREE):
+        refuse("on_policy.beta", "0, or a loss.name and loss.reference with a reference: there is no KL to nothing")
+    if name == "raft" and on_policy.kl == "loss" and on_policy.beta:
+        refuse("on_policy.kl", "'reward', or on_policy.beta 0: its loss is that of SFT")
+
+
 def sources(reward: RewardConfig) -> tuple[tuple[str, str], ...]:
     """(kind, what it is of) of each source that ranks candidates: the one, or those of reward.sources."""
     if reward.source != "combined":
-        return ((reward.source, getattr(reward, SOURCE_KEYS[reward.source]) if reward.source in SOURCE_KEYS else ""),)
+        return ((reward.source, getattr(reward, reward.source) if reward.source in WITH_ARGUMENT else ""),)
     return tuple((kind, of) for kind, _, of in (name.partition(":") for name in reward.sources))
 
 
 def _check_given(config: TrainConfig, where: str) -> None:
     """Runs without given pairs, and what needs them."""
+    own = config.loop.iterations and config.data.prompts and config.bootstrap.fresh > 0
+    own = own and config.bootstrap.from_iteration == 1
     on_policy = config.on_policy.algorithm != "none"
-    samples = on_policy or (config.bootstrap.fresh > 0 and config.bootstrap.from_iteration == 1)
-    texts_alone = config.sft.data and not config.loop.iterations
-    prompts_alone = samples and config.data.prompts and (config.sft.data or not config.sft.epochs)
-    if not (config.data.pairs or texts_alone or prompts_alone):
+    own = own or (on_policy and config.data.prompts and (config.sft.data or not config.sft.epochs))
+    if not config.data.pairs and not own and (config.loop.iterations or not config.sft.data):
         raise ConfigError(
             f"{where}: data.pairs is empty, expected at least one file of preference pairs. Only an SFT stage on its "
-            "own data (sft.data, loop.iterations 0) needs none, and on_policy.algorithm with data.prompts. Nor does a "
-            "run that samples from data.prompts from iteration 1 on (bootstrap.from_iteration)."
+            "own data (sft.data, loop.iterations 0) needs none, a run that samples from data.prompts with "
+            "bootstrap.from_iteration 1, and on_policy.algorithm with data.prompts."
         )
     if "given" in [kind for kind, _ in sources(config.reward)] and not config.bootstrap.with_given:
         raise ConfigError(
             f"{where}: reward.source is {config.reward.source!r} with bootstrap.with_given False, expected given "
             "responses among the candidates: set bootstrap.with_given."
         )
-    if config.data.pairs or not config.loop.iterations:
+    if config.data.pairs or not config.loop.iterations or on_policy:
         return
     selects = config.loop.iterations >= config.select.from_iteration and config.select.rule not in ("all", "none")
     wrong = {
-        "select.rule": selects and not on_policy,
+        "select.rule": selects,
         "loop.parts": config.loop.parts != "all",
         "loop.first": bool(config.loop.first),
         "data.validation": config.data.validation > 0,
         "bootstrap.with_given": config.bootstrap.with_given,
+        "sft.data": config.sft.epochs > 0 and not config.sft.data,
     }
     key = next((key for key, holds in wrong.items() if holds), None)
     if key:
@@ -1439,7 +1467,7 @@ def _check_sources(config: TrainConfig, where: str) -> None:
         raise ConfigError(f"{where}: reward.sources is {reward.sources!r}, expected two sources or more to combine.")
     for name in reward.sources:
         kind, _, of = name.partition(":")
-        known = kind in ("implicit", "judge", "file", "random", "given", *WITH_ARGUMENT)
+        known = kind in get_args(RewardName) and kind not in ALONE
         fits = ":" in of if kind == "function" else bool(of) == (kind in WITH_ARGUMENT)
         if not (known and fits):
             raise ConfigError(
@@ -1451,34 +1479,6 @@ def _check_sources(config: TrainConfig, where: str) -> None:
             f"{where}: reward.sources has weights {tuple(reward.sources.values())} with reward.combine 'worst', which "
             "takes the smallest of the sources; expected weights of 1."
         )
-
-
-def _check_on_policy(config: TrainConfig, where: str) -> None:
-    """What rounds of samples cannot do."""
-    name, on_policy, sampled = config.on_policy.algorithm, config.on_policy, config.bootstrap
-
-    def refuse(key: str, expected: str) -> None:
-        raise ConfigError(
-            f"{where}: {key} is {get(config, key)!r} with on_policy.algorithm {name!r}, expected {expected}."
-        )
-
-    if {"implicit", "file", "given"} & {kind for kind, _ in sources(config.reward)}:
-        refuse("reward.source", "someone who ranks fresh samples and is not the policy: model, function or judge")
-    if sampled.candidates_file:
-        refuse("bootstrap.candidates_file", "none: candidates are the policy's own of that moment")
-    if sampled.candidates < 2:
-        refuse("bootstrap.candidates", "at least 2: a candidate is compared with the others of its prompt")
-    if sampled.slots < sampled.candidates:
-        refuse("bootstrap.slots", f"at least bootstrap.candidates ({sampled.candidates})")
-    if config.loop.first:
-        refuse("loop.first", "none")
-    for key in ("validate_every", "best"):
-        if getattr(config.loop, key) and not (key == "best" and config.loop.best_by == "reward"):
-            refuse(f"loop.{key}", "none: the loss of held-out pairs is not what is trained with")
-    if on_policy.beta and (config.loss.reference == "none" or config.loss.name in REFERENCE_FREE):
-        refuse("on_policy.beta", "0, or a loss.name and loss.reference with a reference: there is no KL to nothing")
-    if name == "raft" and on_policy.kl == "loss" and on_policy.beta:
-        refuse("on_policy.kl", "'reward', or on_policy.beta 0: its loss is that of SFT")
 
 
 def _check_references(config: TrainConfig, where: str) -> None:

@@ -394,6 +394,29 @@ def test_prompts_of_an_iteration():
     assert len(seen) > 190
 
 
+def test_repeated_candidates_stand_in_one_pair_and_win_as_often_as_they_were_said():
+    """Of a, a, b, a, (unfinished) c: a met itself twice and b once; b met a three times."""
+    tokens = [ids(1), ids(1), ids(2), ids(1), ids(3)]
+    said = Candidates(("p",), (ids(9),), (tuple("aabac"),), (tuple(tokens),), np.array([[True] * 4 + [False]]))
+    counts = bootstrap.copies(said, keep_unfinished=False)
+    assert counts.tolist() == [[3, 0, 1, 0, 0]]
+    assert bootstrap.copies(said, keep_unfinished=True).tolist() == [[3, 0, 1, 0, 1]]
+    assert bootstrap.copies(said, keep_unfinished=True, draws=3).tolist() == [[2, 0, 1, 1, 1]]
+    prob = np.full((1, 5, 5), np.nan, np.float32)
+    prob[0, 0, 0] = prob[0, 2, 2] = 0.5
+    prob[0, 0, 2], prob[0, 2, 0] = 0.9, 0.1
+    how = {"rule": "best_worst", "keep": 9, "key": jax.random.key(0)}
+    rewards_PC = np.array([[2.0, 2, 1, 2, np.nan]], np.float32)
+    fresh = bootstrap.fresh_pairs(said, rewards_PC, counts > 0, prob, counts, **how)
+    np.testing.assert_allclose(fresh.win_F2, [[(2 * 0.5 + 0.9) / 3, 0.1]], rtol=1e-6)
+    np.testing.assert_allclose(fresh.preference_F2, [[0.9, 0.1]], rtol=1e-6)
+    # Against others than the candidates: b is said twice by them, and nothing else.
+    fresh = bootstrap.fresh_pairs(said, rewards_PC, counts > 0, prob, np.array([[0, 0, 2, 0, 0]]), **how)
+    np.testing.assert_allclose(fresh.win_F2, [[0.9, 0.5]], rtol=1e-6)
+    of_rewards = bootstrap.fresh_pairs(said, rewards_PC, counts > 0, **how)
+    np.testing.assert_allclose(of_rewards.preference_F2, [[1 / (1 + np.exp(-1)), 1 / (1 + np.e)]], rtol=1e-6)
+
+
 def test_prompts_in_turn_come_once_before_any_comes_twice():
     draw = lambda turn, seed=0: bootstrap.prompts_of_iteration(9, 1 / 3, seed=seed, iteration=turn + 1, turn=turn)
     three = [draw(turn).tolist() for turn in range(3)]
@@ -422,26 +445,3 @@ def test_the_chosen_response_of_a_prompt_is_that_of_its_first_pair():
     prompts = [Prompt("x", "b"), Prompt("y", "a"), Prompt("z", "c")]
     found = bootstrap.chosen_of(prompts, pairs, trees)
     assert [ids_.tolist() for ids_ in found] == [[11, 2], [10, 2], []]
-
-
-def test_repeated_candidates_stand_in_one_pair_and_win_as_often_as_they_were_said():
-    """Of a, a, b, a, (unfinished) c: a met itself twice and b once; b met a three times."""
-    tokens = [ids(1), ids(1), ids(2), ids(1), ids(3)]
-    said = Candidates(("p",), (ids(9),), (tuple("aabac"),), (tuple(tokens),), np.array([[True] * 4 + [False]]))
-    counts = bootstrap.copies(said, keep_unfinished=False)
-    assert counts.tolist() == [[3, 0, 1, 0, 0]]
-    assert bootstrap.copies(said, keep_unfinished=True).tolist() == [[3, 0, 1, 0, 1]]
-    assert bootstrap.copies(said, keep_unfinished=True, draws=3).tolist() == [[2, 0, 1, 1, 1]]
-    prob = np.full((1, 5, 5), np.nan, np.float32)
-    prob[0, 0, 0] = prob[0, 2, 2] = 0.5
-    prob[0, 0, 2], prob[0, 2, 0] = 0.9, 0.1
-    how = {"rule": "best_worst", "keep": 9, "key": jax.random.key(0)}
-    rewards_PC = np.array([[2.0, 2, 1, 2, np.nan]], np.float32)
-    fresh = bootstrap.fresh_pairs(said, rewards_PC, counts > 0, prob, counts, **how)
-    np.testing.assert_allclose(fresh.win_F2, [[(2 * 0.5 + 0.9) / 3, 0.1]], rtol=1e-6)
-    np.testing.assert_allclose(fresh.preference_F2, [[0.9, 0.1]], rtol=1e-6)
-    # Against others than the candidates: b is said twice by them, and nothing else.
-    fresh = bootstrap.fresh_pairs(said, rewards_PC, counts > 0, prob, np.array([[0, 0, 2, 0, 0]]), **how)
-    np.testing.assert_allclose(fresh.win_F2, [[0.9, 0.5]], rtol=1e-6)
-    of_rewards = bootstrap.fresh_pairs(said, rewards_PC, counts > 0, **how)
-    np.testing.assert_allclose(of_rewards.preference_F2, [[1 / (1 + np.exp(-1)), 1 / (1 + np.e)]], rtol=1e-6)

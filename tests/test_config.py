@@ -599,7 +599,7 @@ ON_POLICY = {"on_policy.algorithm": "policy_gradient", "reward.source": "functio
             {"on_policy.algorithm": "raft"},
             "reward.source is 'implicit' with on_policy.algorithm 'raft', expected someone who ranks fresh samples",
         ),
-        (ON_POLICY | {"data.pairs": ()}, "needs none, and on_policy.algorithm with data.prompts."),
+        (ON_POLICY | {"data.pairs": ()}, "and on_policy.algorithm with data.prompts."),
         (
             ON_POLICY | {"data.pairs": (), "data.prompts": ("p",), "sft.epochs": 1},
             "data.pairs is empty, expected at least one file",
@@ -817,12 +817,12 @@ def test_names_are_those_of_the_tables():
     assert names(config.RewardConfig, "source") == set(fresh.SOURCES)
     assert names(config.RewardModelConfig, "kind") == set(reward_model.KINDS)
     assert names(config.LoopConfig, "best_by") == set(validate.BEST)
-    assert names(config.LoopConfig, "parts") == {"all", *data.PARTS}
-    assert names(config.RewardConfig, "combine") == set(rewards.COMBINATIONS)
-    assert names(config.RewardConfig, "length_unit") == set(rewards.LENGTHS)
     assert names(config.OnPolicyConfig, "algorithm") == {"none", *rounds.LEARN}
     assert names(config.OnPolicyConfig, "advantage") == set(policy_gradient.ADVANTAGES)
     assert names(config.OnPolicyConfig, "ratio") == set(policy_gradient.RATIOS)
+    assert names(config.LoopConfig, "parts") == {"all", *data.PARTS}
+    assert names(config.RewardConfig, "combine") == set(rewards.COMBINATIONS)
+    assert names(config.RewardConfig, "length_unit") == set(rewards.LENGTHS)
 
 
 # --- nothing in a config is idle: types followed through the syntax trees ---------------------------------------------

@@ -1148,6 +1148,19 @@ def test_llama2_chat_on_the_real_tokeniser(tmp_path):
     assert [*tree.prompt, *tree.branches[1]] == whole
 
 
+def test_what_a_loss_is_told_of_given_pairs():
+    """A label is a comparison that was won, for certain; rewards are the annotator's scores."""
+    trees = [Tree(name, np.array([1]), (np.array([2]), np.array([3]))) for name in ("b", "a")]
+    pairs = [Pair("a", "p", "x", "y", scores=(5.0, 3.5)), Pair("b", "p", "x", "y", scores=(1.0, -1.0))]
+    told = lambda target: [tree.values for tree in data.valued(trees, pairs, target)]
+    assert told("win") == told("preference") == [(1.0, 0.0)] * 2
+    assert told("reward") == [(1.0, -1.0), (5.0, 3.5)]
+    assert told("") == told("label") == [(), ()]
+    pairs[0] = Pair("a", "p", "x", "y")
+    with pytest.raises(ValueError, match="annotator's scores, but 1 of 2 pairs have none, the first 'a'. Give score_"):
+        told("reward")
+
+
 def of_parts(count=10, sources=None, gaps=None, prompts=None):
     return [
         Pair(
@@ -1189,16 +1202,3 @@ def test_easy_pairs_come_first_and_of_every_prompt_one_before_the_second_of_any(
         data.parts(of_parts(), 2, "easy_first", seed=0)
     with pytest.raises(ValueError, match="loop.parts is 'random': got 2 pairs, expected at least one for each of 3"):
         data.parts(of_parts(2), 3, "random", seed=0)
-
-
-def test_what_a_loss_is_told_of_given_pairs():
-    """A label is a comparison that was won, for certain; rewards are the annotator's scores."""
-    trees = [Tree(name, np.array([1]), (np.array([2]), np.array([3]))) for name in ("b", "a")]
-    pairs = [Pair("a", "p", "x", "y", scores=(5.0, 3.5)), Pair("b", "p", "x", "y", scores=(1.0, -1.0))]
-    told = lambda target: [tree.values for tree in data.valued(trees, pairs, target)]
-    assert told("win") == told("preference") == [(1.0, 0.0)] * 2
-    assert told("reward") == [(1.0, -1.0), (5.0, 3.5)]
-    assert told("") == told("label") == [(), ()]
-    pairs[0] = Pair("a", "p", "x", "y")
-    with pytest.raises(ValueError, match="annotator's scores, but 1 of 2 pairs have none, the first 'a'. Give score_"):
-        told("reward")

@@ -424,6 +424,64 @@ def test_sources_of_rewards(base, made, tmp_path):
     assert 0 < noise.fresh.reward_F2.min() < noise.fresh.reward_F2.max() < 1
 
 
+def test_a_source_that_compares(base, made, tmp_path):
+    """Every two candidates once; a reward is the mean probability over the others, whichever circle they go in."""
+    keys = {"reward__source": "preference_function", "reward__function": "tiny_reward:longer"}
+    got = sampled(base, made, tmp_path, bootstrap__fresh=9.0, **keys)
+    length = np.array([[len(text.split()) for text in row] for row in got.candidates.texts_PC], np.float64)
+    want = 0.5 + np.sign(length[:, :, None] - length[:, None]) / 4
+    np.testing.assert_allclose(got.ranked.prob_PCC, want, atol=1e-7)
+    mean = (want.sum(2) - 0.5) / (length.shape[1] - 1)
+    for p, pair, reward in zip(got.fresh.prompt_F, got.fresh.pair_F2, got.fresh.reward_F2):
+        np.testing.assert_allclose(reward, mean[p, pair], atol=1e-6)
+    assert len(got.fresh.trees) > 10
+
+
+@pytest.mark.parametrize("loss, column", [("sppo", "win"), ("ipo_soft", "preference"), ("rpo_sq", "reward")])
+def test_what_losses_are_told_of_fresh_pairs(base, made, tmp_path, loss, column):
+    """In the iteration that makes them, and from its file in a later one."""
+    keys = {"bootstrap__unfinished": "keep", "bootstrap__replay": True, "loss__name": loss}
+    world = turned(base, tmp_path, **keys)
+    made_ = fresh.bootstrap_pairs(world, 2, scored(made, 1))
+    outcome.write_pairs(world, 2, None, made_)
+    want = getattr(made_.fresh, f"{column}_F2")[made_.fresh.kept_F]
+    now = update.training_set(world, 2, scored(made, 1), None, made_).trees[N:]
+    later = update.training_set(world, 3, scored(made, 2), None, None).trees[N:]
+    assert len(want) > 5 and len(now) == len(later) == len(want)
+    for trees in (now, later):
+        np.testing.assert_allclose([tree.values for tree in trees], want, rtol=1e-6)
+
+
+def test_a_mixture_with_the_initial_policy(base, made, tmp_path):
+    """As opponents: they stand in no pair, and wins are against them alone. As candidates: they are of the mixture."""
+    keys = {"bootstrap__fresh": 9.0, "bootstrap__candidates": 3}
+    keys |= {"reward__source": "preference_function", "reward__function": "tiny_reward:longer"}
+    plain = sampled(base, made, tmp_path / "plain", **keys)
+    got = sampled(base, made, tmp_path / "against", **keys, bootstrap__mixture=0.5)
+    assert got.candidates.texts_PC == plain.candidates.texts_PC and plain.opponents is None
+    assert got.opponents.finished_PC.shape == (20, 3) and got.ranked.prob_PCC.shape == (20, 6, 6)
+    words = lambda texts: np.array([[len(text.split()) for text in row] for row in texts], np.float64)
+    own, other = words(got.candidates.texts_PC), words(got.opponents.texts_PC)
+    there = np.array([[text.strip() != "" for text in row] for row in got.opponents.texts_PC])
+    win = 0.5 + np.sign(own[:, :, None] - other[:, None]) / 4
+    win = (win * there[:, None]).sum(2) / np.maximum(there.sum(1, keepdims=True), 1)
+    assert len(got.fresh.trees) > 5
+    for p, pair, told in zip(got.fresh.prompt_F, got.fresh.pair_F2, got.fresh.win_F2):
+        assert max(pair) < 3
+        np.testing.assert_allclose(told, win[p, pair], atol=1e-6)
+    mixed = sampled(base, made, tmp_path / "of", **keys, bootstrap__mixture=0.5, bootstrap__mixture_of="candidates")
+    assert mixed.opponents is None and mixed.candidates.texts_PC != plain.candidates.texts_PC
+    live = scored(made, 1)
+    under = {t: fresh.candidate_logps(base, Name("iterate", t), mixed.candidates, live) for t in (0, 1)}
+    of_plain = {t: fresh.candidate_logps(base, Name("iterate", t), plain.candidates, live) for t in (0, 1)}
+    drift = lambda logps: np.nanmean(logps[1] - logps[0])  # KL to the initial policy, of the policy's own samples
+    assert drift(under) < drift(of_plain)
+    whole = sampled(base, made, tmp_path / "start", **keys, bootstrap__mixture=1.0, bootstrap__mixture_of="candidates")
+    initial = Live(Name("iterate", 0), policies.params(base.policies, Name("iterate", 0)))
+    world = turned(base, tmp_path / "initial", **keys)
+    assert fresh.bootstrap_pairs(world, 2, initial).candidates.texts_PC == whole.candidates.texts_PC
+
+
 def test_sources_are_combined_and_told_apart(base, made, tmp_path):
     """Each source says what it says alone; the worst of them, standardised, ranks; how far they agree is logged."""
     alone = {
@@ -488,64 +546,6 @@ def test_given_responses_stand_against_samples(base, made, tmp_path):
     assert len(found) >= 5 and 6 not in found and (made_.fresh.pair_F2 == [0, 1]).all() and made_.fresh.kept_F.all()
     for p, tree in found.items():
         assert tree.branches[0] is given.trees[p].branches[0] and tree.branches[1] is made_.sampled.tokens_PC[p][0]
-
-
-def test_a_source_that_compares(base, made, tmp_path):
-    """Every two candidates once; a reward is the mean probability over the others, whichever circle they go in."""
-    keys = {"reward__source": "preference_function", "reward__function": "tiny_reward:longer"}
-    got = sampled(base, made, tmp_path, bootstrap__fresh=9.0, **keys)
-    length = np.array([[len(text.split()) for text in row] for row in got.candidates.texts_PC], np.float64)
-    want = 0.5 + np.sign(length[:, :, None] - length[:, None]) / 4
-    np.testing.assert_allclose(got.ranked.prob_PCC, want, atol=1e-7)
-    mean = (want.sum(2) - 0.5) / (length.shape[1] - 1)
-    for p, pair, reward in zip(got.fresh.prompt_F, got.fresh.pair_F2, got.fresh.reward_F2):
-        np.testing.assert_allclose(reward, mean[p, pair], atol=1e-6)
-    assert len(got.fresh.trees) > 10
-
-
-@pytest.mark.parametrize("loss, column", [("sppo", "win"), ("ipo_soft", "preference"), ("rpo_sq", "reward")])
-def test_what_losses_are_told_of_fresh_pairs(base, made, tmp_path, loss, column):
-    """In the iteration that makes them, and from its file in a later one."""
-    keys = {"bootstrap__unfinished": "keep", "bootstrap__replay": True, "loss__name": loss}
-    world = turned(base, tmp_path, **keys)
-    made_ = fresh.bootstrap_pairs(world, 2, scored(made, 1))
-    outcome.write_pairs(world, 2, None, made_)
-    want = getattr(made_.fresh, f"{column}_F2")[made_.fresh.kept_F]
-    now = update.training_set(world, 2, scored(made, 1), None, made_).trees[N:]
-    later = update.training_set(world, 3, scored(made, 2), None, None).trees[N:]
-    assert len(want) > 5 and len(now) == len(later) == len(want)
-    for trees in (now, later):
-        np.testing.assert_allclose([tree.values for tree in trees], want, rtol=1e-6)
-
-
-def test_a_mixture_with_the_initial_policy(base, made, tmp_path):
-    """As opponents: they stand in no pair, and wins are against them alone. As candidates: they are of the mixture."""
-    keys = {"bootstrap__fresh": 9.0, "bootstrap__candidates": 3}
-    keys |= {"reward__source": "preference_function", "reward__function": "tiny_reward:longer"}
-    plain = sampled(base, made, tmp_path / "plain", **keys)
-    got = sampled(base, made, tmp_path / "against", **keys, bootstrap__mixture=0.5)
-    assert got.candidates.texts_PC == plain.candidates.texts_PC and plain.opponents is None
-    assert got.opponents.finished_PC.shape == (20, 3) and got.ranked.prob_PCC.shape == (20, 6, 6)
-    words = lambda texts: np.array([[len(text.split()) for text in row] for row in texts], np.float64)
-    own, other = words(got.candidates.texts_PC), words(got.opponents.texts_PC)
-    there = np.array([[text.strip() != "" for text in row] for row in got.opponents.texts_PC])
-    win = 0.5 + np.sign(own[:, :, None] - other[:, None]) / 4
-    win = (win * there[:, None]).sum(2) / np.maximum(there.sum(1, keepdims=True), 1)
-    assert len(got.fresh.trees) > 5
-    for p, pair, told in zip(got.fresh.prompt_F, got.fresh.pair_F2, got.fresh.win_F2):
-        assert max(pair) < 3
-        np.testing.assert_allclose(told, win[p, pair], atol=1e-6)
-    mixed = sampled(base, made, tmp_path / "of", **keys, bootstrap__mixture=0.5, bootstrap__mixture_of="candidates")
-    assert mixed.opponents is None and mixed.candidates.texts_PC != plain.candidates.texts_PC
-    live = scored(made, 1)
-    under = {t: fresh.candidate_logps(base, Name("iterate", t), mixed.candidates, live) for t in (0, 1)}
-    of_plain = {t: fresh.candidate_logps(base, Name("iterate", t), plain.candidates, live) for t in (0, 1)}
-    drift = lambda logps: np.nanmean(logps[1] - logps[0])  # KL to the initial policy, of the policy's own samples
-    assert drift(under) < drift(of_plain)
-    whole = sampled(base, made, tmp_path / "start", **keys, bootstrap__mixture=1.0, bootstrap__mixture_of="candidates")
-    initial = Live(Name("iterate", 0), policies.params(base.policies, Name("iterate", 0)))
-    world = turned(base, tmp_path / "initial", **keys)
-    assert fresh.bootstrap_pairs(world, 2, initial).candidates.texts_PC == whole.candidates.texts_PC
 
 
 def test_replay(base, made, tmp_path):

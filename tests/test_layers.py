@@ -19,7 +19,7 @@ FLOORS = """
 8 arms compile_check reward_model
 """
 FLOOR = {room: int(line.split()[0]) for line in FLOORS.strip().splitlines() for room in line.split()[1:]}
-DOORS = set("agree annotate arms compile_check reward_model train generate evaluate review toyworld report".split())
+DOORS = set("annotate agree arms compile_check reward_model train generate evaluate review toyworld report".split())
 OPTIONAL = {"tensorboardX", "wandb", "openai"}  # the only imports that may stand inside a function
 HOUSE = pathlib.Path(sera_jax.__file__).parent
 

@@ -133,6 +133,32 @@ def test_empty_candidates_are_neither_scored_nor_shifted(candidates):
     np.testing.assert_array_equal(grid, [[3, nan, 3], [nan, nan, nan], [4, 18, 8]])
 
 
+def test_a_preference_function_is_asked_once_for_every_two():
+    """In the order of the candidates; the rest follows. Nothing is asked of equal texts and of none."""
+    seen = []
+
+    def prefer(prompt, first, second):
+        seen.append((prompt, first, second))
+        return 0.25 if first < second else 1
+
+    got = rewards.by_preference(prefer, ["p", "q"], [["a", "b", "a"], ["d", None, "c"]], "ranking")
+    assert seen == [("p", "a", "b"), ("p", "b", "a"), ("q", "d", "c")]
+    nan = np.nan
+    assert got.dtype == np.float32
+    np.testing.assert_array_equal(got[0], [[0.5, 0.25, 0.5], [0.75, 0.5, 1], [0.5, 0, 0.5]])
+    np.testing.assert_array_equal(got[1], [[0.5, nan, 1], [nan, nan, nan], [0, nan, 0.5]])
+
+
+@pytest.mark.parametrize("value", [None, "0.5", float("nan"), -0.1, 1.5])
+def test_a_preference_function_that_returns_no_probability(value):
+    with pytest.raises(ValueError) as error:
+        rewards.by_preference(lambda p, a, b: value if b == "bad" else 1, ["a", "b"], [["x"], ["x", "bad"]], "r")
+    assert str(error.value) == (
+        f"the preference function returned {value!r} for prompt 1 and responses 'x' and 'bad', expected a "
+        "probability, that the first is better than the second."
+    )
+
+
 def test_characters_and_tokens_are_units_of_length(candidates):
     assert rewards.LENGTHS["tokens"] is rewards.lengths
     want = [[len(text) for text in row] for row in candidates.texts_PC]
@@ -199,29 +225,3 @@ def test_sources_are_combined_by_weight_or_by_the_worst():
     # A source that shouts does not decide by that.
     loud = rewards.combined(np.stack([one, 1000 * other]), valid, np.ones(2), combine="weighted", scale="iteration")
     np.testing.assert_allclose(loud[valid], (z(one) + z(other))[valid], rtol=1e-5, atol=1e-6)
-
-
-def test_a_preference_function_is_asked_once_for_every_two():
-    """In the order of the candidates; the rest follows. Nothing is asked of equal texts and of none."""
-    seen = []
-
-    def prefer(prompt, first, second):
-        seen.append((prompt, first, second))
-        return 0.25 if first < second else 1
-
-    got = rewards.by_preference(prefer, ["p", "q"], [["a", "b", "a"], ["d", None, "c"]], "ranking")
-    assert seen == [("p", "a", "b"), ("p", "b", "a"), ("q", "d", "c")]
-    nan = np.nan
-    assert got.dtype == np.float32
-    np.testing.assert_array_equal(got[0], [[0.5, 0.25, 0.5], [0.75, 0.5, 1], [0.5, 0, 0.5]])
-    np.testing.assert_array_equal(got[1], [[0.5, nan, 1], [nan, nan, nan], [0, nan, 0.5]])
-
-
-@pytest.mark.parametrize("value", [None, "0.5", float("nan"), -0.1, 1.5])
-def test_a_preference_function_that_returns_no_probability(value):
-    with pytest.raises(ValueError) as error:
-        rewards.by_preference(lambda p, a, b: value if b == "bad" else 1, ["a", "b"], [["x"], ["x", "bad"]], "r")
-    assert str(error.value) == (
-        f"the preference function returned {value!r} for prompt 1 and responses 'x' and 'bad', expected a "
-        "probability, that the first is better than the second."
-    )

@@ -57,9 +57,9 @@ class Ranked:
 class Made:
     """What an iteration sampled: the prompts it drew, their candidates, the fresh pairs, and how they were ranked.
 
-    opponents: whom the candidates' wins are against, None = each other; ranked counts them behind the candidates.
     sampled: the candidates without the given responses of bootstrap.with_given. rewards_PC: what the pairs were made
-    by: the ranked rewards, adjusted for length.
+    by: the ranked rewards, adjusted for length. opponents: whom the candidates' wins are against, None = each other;
+    ranked counts them behind the candidates.
     """
 
     prompts: tuple[Prompt, ...]
@@ -85,31 +85,31 @@ def bootstrap_pairs(world: World, t: int, scored: Live) -> Made | None:
     )
     prompts = tuple(given.prompts[i] for i in drawn)
     tokens, opponents = [given.prompt_tokens[i] for i in drawn], None
-    sampled = functools.partial(responses, world, scored, prompts, tokens, t=t, candidates=b.candidates, values=b)
+    draw = functools.partial(responses, world, scored, prompts, tokens, t=t, candidates=b.candidates, values=b)
     if given.imported is not None:
-        own = bootstrap.take(given.imported.candidates, drawn)
+        sampled = bootstrap.take(given.imported.candidates, drawn)
     else:
-        own = sampled(
+        sampled = draw(
             use="sample",
             path=worlds.folder(world, t) / "candidates.jsonl",
             label=f"iteration {t}: sampling {b.candidates} candidates a prompt",
             mixture=b.mixture if b.mixture_of == "candidates" else 0.0,
         )
-    candidates = own
-    if b.with_given:
-        of_prompts = [given.chosen[i] for i in drawn]
-        candidates = bootstrap.with_given(own, of_prompts, _decoded(world), world.policies.start.eos_ids)
     if b.mixture and b.mixture_of == "opponents":
-        opponents = sampled(
+        opponents = draw(
             use="opponents",
             path=worlds.folder(world, t) / "opponents.jsonl",
             label=f"iteration {t}: sampling {b.candidates} opponents a prompt",
             mixture=b.mixture,
         )
+    candidates = sampled
+    if b.with_given:
+        of_prompts = [given.chosen[i] for i in drawn]
+        candidates = bootstrap.with_given(sampled, of_prompts, _decoded(world), world.policies.start.eos_ids)
     everybody = candidates if opponents is None else bootstrap.joined(candidates, opponents)
     ranked, rewards_PC = rewarded(world, t, scored, drawn, everybody)
-    said_PC = said(world, everybody)
-    own_PC = np.broadcast_to(np.arange(said_PC.shape[1]) < candidates.finished_PC.shape[1], said_PC.shape)
+    said_PC, count = said(world, everybody), candidates.finished_PC.shape[1]
+    own_PC = np.broadcast_to(np.arange(said_PC.shape[1]) < count, said_PC.shape)
     valid_PC, also = own_PC & (said_PC > 0), {}
     if b.pair_rule == "explore":
         gamma_PC = uncertainty.against_best(world, t, everybody, rewards_PC, valid_PC, scored)
@@ -127,12 +127,12 @@ def bootstrap_pairs(world: World, t: int, scored: Live) -> Made | None:
     )
     if also:
         uncertainty.learn(world, t, made, scored)
-    return Made(prompts, candidates, made, ranked, own, rewards_PC, opponents)
+    return Made(prompts, candidates, made, ranked, sampled, rewards_PC[:, :count], opponents)
 
 
 def said(world: World, candidates: Candidates) -> np.ndarray:
-    """int32 [P, C]: how often the policy said what a candidate says, at the first of those that say it; 0 elsewhere. A
-    given response counts as one that it said. Opponents behind the candidates are counted apart."""
+    """int32 [P, C]: how often the policy said what a candidate says, at the first of those that say it; 0 elsewhere.
+    Opponents behind the candidates are counted apart."""
     b = world.config.bootstrap
     draws = 0 if world.given.imported else b.candidates + b.with_given
     return bootstrap.copies(candidates, keep_unfinished=b.unfinished == "keep", draws=draws)
@@ -143,16 +143,16 @@ def rewarded(
 ) -> tuple[Ranked, np.ndarray]:
     """What the run's source says of candidates, and their rewards [P, C] with the length's part."""
     ranked = SOURCES[world.config.reward.source](world, t, scored, drawn, candidates)
-    rewards_PC, penalty = _adjusted(world, candidates, ranked.rewards_PC)
-    if world.config.reward.length_penalty == "auto":
-        ranked = dataclasses.replace(ranked, told=ranked.told | {"reward/length_penalty": penalty})
+    adjusted_PC, penalty = _adjusted(world, candidates, ranked.rewards_PC)
     # They decide what is trained on.
-    rewards_PC, prob_PCC = processes.once(lambda: (rewards_PC, ranked.prob_PCC))
+    rewards_PC, prob_PCC = processes.once(lambda: (adjusted_PC, ranked.prob_PCC))
+    told = dict(ranked.told)
+    if world.config.reward.length_penalty == "auto":
+        told["reward/length_penalty"] = penalty
     if prob_PCC is not None:
         circles, triples = preference.cycles(prob_PCC)
-        told = {**ranked.told, "sera/intransitive": circles / triples if triples else None}
-        ranked = dataclasses.replace(ranked, prob_PCC=prob_PCC, told=told)
-    return ranked, rewards_PC
+        told["sera/intransitive"] = circles / triples if triples else None
+    return dataclasses.replace(ranked, prob_PCC=prob_PCC, told=told), rewards_PC
 
 
 def _adjusted(world: World, candidates: Candidates, rewards_PC: np.ndarray) -> tuple[np.ndarray, float]:
@@ -163,7 +163,7 @@ def _adjusted(world: World, candidates: Candidates, rewards_PC: np.ndarray) -> t
     penalty = reward.length_penalty
     if penalty == "auto":
         penalty = rewards.unbiased_penalty(rewards_PC, length_PC, valid(world, candidates))
-    return rewards.adjusted(rewards_PC, length_PC, penalty=penalty, normalise=False), penalty
+    return rewards.adjusted(rewards_PC, length_PC, penalty=penalty, normalise=False).astype(np.float32), penalty
 
 
 def _decoded(world: World) -> Callable[[np.ndarray], str]:
@@ -328,7 +328,7 @@ def _preference(world: World, t: int, scored: Live, drawn: np.ndarray, candidate
         rewards_PC, prob_PCC = preference.tournament(valid_PC, ask).astype(np.float32), None
     else:
         prob_PCC = preference.compared(valid_PC, ask)
-        rewards_PC, prob_PCC = judge.win_rewards(prob_PCC), prob_PCC.astype(np.float32)
+        rewards_PC, prob_PCC = nash.win_rewards(prob_PCC), prob_PCC.astype(np.float32)
     return Ranked(rewards_PC, None, prob_PCC, preference.of_places(np.concatenate(places) if places else None))
 
 

@@ -208,8 +208,7 @@ def updates_before(world: World, t: int, before: Sequence[dict[str, Any]]) -> in
     sft = config.sft.epochs * -(-len(world.given.sft) // config.sft.optimizer.batch_size)
     if config.loop.passes == "all" and not worlds.on_policy(config):
         return sft + sum(summary.get("updates", 0) for summary in before)
-    sizes = [worlds.size_of_pass(config, world.given, earlier) for earlier in range(1, t)]
-    return sft + sum(worlds.updates_of_iteration(config, size) for size in sizes)
+    return sft + sum(worlds.updates_of_iteration(config, world.given, earlier) for earlier in range(1, t))
 
 
 def _earlier_fresh(world: World, t: int) -> list[Tree]:

@@ -74,8 +74,8 @@ class Given:
 @dataclasses.dataclass(frozen=True)
 class World:
     """What does not change while a run walks. ranker: the reward model or preference model that ranks candidates, None
-    = no such model; form: how the preference model is asked, None = it is none. rankers: reward models by folder, of a
-    combined reward too."""
+    = no such model; form: how the preference model is asked, None = it is none; rankers: reward models of a combined
+    reward, by folder."""
 
     config: TrainConfig
     run: Run
@@ -120,10 +120,7 @@ def _read(config: TrainConfig, mesh: Mesh) -> _Files:
     )
     given = load(config, start)
     check_scores(config, given.pairs)
-    first, rankers, form = _first(config, start, mesh), {}, None
-    for kind, path in configs.sources(config.reward):
-        if kind in ("model", "preference"):
-            rankers[path], form = _ranker(config, kind, path, start, mesh)
+    first, (rankers, form) = _first(config, start, mesh), _rankers(config, start, mesh)
     asked = [judge.template(config.judge.template, config.judge.mode)] if judges(config) else []
     return _Files(start, given, first, rankers, form, _content(given, start, first, tuple(rankers.values()), asked))
 
@@ -148,7 +145,7 @@ def prepare(config: TrainConfig) -> World:
     plans = update_plans(lengths_N3, config.optimizer, arch, mesh)
     _check_stops(config, given)
     watched = [*trees, *given.held_out]
-    score_plan = score.plan_for(watched, arch, mesh) if watched else plans[0]
+    score_plan = score.plan_of(rowlib.measure(watched) if watched else lengths_N3, arch, mesh)
     run = runs.open_run(
         configs.dump(config),
         content=content,
@@ -183,8 +180,8 @@ def prepare(config: TrainConfig) -> World:
         plans=plans,
         score_plan=score_plan,
         ranker=files.rankers.get(config.reward.model),
-        rankers=files.rankers,
         form=files.form,
+        rankers=files.rankers,
     )
     _describe(world)
     return world
@@ -250,11 +247,11 @@ def updates_of_round(config: TrainConfig) -> int:
     return config.on_policy.passes * -(-config.on_policy.prompts // config.optimizer.batch_size)
 
 
-def updates_of_iteration(config: TrainConfig, pairs: int) -> int:
-    """Updates of an iteration with so many given pairs."""
+def updates_of_iteration(config: TrainConfig, given: Given, t: int) -> int:
+    """Updates of iteration t, whose number of fresh pairs does not matter (loop.passes given)."""
     if on_policy(config):
         return config.on_policy.rounds * updates_of_round(config)
-    return config.loop.epochs * -(-pairs // config.optimizer.batch_size)
+    return config.loop.epochs * -(-size_of_pass(config, given, t) // config.optimizer.batch_size)
 
 
 def selector_of(config: TrainConfig, mesh: Mesh) -> Callable:
@@ -287,8 +284,8 @@ def _check_early(config: TrainConfig) -> None:
 
 def _check_stops(config: TrainConfig, given: Given) -> None:
     """Raises ValueError where loop.early_stop could never stop anything."""
-    sizes = (size_of_pass(config, given, t) for t in range(1, config.loop.iterations + 1))
-    updates = min((updates_of_iteration(config, size) for size in sizes), default=0)
+    least = (updates_of_iteration(config, given, t) for t in range(1, config.loop.iterations + 1))
+    updates = min(least, default=0)
     if config.loop.early_stop and config.loop.iterations and config.loop.validate_every >= updates:
         raise ValueError(
             f"loop.validate_every is {config.loop.validate_every} with loop.early_stop {config.loop.early_stop}, "
@@ -556,15 +553,23 @@ def _first(config: TrainConfig, start: Folder, mesh: Mesh) -> Folder | None:
     return folder
 
 
-def _ranker(config: TrainConfig, kind: str, path: str, start: Folder, mesh: Mesh) -> tuple[Folder, Form | None]:
-    """A reward model that ranks candidates, or a preference model and its form.
+def _rankers(config: TrainConfig, start: Folder, mesh: Mesh) -> tuple[dict[str, Folder], Form | None]:
+    """The reward models that rank candidates, by folder; or the preference model, and how it is asked."""
+    how = {"compute": config.model.compute, "attention": config.model.attention}
+    if config.reward.source == "preference":
+        folder, form = policies.open_preference_model(config.reward.model, mesh, **how)
+        return {config.reward.model: folder}, form
+    of_models = [folder for kind, folder in configs.sources(config.reward) if kind == "model"]
+    return {folder: _ranker(config, folder, start, mesh) for folder in of_models}, None
+
+
+def _ranker(config: TrainConfig, path: str, start: Folder, mesh: Mesh) -> Folder:
+    """A reward model that ranks candidates.
 
     Raises:
         ValueError: a folder of something else, or a reward model of other tokens than those of model.path.
     """
     how = {"compute": config.model.compute, "attention": config.model.attention}
-    if kind == "preference":
-        return policies.open_preference_model(path, mesh, **how)
     folder = policies.open_reward_model(path, mesh, **how)
     if not policies.same_tokens(folder, start):
         raise ValueError(
@@ -572,7 +577,7 @@ def _ranker(config: TrainConfig, kind: str, path: str, start: Folder, mesh: Mesh
             f"{config.model.path}, expected the same vocabulary and EOS ids: it is given the sampled ids. Give a "
             "reward model that was trained from a checkpoint with these tokens."
         )
-    return folder, None
+    return folder
 
 
 def _content(given: Given, start: Folder, first: Folder | None, rankers: Sequence[Folder], asked: Sequence[str]) -> str:
@@ -641,7 +646,7 @@ def balance(config: TrainConfig, trees: Sequence[Tree]) -> str:
 
 def judges(config: TrainConfig) -> bool:
     """Will a judge be asked?"""
-    return "judge" in [kind for kind, _ in configs.sources(config.reward)] and ranks(config)
+    return ("judge", "") in configs.sources(config.reward) and ranks(config)
 
 
 def endpoint(config: TrainConfig) -> judge.Endpoint:
