@@ -74,7 +74,7 @@ def test_a_reward_model_reads_the_texts(judged, tiny, tiny_config, tmp_path, one
     folder = policies.open_reward_model(str(tmp_path / "rm"), one_device, compute="float32")
     ids = lambda text: [folder.tokenizer.get_vocab()[word] for word in text.split()]
     trees = [
-        Tree("x", np.array([1, *ids(row["prompt"])], np.int32), (np.array([*ids(text), 2], np.int32),))
+        Tree("x", np.array(ids(row["prompt"]), np.int32), (np.array([*ids(text), 2], np.int32),))
         for row in rows
         for text in row["responses"]
     ]
