@@ -85,6 +85,7 @@ RewardName = Literal[
     "combined",
 ]
 WITH_ARGUMENT = ("model", "function")  # sources that a key of reward.sources names with what they are of
+SOURCE_KEYS = {"model": "model", "preference": "model", "function": "function", "preference_function": "function"}
 FUNCTION_SOURCES = ("function", "preference_function")  # of reward.function
 ALONE = ("preference", "preference_function", "combined")  # sources that are no part of a combined one
 BestName = Literal["accuracy", "loss", "reward"]
@@ -1414,7 +1415,7 @@ def _check_on_policy(config: TrainConfig, where: str) -> None:
 def sources(reward: RewardConfig) -> tuple[tuple[str, str], ...]:
     """(kind, what it is of) of each source that ranks candidates: the one, or those of reward.sources."""
     if reward.source != "combined":
-        return ((reward.source, getattr(reward, reward.source) if reward.source in WITH_ARGUMENT else ""),)
+        return ((reward.source, getattr(reward, SOURCE_KEYS[reward.source]) if reward.source in SOURCE_KEYS else ""),)
     return tuple((kind, of) for kind, _, of in (name.partition(":") for name in reward.sources))
 
 

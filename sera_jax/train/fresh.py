@@ -329,7 +329,8 @@ def _preference(world: World, t: int, scored: Live, drawn: np.ndarray, candidate
     else:
         prob_PCC = preference.compared(valid_PC, ask)
         rewards_PC, prob_PCC = nash.win_rewards(prob_PCC), prob_PCC.astype(np.float32)
-    return Ranked(rewards_PC, None, prob_PCC, preference.of_places(np.concatenate(places) if places else None))
+    told = preference.of_places(np.concatenate(places) if places else None)
+    return Ranked(rewards_PC, prob_PCC=prob_PCC, told=told)
 
 
 def _function(world: World, t: int, scored: Live, drawn: np.ndarray, candidates: Candidates) -> Ranked:
