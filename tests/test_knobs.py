@@ -546,6 +546,13 @@ def test_given_responses_stand_against_samples(base, made, tmp_path):
     assert len(found) >= 5 and 6 not in found and (made_.fresh.pair_F2 == [0, 1]).all() and made_.fresh.kept_F.all()
     for p, tree in found.items():
         assert tree.branches[0] is given.trees[p].branches[0] and tree.branches[1] is made_.sampled.tokens_PC[p][0]
+    # Rows are planned for two samples, or for one and the given response: 4 tokens, or 10.
+    for new in (4, 10):
+        bound = worlds._largest_fresh(turned(base, bootstrap__max_new_tokens=new, **how).config, own)
+        given_ = [(len(p), len(ids)) for p, ids in zip(own.prompt_tokens, own.chosen)]
+        assert bound.tolist() == [
+            [max(n + new + max(new, c) for n, c in given_), new + max(new, max(c for _, c in given_)), 2]
+        ]
 
 
 def test_replay(base, made, tmp_path):

@@ -71,7 +71,7 @@ def lengths(config: TrainConfig) -> np.ndarray:
     given = [2 * most - 1, 2 * (most - 1), 2]
     fresh = [config.data.max_prompt_length + 2 * new, 2 * new, 2]
     if config.bootstrap.with_given:
-        fresh = [most + new, most - 1 + new, 2]
+        fresh = max(fresh, [most + new, most - 1 + new, 2])
     return np.array([given, fresh] if worlds.bootstraps(config) else [given])
 
 

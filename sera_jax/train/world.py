@@ -499,18 +499,17 @@ def _largest_fresh(config: TrainConfig, given: Given) -> np.ndarray:
         return np.zeros((0, 3), np.int64)
     if not given.prompts:
         raise ValueError("no prompt to sample from has a token; expected at least one. See data.prompts, or fresh: 0.")
-    if given.imported is not None:  # the two longest candidates of each prompt
-        pairs = [
-            (len(prompt), *sorted(map(len, tokens))[-2:])
-            for prompt, tokens in zip(given.imported.candidates.prompts, given.imported.candidates.tokens_PC)
-        ]
-        responses = max(sum(lengths[1:]) for lengths in pairs)
-        longest = np.array([[max(map(sum, pairs)), responses, 2]])
-    else:
-        new = config.bootstrap.max_new_tokens
-        longest = np.array([[max(map(len, given.prompt_tokens)) + 2 * new, 2 * new, 2]])
-    more = max(map(len, given.chosen), default=0)  # a given response in the place of one of them
-    return longest + [[more, more, 0]]
+    new = config.bootstrap.max_new_tokens
+    sampled = [[new, new]] * len(given.prompts)
+    if given.imported is not None:
+        sampled = [list(map(len, tokens)) for tokens in given.imported.candidates.tokens_PC]
+    beside = [[len(ids)] for ids in given.chosen] or [[]] * len(given.prompts)
+    # The two longest candidates of each prompt.
+    pairs = [
+        (len(prompt), *sorted(lengths + also)[-2:])
+        for prompt, lengths, also in zip(given.prompt_tokens, sampled, beside, strict=True)
+    ]
+    return np.array([[max(map(sum, pairs)), max(sum(lengths[1:]) for lengths in pairs), 2]])
 
 
 def sampled_lengths(config: TrainConfig, given: Given, branches: int | None = None) -> np.ndarray:
