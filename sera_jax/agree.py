@@ -13,19 +13,17 @@ import itertools
 import json
 import pathlib
 import sys
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from sera_jax import config as configs
-from sera_jax import correlation, data, disk, metrics, policies, processes, programs, rewards, selection
+from sera_jax import correlation, data, disk, ledger, metrics, policies, processes, programs, rewards, selection
 from sera_jax import mesh as meshes
 from sera_jax.config import AgreeConfig, ConfigError
 from sera_jax.correlation import Agreement
 from sera_jax.data import Evaluated
-from sera_jax.ledger import Ledger
 from sera_jax.records import Prompt, Tree
 
 
@@ -143,8 +141,8 @@ def _modelled(config: AgreeConfig, path: str, rows: Sequence[Evaluated]) -> np.n
                 wanted.append(Tree(str(p), tree.prompt, tuple(ids_C[c] for c in fits)))
                 where += [first + c for c in fits]
         if wanted:
-            with tempfile.TemporaryDirectory() as scratch:
-                values[where] = policies.folder_rewards(folder, wanted, ledger=Ledger(scratch), label=f"asking {path}")
+            with ledger.scratch() as once:
+                values[where] = policies.folder_rewards(folder, wanted, ledger=once, label=f"asking {path}")
     return values
 
 

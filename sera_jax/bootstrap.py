@@ -359,18 +359,18 @@ def fresh_pairs(
             f"({len(bad)} of {int(valid_PC.sum())} candidates)."
         )
     also = {} if gamma_PC is None else {"gamma_PC": jnp.asarray(gamma_PC), "eta": jnp.float32(eta)}
-    compares, known_PCC = rule in sera.WIN_RULES, np.asarray(sera.probabilities(jnp.asarray(rewards_PC), prob_PCC))
-    pick, told = (sera.WIN_RULES[rule], known_PCC) if compares else (PAIR_RULES[rule], rewards_PC)
-    pair_PQ2, ok_PQ = jax.device_get(jax.jit(pick)(jnp.asarray(told), jnp.asarray(valid_PC), key, **also))
+    reward, usable = jnp.asarray(rewards_PC), jnp.asarray(valid_PC)
+    compares, known_PCC = rule in sera.WIN_RULES, jnp.asarray(sera.probabilities(reward, prob_PCC))
+    pick, told = (sera.WIN_RULES[rule], known_PCC) if compares else (PAIR_RULES[rule], reward)
+    pair_PQ2, ok_PQ = jax.device_get(jax.jit(pick)(told, usable, key, **also))
     prompt_F, q_F = np.nonzero(ok_PQ)
     pair_F2 = pair_PQ2[prompt_F, q_F]
-    known = jnp.asarray(rewards_PC), jnp.asarray(valid_PC)
-    win_PC = np.asarray(sera.win_rates(*known, prob_PCC, against_PC), np.float32)
+    win_PC = np.asarray(sera.win_rates(reward, usable, known_PCC, against_PC), np.float32)
     met_F = np.isfinite(win_PC[prompt_F[:, None], pair_F2]).all(axis=1)  # an opponent
     prompt_F, pair_F2 = prompt_F[met_F], pair_F2[met_F]
     reward_F2 = rewards_PC[prompt_F[:, None], pair_F2].astype(np.float32)
     margin_F = reward_F2[:, 0] - reward_F2[:, 1]
-    first_F = known_PCC[prompt_F, *pair_F2.T].astype(np.float32)
+    first_F = np.asarray(known_PCC, np.float32)[prompt_F, *pair_F2.T]
     margin_F = 2 * first_F - 1 if compares else margin_F
     gamma_F = None if gamma_PC is None else gamma_PC[prompt_F, pair_F2[:, 1]]
     rank_F = margin_F if gamma_F is None else gamma_F

@@ -1,4 +1,5 @@
-"""Does a predicted probability hold? Margins of rewards → bins, and the expected calibration error. NumPy only."""
+"""Does a predicted probability hold, in either order too? Margins of rewards → bins, and the expected calibration
+error; answers about two responses → do both orders agree. NumPy only."""
 
 import dataclasses
 
@@ -39,3 +40,14 @@ def calibration(margin_N: np.ndarray, bins: int = 10) -> Calibration:
     gap_K = np.nan_to_num(np.abs(accuracy_K - confidence_K))
     error = float(np.sum(count_K * gap_K) / len(margin_N)) if len(margin_N) else float("nan")
     return Calibration(edges_K1, count_K, confidence_K, accuracy_K, error)
+
+
+def of_orders(place_Q2: np.ndarray) -> tuple[float, float]:
+    """Of Q > 0 pairs of responses: the share on which both orders agree, and the mean probability that the response in
+    the first place is the better one, 0.5 where places do not count.
+
+    Args:
+        place_Q2: float, that probability in either order.
+    """
+    agree_Q = np.sign(place_Q2[:, 0] - 0.5) == np.sign(0.5 - place_Q2[:, 1])
+    return float(agree_Q.mean()), float(place_Q2.mean())

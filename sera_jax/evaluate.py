@@ -19,11 +19,22 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from sera_jax import bootstrap, data, metrics, policies, processes, programs, rewards, sample, score, winrate
+from sera_jax import (
+    bootstrap,
+    data,
+    ledger,
+    metrics,
+    policies,
+    processes,
+    programs,
+    rewards,
+    sample,
+    score,
+    winrate,
+)
 from sera_jax import config as configs
 from sera_jax import mesh as meshes
 from sera_jax.config import ConfigError, EvaluateDoorConfig
-from sera_jax.ledger import Ledger
 from sera_jax.policies import Folder
 from sera_jax.records import Candidates, Prompt
 
@@ -245,9 +256,9 @@ def _kl(policy: Side, baseline: Side) -> float | None:
     if not trees:
         return None
     plan = score.plan_for(trees, policy.folder.arch, policy.folder.mesh)
-    with tempfile.TemporaryDirectory() as scratch:
+    with ledger.scratch() as once:
         logps = [
-            policies.folder_logps(folder, trees, ledger=Ledger(scratch), plan=plan, label=f"scoring under the {name}")
+            policies.folder_logps(folder, trees, ledger=once, plan=plan, label=f"scoring under the {name}")
             for name, folder in (("policy", policy.folder), ("baseline", baseline.folder))
         ]
     return float(np.mean(logps[0] - logps[1], dtype=np.float64))

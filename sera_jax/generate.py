@@ -13,7 +13,6 @@ import json
 import pathlib
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -162,9 +161,8 @@ def _ranker(config: GenerateConfig, folder: Folder, mesh: Mesh) -> Callable[[Seq
         )
 
     def rank(prompts: Sequence[Prompt], made: Candidates) -> np.ndarray:
-        with tempfile.TemporaryDirectory() as scratch:
-            kept = processes.once(lambda: scratch)
-            told = {"ledger": ledger.Ledger(kept), "label": "rewards of the reward model"}
+        with ledger.scratch() as once:
+            told = {"ledger": once, "label": "rewards of the reward model"}
             return rewards.on_grid(policies.folder_rewards(model, rewards.trees(made), **told), made)
 
     return rank

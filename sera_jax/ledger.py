@@ -22,6 +22,7 @@ import os
 import pathlib
 import re
 import struct
+import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO
@@ -287,3 +288,10 @@ def _locked(path: pathlib.Path, how: int) -> Iterator[BinaryIO]:
     with open(descriptor, "r+b" if exclusive else "rb") as file:
         fcntl.flock(file, how)
         yield file
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Ledger]:
+    """A ledger that goes with the block: of what is scored once and asked for no more."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Ledger(folder)

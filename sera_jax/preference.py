@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from sera_jax import data
+from sera_jax import calibration, data
 from sera_jax.records import Text, Tree
 
 TEMPLATE = "[CONTEXT] {context} [RESPONSE {a}] {first} [RESPONSE {b}] {second} \n"
@@ -272,8 +272,7 @@ def of_places(place_Q2: np.ndarray | None) -> dict[str, float | None]:
     """
     if place_Q2 is None or not len(place_Q2):
         return {}
-    agree_Q = np.sign(place_Q2[:, 0] - 0.5) == np.sign(0.5 - place_Q2[:, 1])
-    return {"preference/consistency": float(agree_Q.mean()), "preference/first": float(place_Q2.mean())}
+    return dict(zip(("preference/consistency", "preference/first"), calibration.of_orders(place_Q2)))
 
 
 # --- more than two responses ------------------------------------------------------------------------------------------

@@ -457,17 +457,8 @@ def policy_update(
     """
 
     def loss_fn(trained: dict, frozen: dict, micro: Microbatch, key: jax.Array) -> tuple:
-        logp_BM = score.row_token_logps(
-            arch,
-            model.join(arch, trained, frozen),
-            micro.rows,
-            mesh=mesh,
-            dtype=compute.dtype,
-            remat=compute.remat,
-            chunk=compute.chunk,
-            backend=compute.attention,
-            key=key,
-        )
+        how = _training(mesh, compute)
+        logp_BM = score.row_token_logps(arch, model.join(arch, trained, frozen), micro.rows, **how, key=key)
         known = (micro.tokens.get(name) for name in ("old", "reference"))
         return policy_gradient.loss(logp_BM, *known, micro.rows.slot_BM, micro.target_BS, **loss_keys)
 
@@ -478,20 +469,21 @@ def _outputs(arch: Arch, mesh: Mesh, compute: Compute, **of: Any) -> Callable[..
     """(what trains, frozen weights, microbatch, key) → SlotSums. of: further keywords of score.slot_sums."""
 
     def run(trained: dict, frozen: dict, micro: Microbatch, key: jax.Array) -> SlotSums:
-        return score.slot_sums(
-            arch,
-            model.join(arch, trained, frozen),
-            micro.rows,
-            mesh=mesh,
-            dtype=compute.dtype,
-            remat=compute.remat,
-            chunk=compute.chunk,
-            backend=compute.attention,
-            key=key,
-            **of,
-        )
+        how = _training(mesh, compute)
+        return score.slot_sums(arch, model.join(arch, trained, frozen), micro.rows, **how, key=key, **of)
 
     return run
+
+
+def _training(mesh: Mesh, compute: Compute) -> dict[str, Any]:
+    """Keywords of the forward passes of score that updates differentiate."""
+    return {
+        "mesh": mesh,
+        "dtype": compute.dtype,
+        "remat": compute.remat,
+        "chunk": compute.chunk,
+        "backend": compute.attention,
+    }
 
 
 def _update(

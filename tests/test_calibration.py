@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from sera_jax.calibration import calibration
+from sera_jax.calibration import calibration, of_orders
 
 
 def by_loop(margins: list[float], bins: int) -> tuple[list[list[tuple[float, float]]], float]:
@@ -53,3 +53,10 @@ def test_labels_drawn_as_predicted_are_calibrated_and_overconfidence_shows():
 def test_no_pairs():
     got = calibration(np.zeros(0))
     assert math.isnan(got.error) and not got.count_K.any()
+
+
+def test_both_orders_by_hand():
+    """Who is preferred has to agree: 0.9 here and 0.2 there do, and two ties; 0.9 and 0.6 do not, nor 0.9 and a tie."""
+    place_Q2 = np.array([[0.9, 0.2], [0.5, 0.5], [0.9, 0.6], [0.9, 0.5]])
+    agree, first = of_orders(place_Q2)
+    assert agree == 0.5 and first == pytest.approx(5.0 / 8)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from sera_jax import metrics, nash, processes
+from sera_jax import calibration, metrics, nash, processes
 from sera_jax.judge import endpoint as endpoints
 from sera_jax.judge import forms, labels
 from sera_jax.judge.endpoint import Endpoint, Stopped, Traffic, Trouble
@@ -138,11 +138,10 @@ def _of_places(endpoint: Endpoint, first_PCC: np.ndarray, pairs: Sequence[tuple[
     """
     if not pairs:
         return {"judge/consistency": None, "judge/first": None}
-    one_Q = np.array([first_PCC[p, i, j] for p, i, j in pairs if i < j])
-    other_Q = np.array([first_PCC[p, j, i] for p, i, j in pairs if i < j])
-    agree = float((np.sign(one_Q - 0.5) == np.sign(0.5 - other_Q)).mean())
-    metrics.say(f"judge {endpoint.model}: both orders agree on {100 * agree:.0f} % of {len(one_Q)} pairs")
-    return {"judge/consistency": agree, "judge/first": float((one_Q + other_Q).mean() / 2)}
+    place_Q2 = np.array([(first_PCC[p, i, j], first_PCC[p, j, i]) for p, i, j in pairs if i < j])
+    agree, first = calibration.of_orders(place_Q2)
+    metrics.say(f"judge {endpoint.model}: both orders agree on {100 * agree:.0f} % of {len(place_Q2)} pairs")
+    return {"judge/consistency": agree, "judge/first": first}
 
 
 # --- questions → answers ----------------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def bootstrap_pairs(world: World, t: int, scored: Live) -> Made | None:
     candidates = sampled
     if b.with_given:
         of_prompts = [given.chosen[i] for i in drawn]
-        candidates = bootstrap.with_given(sampled, of_prompts, _decoded(world), world.policies.start.eos_ids)
+        candidates = bootstrap.with_given(sampled, of_prompts, decoded(world), world.policies.start.eos_ids)
     everybody = candidates if opponents is None else bootstrap.joined(candidates, opponents)
     ranked, rewards_PC = rewarded(world, t, scored, drawn, everybody)
     said_PC, count = said(world, everybody), candidates.finished_PC.shape[1]
@@ -166,7 +166,7 @@ def _adjusted(world: World, candidates: Candidates, rewards_PC: np.ndarray) -> t
     return rewards.adjusted(rewards_PC, length_PC, penalty=penalty, normalise=False).astype(np.float32), penalty
 
 
-def _decoded(world: World) -> Callable[[np.ndarray], str]:
+def decoded(world: World) -> Callable[[np.ndarray], str]:
     """Token ids → text, specials removed."""
     return lambda ids: world.policies.start.tokenizer.decode(ids, skip_special_tokens=True)
 
@@ -215,7 +215,7 @@ def responses(
         sampler(world, live, worlds.key(world, use, t), candidates, values, mixture),
         prompts,
         tokens,
-        _decoded(world),
+        decoded(world),
         candidates=candidates,
         slots=config.bootstrap.slots,
         refill=config.bootstrap.refill,
@@ -425,7 +425,7 @@ def _alone(world: World, name: str) -> World:
     own = {kind: of} if kind in WITH_ARGUMENT else {}
     reward = dataclasses.replace(world.config.reward, source=kind, sources={}, **own)
     config = dataclasses.replace(world.config, reward=reward)
-    return dataclasses.replace(world, config=config, ranker=world.rankers.get(of))
+    return dataclasses.replace(world, config=config)
 
 
 def _check_finite(each: dict[str, np.ndarray], valid_PC: np.ndarray, candidates: Candidates) -> None:

@@ -75,7 +75,7 @@ def _candidates(world: World, t: int, number: int, drawn: np.ndarray, live: Live
         fresh.sampler(world, live, key, b.candidates, b),
         [world.given.prompts[i] for i in drawn],
         [world.given.prompt_tokens[i] for i in drawn],
-        lambda ids: world.policies.start.tokenizer.decode(ids, skip_special_tokens=True),
+        fresh.decoded(world),
         candidates=b.candidates,
         slots=b.slots,
         refill=b.refill,

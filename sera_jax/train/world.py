@@ -73,9 +73,8 @@ class Given:
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """What does not change while a run walks. ranker: the reward model or preference model that ranks candidates, None
-    = no such model; form: how the preference model is asked, None = it is none; rankers: reward models of a combined
-    reward, by folder."""
+    """What does not change while a run walks. rankers: the reward models or the preference model that rank candidates,
+    by folder; form: how the preference model is asked, None = it is none."""
 
     config: TrainConfig
     run: Run
@@ -89,9 +88,13 @@ class World:
     select: Callable
     plans: tuple[Plan, ...]
     score_plan: Plan
-    ranker: Folder | None
+    rankers: dict[str, Folder]
     form: Form | None
-    rankers: dict[str, Folder] = dataclasses.field(default_factory=dict)
+
+    @property
+    def ranker(self) -> Folder | None:
+        """The model of reward.model."""
+        return self.rankers.get(self.config.reward.model)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,9 +182,8 @@ def prepare(config: TrainConfig) -> World:
         update=update_of(config, arch, mesh, compute, transform),
         plans=plans,
         score_plan=score_plan,
-        ranker=files.rankers.get(config.reward.model),
-        form=files.form,
         rankers=files.rankers,
+        form=files.form,
     )
     _describe(world)
     return world
