@@ -1401,8 +1401,6 @@ def _check_on_policy(config: TrainConfig, where: str) -> None:
         refuse("bootstrap.candidates", "at least 2: a candidate is compared with the others of its prompt")
     if sampled.slots < sampled.candidates:
         refuse("bootstrap.slots", f"at least bootstrap.candidates ({sampled.candidates})")
-    if config.loop.first:
-        refuse("loop.first", "none")
     for key in ("validate_every", "best"):
         if getattr(config.loop, key):
             refuse(f"loop.{key}", "none: the loss of held-out pairs is not what is trained with")

@@ -610,7 +610,6 @@ ON_POLICY = {"on_policy.algorithm": "policy_gradient", "reward.source": "functio
         ),
         (ON_POLICY | {"bootstrap.candidates": 1}, "bootstrap.candidates is 1 with on_policy.algorithm"),
         (ON_POLICY | {"bootstrap.slots": 3}, "expected at least bootstrap.candidates (4)"),
-        (ON_POLICY | {"loop.first": "a/export"}, "loop.first is 'a/export' with on_policy.algorithm"),
         (ON_POLICY | {"loop.best": True, "data.validation": 0.1}, "loop.best is True with on_policy.algorithm"),
         (ON_POLICY | {"loop.validate_every": 2, "data.validation": 0.1}, "loop.validate_every is 2 with on_policy.alg"),
         (

@@ -138,6 +138,20 @@ def test_what_a_round_leaves(whole):
     ).read_text()
 
 
+def test_rounds_go_on_from_a_given_first_policy(whole, tiny_config):
+    """loop.first: iteration 2 is that of the run which trained the policy, bit for bit."""
+    run = whole("rloo", *RLOO)
+    first = trainer.train(tiny_config(*ROUNDS, *RLOO, "--loop.iterations=1", run="rloo_first"))
+    config = tiny_config(*ROUNDS, *RLOO, f"--loop.first={first}", run="rloo_second")
+    trainer.train(config)
+    second = pathlib.Path(config.run.dir)
+    assert not (second / "iterations/1/rounds").exists() and "updates" not in summary(second, 1)
+    direct = {name: table for name, table in tables(run).items() if name.startswith("iterations/2/rounds")}
+    assert len(direct) == 3 and all(repr(tables(second)[name]) == repr(table) for name, table in direct.items())
+    read = lambda folder: safetensors.numpy.load_file(folder / "export" / "model.safetensors")
+    assert all(np.array_equal(array, read(run)[name]) for name, array in read(second).items())
+
+
 def test_ppo_takes_several_updates_of_the_same_samples(whole):
     """Two passes: the KL is in the loss, and once the policy has moved ratios are."""
     run = whole("ppo", *PPO)
