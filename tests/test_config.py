@@ -959,4 +959,4 @@ def f(world: World, other: Any):
 """
     want = {("World", "outer"), ("Outer", "inner"), ("Inner", "a"), ("Inner", "b"), ("Inner", "d")}
     assert reads({"x.py": source}) == want
-    assert reads({"config.py": source}) == set()
+    assert reads({"config/checks.py": source}) == set()
