@@ -359,12 +359,11 @@ def attend_decode(
     def other(a: jax.Array, rows: str) -> jax.Array:  # from the one order to the other
         return a.swapaxes(1, 2) if rows == "pkcg" else a
 
-    scores = [
-        _scores(
-            f"{rows}h,{of}{keys}->{rows}t", other(grouped, rows), cache[0], other(mask[:, :, None, None], rows), scale, cap
-        )
-        for rows, of, cache, mask in blocks
-    ]
+    def scored(rows: str, of: str, cache: tuple[jax.Array, jax.Array], mask_PCT: jax.Array) -> jax.Array:
+        mask = other(mask_PCT[:, :, None, None], rows)
+        return _scores(f"{rows}h,{of}{keys}->{rows}t", other(grouped, rows), cache[0], mask, scale, cap)
+
+    scores = [scored(*block) for block in blocks]
     most = functools.reduce(jnp.maximum, (other(jnp.max(s, axis=-1), rows) for s, (rows, *_) in zip(scores, blocks)))
     weights = [jnp.exp(s - other(most, rows)[..., None]) for s, (rows, *_) in zip(scores, blocks)]
     whole = sum(other(jnp.sum(w, axis=-1), rows) for w, (rows, *_) in zip(weights, blocks))

@@ -469,10 +469,10 @@ def hidden(
         dtype: of the matrix products.
         remat: a key of REMAT.
         placement: pins activations and gathered weights to the mesh.
-        cache: tree with a leading layer axis, read-only here; or a list of each layer's. Where params["layers"] is
-            such a list too, layers are written out one by one, and what `attend` kept comes as a list.
+        cache: tree with a leading layer axis, or a list of each layer's; read-only here. Where params["layers"] is such
+            a list (`unstacked`), layers are written out one by one, and what `attend` kept comes as a list too.
         key: of the adapters' dropout; None = none is dropped.
-        turns: `turns` of the positions, where the caller has them.
+        turns: `turns_of` the positions, where the caller has them.
 
     Returns:
         hidden_BLD in `dtype`, and what `attend` kept, stacked over layers.
@@ -515,7 +515,10 @@ def hidden(
 
 def unstacked(arch: Arch, tree: Any) -> list:
     """Each layer's part of a tree with a leading layer axis; a list is one already."""
-    return tree if isinstance(tree, list) else [jax.tree.map(lambda a: a[i], tree) for i in range(arch.layers)]
+    if isinstance(tree, list):
+        return tree
+    leaves, kind = jax.tree.flatten(tree)
+    return [kind.unflatten([leaf[i] for leaf in leaves]) for i in range(arch.layers)]
 
 
 def turns_of(arch: Arch, position_BL: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -31,9 +31,8 @@ from sera_jax import mesh as meshes
 from sera_jax.model import Arch
 from sera_jax.records import Sampling
 
-
-SMALL_HEAD = 16  # sizes of heads under which CPUs multiply values [H, T] faster
-LAYERS_APART = 8  # layers up to which CPUs decode with a cache of each layer's own
+SMALL_HEAD = 16  # of smaller heads CPUs multiply values [H, T] faster
+LAYERS_APART = 8  # so many layers at most are written out on CPUs: each of them is compiled once a length of `stages`
 
 
 @jax.tree_util.register_dataclass
@@ -193,7 +192,7 @@ def decode(
     turned = (on_cpu, on_cpu and h < SMALL_HEAD)
     turn = lambda cache: tuple(a.swapaxes(-1, -2) if its else a for a, its in zip(cache, turned))
     caches = [turn(cache) for cache in caches]
-    # Written out, a layer's cache is read where it lies: a loop over layers copies it out of the stack.
+    # A loop over layers copies each one's weights and caches out of the stacks; written out, they are read in place.
     apart = on_cpu and shared and layers <= LAYERS_APART
     split = functools.partial(model.unstacked, arch) if apart else lambda tree: tree
     caches = [split(cache) for cache in caches]
@@ -249,7 +248,6 @@ def decode(
     real_GQ = length_GQ > 0
     tokens_GQT = jnp.full((groups, queue, t_max), -1, jnp.int32).at[:, :, 0].set(jnp.where(real_GQ, first_GQ, -1))
     finished_GQ = _ends(first_GQ, sampling.eos_ids) | ~real_GQ
-    # Where slots go in step, the caches grow with them, so that no pass reads much more than there is.
     lengths = stages(t_max) if apart else [t_max]
     empty = turn((jnp.zeros((layers, groups, width, heads, lengths[0], h), dtype),) * 2)
     item_GS = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None], (groups, width))
@@ -265,11 +263,16 @@ def decode(
         finished_GQ=finished_GQ,
     )
     unfinished = lambda s: jnp.any(~s.done_GS) | jnp.any(s.head_G < queue)
-    for length in lengths[:-1]:
-        state = jax.lax.while_loop(lambda s: unfinished(s) & (s.steps < length), step, state)
-        longer = lambda own: [_longer(cache, turned, min(lengths[0], t_max - length)) for cache in own]
-        state = dataclasses.replace(state, owns=tuple(map(longer, state.owns)))
-    state = jax.lax.while_loop(unfinished, step, state)
+
+    def while_shorter(s: _Slots, length: int) -> _Slots:
+        longer = tuple([_longer(cache, turned, length) for cache in own] for own in s.owns)
+        s = dataclasses.replace(s, owns=longer)
+        return jax.lax.while_loop(lambda s: unfinished(s) & (s.steps < length), step, s)
+
+    if apart:  # and in step: the caches grow with the responses, so that no pass reads much more than there is
+        state = functools.reduce(while_shorter, lengths, state)
+    else:
+        state = jax.lax.while_loop(unfinished, step, state)
     return state.tokens_GQT.reshape(p, c, t_max), state.finished_GQ.reshape(p, c)
 
 
@@ -287,10 +290,10 @@ def _by_copy(
     """Attention of the newest token of every slot on XLA, as model.hidden takes it, and its cache.
 
     Args:
-        prompts: caches [layers, G, prompts of a group, ...]; own: of the slots; or lists of each layer's, where the
-            newest key and value are written before they are read. (Read first, all of a cache would be copied for the
-            write: nothing says that nobody reads it any more.) shared: a group's slots have the same prompt; else each
-            slot's prompt is copied beside its own tokens, layer by layer.
+        prompts: caches [layers, G, prompts of a group, ...]; own: of the slots; or lists of each layer's. Then the
+            newest key and value are written before the cache is read: the other way round XLA copies it for the write,
+            since nothing orders that behind the read. shared: a group's slots have the same prompt; else each slot's
+            prompt is copied beside its own tokens, layer by layer.
     """
     apart = isinstance(own, list)
     groups, width = s.t_GS.shape
@@ -364,12 +367,14 @@ def _time(cache: jax.Array, turned: bool) -> int:
     return cache.ndim - (1 if turned else 2)
 
 
-def _longer(own: tuple, turned: tuple[bool, bool], more: int) -> tuple[jax.Array, ...]:
-    """Caches with room for more tokens."""
-    return tuple(
-        jnp.pad(cache, [(0, more if axis == _time(cache, its) else 0) for axis in range(cache.ndim)])
-        for cache, its in zip(own, turned)
-    )
+def _longer(own: tuple, turned: tuple[bool, bool], length: int) -> tuple[jax.Array, ...]:
+    """Caches with room for so many tokens."""
+
+    def one(cache: jax.Array, turned: bool) -> jax.Array:
+        time = _time(cache, turned)
+        return jnp.pad(cache, [(0, length - n if axis == time else 0) for axis, n in enumerate(cache.shape)])
+
+    return tuple(map(one, own, turned))
 
 
 def _stored(own: tuple, new: tuple, place: jax.Array, turned: tuple[bool, bool], mesh: Mesh) -> tuple[jax.Array, ...]:
@@ -404,9 +409,10 @@ def _stored(own: tuple, new: tuple, place: jax.Array, turned: tuple[bool, bool],
 
 
 def stages(most: int) -> list[int]:
-    """Tokens of the slots' caches while all go in step: four lengths up to `most`, each a program of its own."""
-    step = max(32, -(-most // 4))
-    return [*range(step, most, step), most]
+    """Tokens that the caches of slots hold one after the other where all go in step: up to four lengths, each a
+    loop of its own."""
+    step = 32 * -(-most // 128)
+    return [*range(max(step, 64), most, step), most]
 
 
 def _refilled(s: _Slots, limit_GQ: jax.Array) -> _Slots:
