@@ -78,7 +78,7 @@ def main() -> None:
     a = p.parse_args()
     mesh, rows = meshes.make(1, 1, 1), []
     for seed in a.seeds:
-        ranker = policies.open_reward_model(str(a.worlds / str(seed) / "bt" / "export"), mesh, compute="float32")
+        ranker = policies.open_reward_model(str(a.worlds / str(seed) / "bt_more" / "export"), mesh, compute="float32")
         prompts, _ = data.load_prompts([str(a.worlds / str(seed) / "world" / "eval_prompts.jsonl")])
         trees, _ = data.tokenise_prompts(prompts, ranker.tokenizer, max_prompt_length=20)
         tokens, ledger = {tree.id: tree.prompt for tree in trees}, Ledger(a.worlds / str(seed) / "ledger")
