@@ -869,6 +869,8 @@ class RewardModelConfig:
         preference: of the other kinds.
         epochs: passes over the pairs.
         validate_every: updates between two checks on the held-out pairs; 0 = only at the end.
+        lora: adapters in the place of all weights, and with them the scalar head, where there is one; the export has
+            them merged in.
         optimizer: of the updates.
         mesh: devices by axis.
     """
@@ -881,6 +883,7 @@ class RewardModelConfig:
     preference: PreferenceConfig = PreferenceConfig()
     epochs: int = 1
     validate_every: int = 0
+    lora: LoraConfig = LoraConfig()
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-5)
     mesh: MeshConfig = MeshConfig()
 
@@ -1174,13 +1177,8 @@ def _check_unpaired(config: Any, where: str) -> None:
         )
 
 
-def _check_lora(config: TrainConfig, where: str) -> None:
+def _check_lora(config: TrainConfig | RewardModelConfig, where: str) -> None:
     if config.lora.rank:
-        if config.loop.first:
-            raise ConfigError(
-                f"{where}: loop.first is {config.loop.first!r} with lora.rank {config.lora.rank}, expected no policy "
-                "with weights of its own: adapters stand on those of model.path. Leave one of them out."
-            )
         return
     for field in dataclasses.fields(LoraConfig):
         if getattr(config.lora, field.name) != field.default:
@@ -1227,11 +1225,26 @@ def _check_reward_model(config: RewardModelConfig, where: str) -> None:
             )
     if config.validate_every and not config.data.validation:
         raise ConfigError(f"{where}: validate_every needs held-out pairs: set data.validation to a share > 0.")
+    _check_lora(config, where)
+    if config.lora.export != "merged":
+        raise ConfigError(
+            f"{where}: lora.export is {config.lora.export!r}, expected 'merged': who ranks reads a whole model."
+        )
+    if "head" in config.lora.targets and config.kind != "preference":
+        raise ConfigError(
+            f"{where}: lora.targets names 'head' with kind {config.kind!r}, expected none but layers: a scalar head is "
+            "in its place, which trains whole."
+        )
     _check_room(config, where)
 
 
 def _check_train(config: TrainConfig, where: str) -> None:
     _check_lora(config, where)
+    if config.lora.rank and config.loop.first:
+        raise ConfigError(
+            f"{where}: loop.first is {config.loop.first!r} with lora.rank {config.lora.rank}, expected no policy with "
+            "weights of its own: adapters stand on those of model.path. Leave one of them out."
+        )
     _check_explore(config, where)
     bootstrapping = config.bootstrap.fresh > 0 and config.loop.iterations >= config.bootstrap.from_iteration
     _check_given(config, where)

@@ -344,6 +344,8 @@ def _layer_graph(arch: Arch) -> tuple[Any, Any, Any]:
 
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
+SCORE = "score"  # among the adapters: what is added to a reward model's scalar head
+
 
 def targeted(arch: Arch, lora: Lora) -> Lora:
     """Adapters for an architecture: no targets become all linear layers but the head.
@@ -380,9 +382,10 @@ def _adapter_parts(arch: Arch) -> dict[str, tuple[tuple, tuple, tuple, tuple]]:
 
 
 def init_adapters(arch: Arch, key: jax.Array) -> dict:
-    """float32 adapters that add nothing yet: A from U(-1/√in, 1/√in) as in PEFT, B zero."""
+    """float32 adapters that add nothing yet: A from U(-1/√in, 1/√in) as in PEFT, B zero. Of a reward model also what is
+    added to its scalar head, which trains whole: it is a row, and may be new."""
     keys = jax.random.split(key, len(arch.lora.targets))
-    made = {}
+    made = {SCORE: {"plus": jnp.zeros((1, arch.width))}} if arch.scored else {}
     for one, (target, (a, _, b, _)) in zip(keys, _adapter_parts(arch).items()):
         bound = math.prod(a[(target != "head") : -1]) ** -0.5
         made[target] = {"a": jax.random.uniform(one, a, minval=-bound, maxval=bound), "b": jnp.zeros(b)}
@@ -396,6 +399,8 @@ def trainable(arch: Arch) -> tuple[dict, dict]:
         return abstract(arch), dims(arch)
     parts = _adapter_parts(arch)
     names = {target: {"a": a, "b": b} for target, (_, a, _, b) in parts.items()}
+    if arch.scored:
+        names[SCORE] = {"plus": (None, None)}
     return jax.eval_shape(lambda: init_adapters(arch, jax.random.key(0))), names
 
 
@@ -422,6 +427,9 @@ def merged(arch: Arch, params: dict) -> dict:
         return weight.astype(jnp.float32) + scale * low_rank.reshape(weight.shape)
 
     for target, low in jax.tree.map(lambda w: w.astype(jnp.float32), trained).items():
+        if target == SCORE:
+            base = {**base, "score": {"head": base["score"]["head"].astype(jnp.float32) + low["plus"]}}
+            continue
         if target == "head":
             base = {**base, "head": {**base["head"], "table": plus(base["head"]["table"], low["b"] @ low["a"].T)}}
             continue
@@ -480,7 +488,7 @@ def hidden(
     layer_graph, layer_state, layer_dims = _layer_graph(arch)
     own_turns = turns_of(arch, position_BL) if turns is None else turns
 
-    adapters = {target: low for target, low in params.get("adapters", {}).items() if target != "head"}
+    adapters = {target: low for target, low in params.get("adapters", {}).items() if target in LINEAR}
     adapter_dims = {t: {n: d[1:] for n, d in trainable(arch)[1][t].items()} for t in adapters}
     keys = jax.random.split(key, arch.layers) if adapters and key is not None and arch.lora.dropout else None
 
@@ -572,7 +580,10 @@ def logits(arch: Arch, params: dict, hidden: jax.Array, dtype: Any) -> jax.Array
 
 def reward(params: dict, hidden: jax.Array) -> jax.Array:
     """float32 [...] of hidden states [..., D]: their product with the scalar head, in float32 on every device."""
-    return jnp.sum(hidden.astype(jnp.float32) * _along(params["score"]["head"][0], hidden), axis=-1)
+    head_D = params["score"]["head"][0].astype(jnp.float32)
+    if SCORE in params.get("adapters", {}):
+        head_D += params["adapters"][SCORE]["plus"][0]
+    return jnp.sum(hidden.astype(jnp.float32) * _along(head_D, hidden), axis=-1)
 
 
 def capped(x: jax.Array, cap: float | None) -> jax.Array:

@@ -102,6 +102,7 @@ def with_score(folder: Folder, seed: int) -> Folder:
     key = lambda: jax.random.fold_in(jax.random.key(seed), 1 << 20)  # none that the weights are drawn from
     arch = dataclasses.replace(folder.arch, scored=True)
 
+    @(functools.cache if arch.lora else lambda read: read)
     def load() -> Any:
         whole = meshes.put(key(), meshes.replicated(folder.mesh))
         return model.with_score(folder.load(), programs.random_score(arch, folder.mesh)(whole))

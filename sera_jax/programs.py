@@ -426,6 +426,7 @@ def reward_update(
             dtype=compute.dtype,
             remat=compute.remat,
             backend=compute.attention,
+            key=key,
         )
         by_example = lambda slots: slots.reshape(-1, 2)
         reward_P2, length_P2, score_P2 = map(by_example, (scale * reward_BS, length_BS, micro.reference_BS))

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -30,6 +31,7 @@ from sera_jax import (
     hf,
     losses,
     metrics,
+    model,
     policies,
     preference,
     processes,
@@ -145,12 +147,16 @@ def _trained(config: RewardModelConfig, mesh: Mesh, opened: Opened, run: Run) ->
         f"{len(pairs.trees)} examples, {len(opened.held_out.weight_N)} pairs held out; run folder {run.path}"
     )
     transform = worlds.adam(optimizer, start.arch)
+    frozen = start.load() if start.arch.lora else {}
     if run.at is None:
-        state = programs.fresh_state(start.arch, mesh, transform, optimizer.moments)(start.load())
+        key = lambda: meshes.put(jax.random.key(config.run.seed), meshes.replicated(mesh))
+        params = programs.random_adapters(start.arch, mesh)(key()) if frozen else start.load()
+        state = programs.fresh_state(start.arch, mesh, transform, optimizer.moments)(params)
     else:
         like = programs.abstract_state(start.arch, mesh, transform, optimizer.moments)
         state = run.checkpoints.restore(run.at.count, like)
-    measure = _measured(config, mesh, opened)
+    of_whole = _measured(config, mesh, opened)
+    measure = lambda trained: of_whole(model.join(start.arch, trained, frozen))
     every = config.validate_every
     state, _ = runs.run_stage(
         run,
@@ -175,25 +181,26 @@ def _trained(config: RewardModelConfig, mesh: Mesh, opened: Opened, run: Run) ->
         count=0,
         key=sample.seeded(config.run.seed),
         mesh=mesh,
-        frozen={},
-        validation=Validation(every, lambda params: measure(params)[0]) if every else None,
+        frozen=frozen,
+        validation=Validation(every, lambda trained: measure(trained)[0]) if every else None,
     )
-    return _finish(config, opened, run, state.params, measure)
+    return _finish(config, opened, run, model.join(start.arch, state.params, frozen), of_whole)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
 def _opened(config: RewardModelConfig, mesh: Mesh) -> Opened:
-    model, kind = config.model, KINDS[config.kind]
+    asked, kind = config.model, KINDS[config.kind]
     folder = policies.open_folder(
-        model.path,
+        asked.path,
         mesh,
-        compute=model.compute,
-        remat=model.remat,
-        attention=model.attention,
+        compute=asked.compute,
+        remat=asked.remat,
+        attention=asked.attention,
         chat_template=config.data.chat_template,
-        seed=config.run.seed if model.weights == "random" else None,
+        seed=config.run.seed if asked.weights == "random" else None,
+        lora=worlds.lora_of(config),
         read=hf.read_any_arch if kind.scored else hf.read_arch,
     )
     start = policies.with_score(folder, config.run.seed) if kind.scored and not folder.arch.scored else folder
@@ -416,10 +423,11 @@ def _finish(
             [list(one.values()) for one in bins],
         )
     extra, beside, facts = _told(config, opened)
+    arch = opened.start.arch
     export = hf.save(
         run.path / "export",
-        opened.start.arch,
-        params,
+        dataclasses.replace(arch, lora=None),
+        programs.to_merged(arch, opened.start.mesh)(params) if arch.lora else params,
         source=config.model.path,
         dtype=jnp.float32,
         card=[*facts, *(f"- {key}: {value}" for key, value in found.items())],

@@ -206,7 +206,15 @@ def _hidden(
 
 
 def row_rewards(
-    arch: Arch, params: dict, rows: Rows, *, mesh: Mesh, dtype: Any, remat: str = "none", backend: str = "auto"
+    arch: Arch,
+    params: dict,
+    rows: Rows,
+    *,
+    mesh: Mesh,
+    dtype: Any,
+    remat: str = "none",
+    backend: str = "auto",
+    key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Reward and token count of every branch slot under a reward model (arch.scored).
 
@@ -216,7 +224,7 @@ def row_rewards(
     Returns:
         reward_BS float32; length_BS float32, response tokens that a policy would predict. 0 in empty slots.
     """
-    hidden_BLD = _hidden(arch, params, rows, mesh=mesh, dtype=dtype, remat=remat, backend=backend)
+    hidden_BLD = _hidden(arch, params, rows, mesh=mesh, dtype=dtype, remat=remat, backend=backend, key=key)
     hidden_BSD = jnp.take_along_axis(hidden_BLD, last_tokens(rows)[:, :, None], axis=1)
     reward_BS = jnp.where(rows.example_BS >= 0, model.reward(params, hidden_BSD), 0.0)
     by_slot = jax.vmap(functools.partial(jax.ops.segment_sum, num_segments=rows.example_BS.shape[1]))

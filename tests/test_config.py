@@ -771,6 +771,18 @@ def test_keys_of_one_kind_of_reward_model_are_refused_by_the_others():
     config.check(changed(labels, "kind", "preference"), "x.yaml")
 
 
+def test_adapters_of_a_reward_model():
+    record = changed(base(RewardModelConfig), "lora.rank", 4)
+    config.check(record, "x.yaml")
+    refused(changed(record, "lora.export", "adapter"), "lora.export is 'adapter', expected 'merged': who ranks reads a")
+    record = changed(record, "lora.targets", ("query", "head"))
+    refused(
+        record, "lora.targets names 'head' with kind 'bradley_terry', expected none but layers: a scalar head is in"
+    )
+    config.check(changed(record, "kind", "preference"), "x.yaml")
+    refused(changed(base(RewardModelConfig), "lora.alpha", 3.0), "lora.alpha is 3.0, but lora.rank is 0, so that")
+
+
 def test_checks_of_a_reward_model_need_held_out_pairs():
     record = changed(changed(base(RewardModelConfig), "validate_every", 5), "data.validation", 0.0)
     refused(record, "validate_every needs held-out pairs: set data.validation to a share > 0.")

@@ -272,8 +272,9 @@ class Stopped(Exception):
     pass
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not(config_of, tmp_path, monkeypatch):
-    flags = ("--data.validation=0.2", "--validate_every=2", "--epochs=2")
+@pytest.mark.parametrize("adapters", [(), ("--lora.rank=2", "--lora.dropout=0.1")])
+def test_a_stopped_run_goes_on_as_if_it_had_not(config_of, tmp_path, monkeypatch, adapters):
+    flags = ("--data.validation=0.2", "--validate_every=2", "--epochs=2", *adapters)
     reward_model.train(config_of(*flags, run="whole"))
     with monkeypatch.context() as stopping:
         build, calls = programs.reward_update, [0]
@@ -301,6 +302,48 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(config_of, tmp_path, monkeypatch
     before = weights(tmp_path / "whole")
     reward_model.train(config_of(*flags, run="whole"))  # nothing is left to do
     assert weights(tmp_path / "whole") == before
+
+
+@pytest.mark.parametrize("kind", ["bradley_terry", "preference_head", "preference"])
+def test_adapters_train_and_what_is_beneath_them_does_not(config_of, tmp_path, kind):
+    """The export differs from the start by matrices of rank R, and by its scalar head, which is a row."""
+    shared = (f"--kind={kind}", "--data.max_length=96") if kind != "bradley_terry" else ()
+    shared += ("--preference.labels=[red,blue]",) if kind == "preference" else ()
+    config = config_of(*shared, "--lora.rank=2", "--lora.targets=[query,down]", "--lora.alpha=4")
+    export = reward_model.train(config)
+    got = safetensors.numpy.load_file(export / "model.safetensors")
+    opened = reward_model._opened(config, meshes.make(1, 1, 1))
+    folder = dataclasses.replace(opened.start.arch, lora=None)
+    hf.save(tmp_path / "start", folder, opened.start.load(), source=config.model.path, dtype=np.float32, card=[])
+    start = safetensors.numpy.load_file(tmp_path / "start" / "model.safetensors")
+    assert start.keys() == got.keys()
+    moved = {name: np.linalg.matrix_rank(got[name] - start[name], tol=1e-6) for name in got if got[name].ndim == 2}
+    for name, rank in moved.items():
+        trained = "q_proj" in name or "down_proj" in name
+        assert rank == (2 if trained else name == "score.weight"), name
+    assert ("score.weight" in moved) == (kind != "preference")
+    assert all(np.array_equal(got[name], start[name]) for name in got if got[name].ndim == 1)
+
+
+def test_a_preference_is_learned_by_adapters(config_of, tmp_path):
+    """And the merged export says what was measured, on the same pairs."""
+    flags = (
+        "--data.validation=0.3",
+        "--epochs=6",
+        "--run.save_every=99",
+        "--lora.rank=4",
+        "--optimizer.learning_rate=1e-2",
+    )
+    pairs = toy(tmp_path / "toy.jsonl")
+    config = config_of(*flags, pairs=pairs)
+    export = reward_model.train(config)
+    found = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert found["validation/accuracy"] > 0.9
+    merged = config_of(*flags[:2], f"--model.path={export}", "--model.weights=pretrained", run="again", pairs=pairs)
+    opened = reward_model._opened(merged, meshes.make(1, 1, 1))
+    told, _ = reward_model._measured(merged, meshes.make(1, 1, 1), opened)(opened.start.load())
+    assert told["validation/loss"] == pytest.approx(found["validation/loss"], rel=1e-5)
+    assert told["validation/accuracy"] == found["validation/accuracy"]
 
 
 def test_an_export_is_a_start_and_scores_as_the_run_did(config_of, tmp_path):

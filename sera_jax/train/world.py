@@ -189,7 +189,7 @@ def prepare(config: TrainConfig) -> World:
     return world
 
 
-def lora_of(config: TrainConfig) -> Lora | None:
+def lora_of(config: TrainConfig | RewardModelConfig) -> Lora | None:
     """The adapters that train, None = all weights do."""
     lora = config.lora
     return Lora(lora.rank, lora.alpha, lora.targets, lora.dropout) if lora.rank else None
