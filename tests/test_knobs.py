@@ -1,4 +1,4 @@
-"""Each knob of the algorithm acts, through the config, in the direction that its line in config.py claims.
+"""Each knob of the algorithm acts, through the config, in the direction that its line in config/sections.py claims.
 
 One world of the tiny data with two policies that stand for trained ones; a test changes a key and looks at what the
 walk makes of it. What a value means to the last digit is the business of the rooms' own tests.

@@ -844,8 +844,9 @@ def test_config_names_and_keys_are_the_tables():
     assert set(typing.get_args(config.DivergenceName)) == set(losses.DIVERGENCES)
     assert [config.UNCERTAIN_LOSS] == [name for name, loss in losses.LOSSES.items() if loss.target == "bonus"]
     assert set(config.REFERENCE_FREE) == {name for name, loss in losses.LOSSES.items() if not loss.reference}
-    owners = {key: {name for name, loss in losses.LOSSES.items() if key in loss.keys} for key, _ in config._LOSS_KEYS}
-    assert owners == {key: set(names) for key, names in config._LOSS_KEYS}
+    of_losses = lambda key: {name for name, loss in losses.LOSSES.items() if key in loss.keys}
+    owners = {key: of_losses(key) for key, _ in config.ranges.LOSS_KEYS}
+    assert owners == {key: set(names) for key, names in config.ranges.LOSS_KEYS}
     assert {key for loss in losses.LOSSES.values() for key in loss.keys} == set(owners)
     assert set(owners) <= set(config.LossConfig.__dataclass_fields__)
 
