@@ -321,48 +321,58 @@ AUTO = {"cpu": ("loops", 128), "gpu": ("xla", 0), "tpu": ("tree", LANES)}
 
 def attend_decode(
     q_PCNH: jax.Array,
-    new_PCKH: tuple[jax.Array, jax.Array],
+    new_PCKH: tuple[jax.Array, jax.Array] | None,
     prompt: tuple[jax.Array, jax.Array],
     own: tuple[jax.Array, jax.Array],
     prompt_mask_PCT: jax.Array,
     own_mask_PCT: jax.Array,
     *,
-    turned: bool = False,
+    turned: tuple[bool, bool] = (False, False),
     scale: float | None = None,
     cap: float | None = None,
 ) -> jax.Array:
-    """One decoding step of C candidates of each prompt: three score blocks under one softmax.
+    """One decoding step of C candidates of each prompt: blocks of scores under one softmax, each where it lies.
 
     Args:
         q_PCNH: queries of the newest token.
-        new_PCKH: its own key and value, which are in no cache yet.
+        new_PCKH: its own key and value, which are in no cache yet; None = they are in `own`.
         prompt: key and value cache of the prompt, [P, K, T, H] each, one for all its candidates; or one for each of
             them, as in `own`.
         own: key and value cache of what each candidate has emitted so far, [P, C, K, T, H].
         prompt_mask_PCT, own_mask_PCT: bool, which cached positions count.
-        turned: keys that are a candidate's own are [P, C, K, H, T].
+        turned: whether keys, and whether values, are [..., H, T] in the caches.
         scale, cap: as in `attend`.
 
     Returns:
         [P, C, N, H] in q's dtype.
     """
     p, c, n, h = q_PCNH.shape
-    grouped = q_PCNH.reshape(p, c, new_PCKH[0].shape[2], -1, h)
-    each = "pckht" if turned else "pckth"
-    keys, values = ("pkth", "pkth") if prompt[0].ndim == 4 else (each, "pckth")
-    blocks = (
-        _scores(f"pckgh,{keys}->pckgt", grouped, prompt[0], prompt_mask_PCT[:, :, None, None], scale, cap),
-        _scores(f"pckgh,{each}->pckgt", grouped, own[0], own_mask_PCT[:, :, None, None], scale, cap),
-        _scores("pckgh,pckh->pckg", grouped, new_PCKH[0], True, scale, cap)[..., None],
+    grouped = q_PCNH.reshape(p, c, own[0].shape[2], -1, h)
+    keys, values = ("ht" if its else "th" for its in turned)
+    # All candidates of one prompt are rows of one product with its cache: scores "pkcg" in the place of "pckg".
+    of_prompt = ("pkcg", "pk") if prompt[0].ndim == 4 else ("pckg", "pck")
+    blocks = [(*of_prompt, prompt, prompt_mask_PCT), ("pckg", "pck", own, own_mask_PCT)]
+    if new_PCKH is not None:
+        one = tuple(jnp.expand_dims(a, -1 if its else -2) for a, its in zip(new_PCKH, turned))
+        blocks.append(("pckg", "pck", one, jnp.ones((1, 1, 1), bool)))
+
+    def other(a: jax.Array, rows: str) -> jax.Array:  # from the one order to the other
+        return a.swapaxes(1, 2) if rows == "pkcg" else a
+
+    def scored(rows: str, of: str, cache: tuple[jax.Array, jax.Array], mask_PCT: jax.Array) -> jax.Array:
+        mask = other(mask_PCT[:, :, None, None], rows)
+        return _scores(f"{rows}h,{of}{keys}->{rows}t", other(grouped, rows), cache[0], mask, scale, cap)
+
+    scores = [scored(*block) for block in blocks]
+    most = functools.reduce(jnp.maximum, (other(jnp.max(s, axis=-1), rows) for s, (rows, *_) in zip(scores, blocks)))
+    weights = [jnp.exp(s - other(most, rows)[..., None]) for s, (rows, *_) in zip(scores, blocks)]
+    whole = sum(other(jnp.sum(w, axis=-1), rows) for w, (rows, *_) in zip(weights, blocks))
+    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    out = sum(
+        other(product(f"{rows}t,{of}{values}->{rows}h", w.astype(cache[1].dtype), cache[1]), rows)
+        for w, (rows, of, cache, _) in zip(weights, blocks)
     )
-    weights = jax.nn.softmax(jnp.concatenate(blocks, axis=-1), axis=-1).astype(new_PCKH[1].dtype)
-    to_prompt, to_own, to_new = jnp.split(weights, (blocks[0].shape[-1], weights.shape[-1] - 1), axis=-1)
-    out = (
-        jnp.einsum(f"pckgt,{values}->pckgh", to_prompt, prompt[1])
-        + jnp.einsum("pckgt,pckth->pckgh", to_own, own[1])
-        + to_new * new_PCKH[1][:, :, :, None, :]
-    )
-    return out.reshape(p, c, n, h)
+    return (out / whole[..., None]).astype(q_PCNH.dtype).reshape(p, c, n, h)
 
 
 def reads_in_place(name: str, mesh: Mesh) -> bool:

@@ -9,17 +9,16 @@ import jax.numpy as jnp
 from sera_jax.records import Sampling
 
 
-def pick(logits_PCV: jax.Array, keys_PC: jax.Array, t: jax.Array, sampling: Sampling) -> jax.Array:
+def pick(logits_PCV: jax.Array, uniform_PC2: jax.Array, sampling: Sampling) -> jax.Array:
     """One token each, drawn from softmax(filtered logits / temperature); the likeliest at temperature 0.
 
     Two uniform numbers a token rather than noise for all of the vocabulary: see `drawn`. Filters as in transformers:
     temperature, then top-k, then top-p on what is left, then min-p.
 
     Args:
-        t: int32, response position, one for all or [P, C]. sampling: its temperature is one for all or [P, C].
+        uniform_PC2: `uniforms` of the candidates and their response positions. sampling: its temperature is one for
+            all or [P, C].
     """
-    t_PC = jnp.broadcast_to(t, keys_PC.shape)
-    uniform_PC2 = jax.vmap(jax.vmap(uniforms))(keys_PC, t_PC)
     temperature = jnp.asarray(sampling.temperature)
     scaled = logits_PCV / jnp.maximum(temperature[..., None] if temperature.ndim else temperature, 1e-6)
     active = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)

@@ -463,6 +463,7 @@ def hidden(
     placement: Placement = Placement(),
     cache: Any = None,
     key: jax.Array | None = None,
+    turns: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, Any]:
     """The residual stream after the final norm.
 
@@ -476,14 +477,16 @@ def hidden(
         dtype: of the matrix products.
         remat: a key of REMAT.
         placement: pins activations and gathered weights to the mesh.
-        cache: tree with a leading layer axis, read-only here.
+        cache: tree with a leading layer axis, or a list of each layer's; read-only here. Where params["layers"] is such
+            a list (`unstacked`), layers are written out one by one, and what `attend` kept comes as a list too.
         key: of the adapters' dropout; None = none is dropped.
+        turns: `turns_of` the positions, where the caller has them.
 
     Returns:
         hidden_BLD in `dtype`, and what `attend` kept, stacked over layers.
     """
     layer_graph, layer_state, layer_dims = _layer_graph(arch)
-    turns = rope.turns(position_BL, arch.rotary or arch.head_dim, arch.rope_theta, arch.rope, dict(arch.rope_keys))
+    own_turns = turns_of(arch, position_BL) if turns is None else turns
 
     adapters = {target: low for target, low in params.get("adapters", {}).items() if target in LINEAR}
     adapter_dims = {t: {n: d[1:] for n, d in trainable(arch)[1][t].items()} for t in adapters}
@@ -499,7 +502,7 @@ def hidden(
             return _adapter(arch.lora, low[name], name, y, layer_key) if name in low else None
 
         module = nnx.merge(layer_graph, _with_values(layer_state, weights))
-        x_BLD, kept = module(x_BLD, turns, lambda q, k, v: attend(q, k, v, cache_slice, window), adapted)
+        x_BLD, kept = module(x_BLD, own_turns, lambda q, k, v: attend(q, k, v, cache_slice, window), adapted)
         return placement.activations(x_BLD), kept
 
     x_BLD = placement.activations(placement.looked_up(params["embed"]["table"], tokens_BL, dtype))
@@ -508,8 +511,27 @@ def hidden(
     stacked = (params["layers"], adapters, cache, _windows(arch, longest), keys, np.arange(arch.layers))
     # In a loop nothing is shared between the passes over a layer; without one, it has to be forbidden.
     body = REMAT[remat](body, prevent_cse=arch.unrolled)
-    x_BLD, kept = jax.lax.scan(body, x_BLD, stacked, unroll=arch.layers if arch.unrolled else 1)
+    if isinstance(params["layers"], list):
+        kept = []
+        for parts in zip(*(unstacked(arch, part) for part in stacked)):
+            x_BLD, its = body(x_BLD, parts)
+            kept.append(its)
+    else:
+        x_BLD, kept = jax.lax.scan(body, x_BLD, stacked, unroll=arch.layers if arch.unrolled else 1)
     return NORMS[arch.norm][0](x_BLD, _cast(params["final_norm"], dtype), arch.norm_eps), kept
+
+
+def unstacked(arch: Arch, tree: Any) -> list:
+    """Each layer's part of a tree with a leading layer axis; a list is one already."""
+    if isinstance(tree, list):
+        return tree
+    leaves, kind = jax.tree.flatten(tree)
+    return [kind.unflatten([leaf[i] for leaf in leaves]) for i in range(arch.layers)]
+
+
+def turns_of(arch: Arch, position_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of positions, as in `rope.turns`."""
+    return rope.turns(position_BL, arch.rotary or arch.head_dim, arch.rope_theta, arch.rope, dict(arch.rope_keys))
 
 
 def _windows(arch: Arch, longest: int) -> np.ndarray | None:

@@ -15,6 +15,7 @@ vocabulary; G groups, each of S slots with a queue of Q candidates.
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,9 @@ from sera_jax import attention, draw, model
 from sera_jax import mesh as meshes
 from sera_jax.model import Arch
 from sera_jax.records import Sampling
+
+SMALL_HEAD = 16  # of smaller heads CPUs multiply values [H, T] faster
+LAYERS_APART = 8  # so many layers at most are written out on CPUs: each of them is compiled once a length of `stages`
 
 
 @jax.tree_util.register_dataclass
@@ -115,8 +119,8 @@ class _Slots:
 
     steps int32: passes so far. head_G: next candidate of the queue. Of each slot [G, S]: item, its candidate's place in
     the queue; t, tokens that it has; last, the newest, which is in no cache yet; done. owns: of each model, keys
-    and values of what the slots have emitted, [layers, G, S, K, T, H]; keys [..., H, T] where they are turned. Of each
-    candidate: tokens_GQT, -1 where there is none; finished_GQ.
+    and values of what the slots have emitted, [layers, G, S, K, T, H], or a list of each layer's; [..., H, T] where
+    they are turned. Of each candidate: tokens_GQT, -1 where there is none; finished_GQ.
     """
 
     steps: jax.Array
@@ -125,7 +129,7 @@ class _Slots:
     t_GS: jax.Array
     last_GS: jax.Array
     done_GS: jax.Array
-    owns: tuple[tuple[jax.Array, jax.Array], ...]
+    owns: tuple[Any, ...]
     tokens_GQT: jax.Array
     finished_GQ: jax.Array
 
@@ -172,8 +176,7 @@ def decode(
     by_candidate = lambda of_P: jnp.repeat(of_P.reshape(groups, -1), c, axis=1)
     length_GQ = by_candidate(start.length_P)
     limit_GQ = jnp.full((groups, queue), t_max) if limit_PC is None else limit_PC.reshape(groups, queue)
-    keys_PC = candidate_keys(key, hash_P2, c)
-    keys_GQ = keys_PC.reshape(groups, queue)
+    keys_GQ = candidate_keys(key, hash_P2, c).reshape(groups, queue)
     each = sampling.temperature.ndim > 0  # each candidate has a temperature of its own
     temperature_PC = jnp.broadcast_to(sampling.temperature[None], (p, c)) if each else None
 
@@ -184,30 +187,42 @@ def decode(
     models = [(params, start), *([(beside.params, beside.start)] if beside else [])]
     caches = [jax.tree.map(lambda a: a.reshape(layers, groups, -1, *a.shape[2:]), its.cache) for _, its in models]
     in_place = not shared and attention.reads_in_place(backend, mesh)
-    # CPUs multiply one query by keys [H, T] faster; TPUs would turn the whole cache for every token.
-    turned = attention.platform(mesh) == "cpu" and not in_place
-    if turned and not shared:  # each slot reads its prompt's keys as it does its own
-        caches = [(keys.swapaxes(-1, -2), values) for keys, values in caches]
+    on_cpu = attention.platform(mesh) == "cpu" and not in_place
+    # CPUs multiply one query by keys [H, T] faster, and small heads' values; TPUs would turn the cache for every token.
+    turned = (on_cpu, on_cpu and h < SMALL_HEAD)
+    turn = lambda cache: tuple(a.swapaxes(-1, -2) if its else a for a, its in zip(cache, turned))
+    caches = [turn(cache) for cache in caches]
+    # A loop over layers copies each one's weights and caches out of the stacks; written out, they are read in place.
+    apart = on_cpu and shared and layers <= LAYERS_APART
+    split = functools.partial(model.unstacked, arch) if apart else lambda tree: tree
+    caches = [split(cache) for cache in caches]
+    models = [({**weights, "layers": split(weights["layers"])}, its) for weights, its in models]
+    turns = model.turns_of(arch, jnp.arange(j_max + t_max)[None])
+    uniform_GQT2 = jax.vmap(jax.vmap(jax.vmap(draw.uniforms, (None, 0)), (0, None)), (0, None))(
+        keys_GQ, jnp.arange(t_max)
+    )
 
     def reads(s: _Slots, m: int, length_GS: jax.Array) -> tuple[Callable, Any]:
         if in_place:
             return _in_place(arch, s, length_GS, caches[m], s.owns[m], c, mesh)
-        return _by_copy(arch, s, length_GS, caches[m], s.owns[m], c, shared, turned)
+        return _by_copy(arch, s, length_GS, caches[m], s.owns[m], c, shared, turned, mesh)
 
     def forward(s: _Slots, m: int, length_GS: jax.Array) -> tuple[jax.Array, tuple]:
         attend, cache = reads(s, m, length_GS)
+        position_GS = length_GS + s.t_GS - 1
         hidden_GSD, new = model.hidden(
             arch,
             models[m][0],
             s.last_GS,
-            length_GS + s.t_GS - 1,
+            position_GS,
             attend,
             longest=j_max + t_max,
             dtype=dtype,
             placement=meshes.placement(mesh, "decode"),
             cache=cache,
+            turns=tuple(jnp.take(a[0], position_GS, axis=0) for a in turns) if apart else None,
         )
-        own = _stored(s.owns[m], new, s.steps if shared else s.t_GS - 1, turned, mesh)
+        own = new if apart else _stored(s.owns[m], new, s.steps if shared else s.t_GS - 1, turned, mesh)
         return model.logits(arch, models[m][0], hidden_GSD, dtype), own
 
     def step(s: _Slots) -> _Slots:
@@ -216,22 +231,25 @@ def decode(
         length_GS = of_slot(length_GQ)
         logits, owns = zip(*(forward(s, m, length_GS) for m in range(len(models))))
         own_sampling = at(of_slot(temperature_PC.reshape(groups, queue)) if each else None)
-        token_GS = draw.pick(mixed(logits, beside), of_slot(keys_GQ), s.t_GS, own_sampling)
+        uniform_GS2 = jax.vmap(lambda of_QT2, item_S, t_S: of_QT2[item_S, t_S])(uniform_GQT2, s.item_GS, s.t_GS)
+        token_GS = draw.pick(mixed(logits, beside), uniform_GS2, own_sampling)
         return _emitted(dataclasses.replace(s, owns=owns), token_GS, of_slot(limit_GQ), sampling.eos_ids)
 
     first_PV = mixed([its.logits_PV for _, its in models], beside)
 
     def of_candidate(values: tuple[jax.Array, jax.Array | None]) -> jax.Array:
-        keys_P, temperature_P = values
+        uniform_P2, temperature_P = values
         own_sampling = at(temperature_P[:, None] if each else None)
-        return draw.pick(first_PV[:, None], keys_P[:, None], jnp.int32(0), own_sampling)[:, 0]
+        return draw.pick(first_PV[:, None], uniform_P2[:, None], own_sampling)[:, 0]
 
-    by_number = (keys_PC.swapaxes(0, 1), temperature_PC.swapaxes(0, 1) if each else None)
+    first_PC2 = uniform_GQT2[:, :, 0].reshape(p, c, 2)
+    by_number = (first_PC2.swapaxes(0, 1), temperature_PC.swapaxes(0, 1) if each else None)
     first_GQ = jax.lax.map(of_candidate, by_number).swapaxes(0, 1).reshape(groups, queue)
     real_GQ = length_GQ > 0
     tokens_GQT = jnp.full((groups, queue, t_max), -1, jnp.int32).at[:, :, 0].set(jnp.where(real_GQ, first_GQ, -1))
     finished_GQ = _ends(first_GQ, sampling.eos_ids) | ~real_GQ
-    of_keys = (h, t_max) if turned else (t_max, h)
+    lengths = stages(t_max) if apart else [t_max]
+    empty = turn((jnp.zeros((layers, groups, width, heads, lengths[0], h), dtype),) * 2)
     item_GS = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None], (groups, width))
     state = _Slots(
         steps=jnp.int32(0),
@@ -240,13 +258,21 @@ def decode(
         t_GS=jnp.ones((groups, width), jnp.int32),
         last_GS=first_GQ[:, :width],
         done_GS=(finished_GQ | (limit_GQ <= 1))[:, :width],
-        owns=tuple(
-            tuple(jnp.zeros((layers, groups, width, heads, *of), dtype) for of in (of_keys, (t_max, h))) for _ in models
-        ),
+        owns=tuple(split(empty) for _ in models),
         tokens_GQT=tokens_GQT,
         finished_GQ=finished_GQ,
     )
-    state = jax.lax.while_loop(lambda s: jnp.any(~s.done_GS) | jnp.any(s.head_G < queue), step, state)
+    unfinished = lambda s: jnp.any(~s.done_GS) | jnp.any(s.head_G < queue)
+
+    def while_shorter(s: _Slots, length: int) -> _Slots:
+        longer = tuple([_longer(cache, turned, length) for cache in own] for own in s.owns)
+        s = dataclasses.replace(s, owns=longer)
+        return jax.lax.while_loop(lambda s: unfinished(s) & (s.steps < length), step, s)
+
+    if apart:  # and in step: the caches grow with the responses, so that no pass reads much more than there is
+        state = functools.reduce(while_shorter, lengths, state)
+    else:
+        state = jax.lax.while_loop(unfinished, step, state)
     return state.tokens_GQT.reshape(p, c, t_max), state.finished_GQ.reshape(p, c)
 
 
@@ -258,20 +284,26 @@ def _by_copy(
     own: tuple[jax.Array, jax.Array],
     candidates: int,
     shared: bool,
-    turned: bool,
-) -> tuple[Callable, tuple]:
+    turned: tuple[bool, bool],
+    mesh: Mesh,
+) -> tuple[Callable, Any]:
     """Attention of the newest token of every slot on XLA, as model.hidden takes it, and its cache.
 
     Args:
-        prompts: caches [layers, G, prompts of a group, ...]; own: of the slots. shared: a group's slots have the same
-            prompt; else each slot's prompt is copied beside its own tokens, layer by layer.
+        prompts: caches [layers, G, prompts of a group, ...]; own: of the slots; or lists of each layer's. Then the
+            newest key and value are written before the cache is read: the other way round XLA copies it for the write,
+            since nothing orders that behind the read. shared: a group's slots have the same prompt; else each slot's
+            prompt is copied beside its own tokens, layer by layer.
     """
-    (groups, width), j_max, t_max = s.t_GS.shape, prompts[1].shape[4], own[1].shape[4]
+    apart = isinstance(own, list)
+    groups, width = s.t_GS.shape
+    values = (prompts[0][1], own[0][1]) if apart else (prompts[1], own[1])
+    j_max, t_max = (a.shape[_time(a, turned[1])] for a in values)
     # Slots as attend_decode takes them: candidates of one prompt side by side, or each on its own.
     rows = (groups, width) if shared else (groups * width, 1)
     position, length, t = (a.reshape(rows) for a in (length_GS + s.t_GS - 1, length_GS, s.t_GS))
     prompt_mask = jnp.arange(j_max)[None, None] < length[..., None]
-    own_mask = jnp.arange(t_max)[None, None] < t[..., None] - 1
+    own_mask = jnp.arange(t_max)[None, None] < t[..., None] - (0 if apart else 1)
     prompt_position = jnp.broadcast_to(jnp.arange(j_max)[None], (rows[0], j_max))
     own_position = length[:, :1] + jnp.arange(t_max)[None]
     as_rows = lambda a: a.reshape(*rows, *a.shape[2:])
@@ -281,9 +313,11 @@ def _by_copy(
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, cache: Any, window: jax.Array | None) -> tuple:
         prompt, emitted = cache
+        if apart:
+            emitted = _stored(emitted, (k, v), s.steps, turned, mesh)
         out = attention.attend_decode(
             as_rows(q),
-            (as_rows(k), as_rows(v)),
+            None if apart else (as_rows(k), as_rows(v)),
             jax.tree.map(prompt_of, prompt),
             jax.tree.map(as_rows, emitted),
             attention.within(prompt_mask, position, prompt_position, window),
@@ -292,9 +326,9 @@ def _by_copy(
             scale=arch.score_scale,
             cap=arch.score_cap,
         )
-        return out.reshape(q.shape), (k, v)
+        return out.reshape(q.shape), emitted if apart else (k, v)
 
-    return attend, (prompts, own)
+    return attend, list(zip(prompts, own)) if apart else (prompts, own)
 
 
 def _in_place(
@@ -328,9 +362,25 @@ def _in_place(
     return attend, jnp.arange(arch.layers)
 
 
-def _stored(own: tuple, new: tuple, place: jax.Array, turned: bool, mesh: Mesh) -> tuple[jax.Array, ...]:
-    """Keys and values [layers, G, S, K, H] into the slots' caches, at one place of all, or at each slot's own."""
-    time = (5 if turned else 4, 4)  # the axis of tokens
+def _time(cache: jax.Array, turned: bool) -> int:
+    """The axis of tokens."""
+    return cache.ndim - (1 if turned else 2)
+
+
+def _longer(own: tuple, turned: tuple[bool, bool], length: int) -> tuple[jax.Array, ...]:
+    """Caches with room for so many tokens."""
+
+    def one(cache: jax.Array, turned: bool) -> jax.Array:
+        time = _time(cache, turned)
+        return jnp.pad(cache, [(0, length - n if axis == time else 0) for axis, n in enumerate(cache.shape)])
+
+    return tuple(map(one, own, turned))
+
+
+def _stored(own: tuple, new: tuple, place: jax.Array, turned: tuple[bool, bool], mesh: Mesh) -> tuple[jax.Array, ...]:
+    """Keys and values [layers, G, S, K, H] into the slots' caches, at one place of all, or at each slot's own; without
+    the axis of layers those of one."""
+    time = tuple(map(_time, own, turned))
     if place.ndim == 0:
         update = jax.lax.dynamic_update_slice_in_dim
         return tuple(update(cache, jnp.expand_dims(n, axis), place, axis) for cache, n, axis in zip(own, new, time))
@@ -356,6 +406,13 @@ def _stored(own: tuple, new: tuple, place: jax.Array, turned: bool, mesh: Mesh) 
     caches = tuple(where(cache, None, "rows", None, "heads", None, None) for cache in own)
     specs = (caches, tuple(where(n, None, "rows", None, "heads", None) for n in new), where(place, "rows", None))
     return jax.shard_map(here, mesh=mesh, in_specs=specs, out_specs=caches, check_vma=False)(own, new, place)
+
+
+def stages(most: int) -> list[int]:
+    """Tokens that the caches of slots hold one after the other where all go in step: up to four lengths, each a
+    loop of its own."""
+    step = 32 * -(-most // 128)
+    return [*range(max(step, 64), most, step), most]
 
 
 def _refilled(s: _Slots, limit_GQ: jax.Array) -> _Slots:

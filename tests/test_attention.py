@@ -103,11 +103,11 @@ def test_scores_and_softmax_are_float32_in_bfloat16():
     assert float(out[0, 0, 0, 0]) != 0.5
 
 
-@pytest.mark.parametrize("turned", [True, False])
+@pytest.mark.parametrize("turned", [(True, True), (True, False), (False, False)])
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_one_decoding_step_is_attention_over_all_blocks_laid_side_by_side(dtype, shared, turned):
-    """shared: one prompt for all candidates of a row, or one for each. turned: a candidate's keys are [H, T]."""
+    """shared: one prompt for all candidates of a row, or one for each. turned: keys, values are [H, T]."""
     rng = np.random.default_rng(3)
     p, c, n, k, h, j, t = 2, 3, 6, 2, 4, 5, 7
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
@@ -116,8 +116,11 @@ def test_one_decoding_step_is_attention_over_all_blocks_laid_side_by_side(dtype,
     prompt, own = (draw(*of, k, j, h), draw(*of, k, j, h)), (draw(p, c, k, t, h), draw(p, c, k, t, h))
     prompt_mask = jnp.asarray(rng.random((p, c, j)) < 0.7)
     own_mask = jnp.asarray(rng.random((p, c, t)) < 0.5).at[0, 0].set(False)  # a first step: no token of its own yet
-    turn = lambda cache: (cache[0].swapaxes(-1, -2), cache[1]) if turned and cache[0].ndim == 5 else cache
+    turn = lambda cache: tuple(a.swapaxes(-1, -2) if its else a for a, its in zip(cache, turned))
     got = attention.attend_decode(q, new, turn(prompt), turn(own), prompt_mask, own_mask, turned=turned)
+    cached = tuple(jnp.concatenate((cache, n[:, :, :, None]), axis=3) for cache, n in zip(own, new))
+    with_newest = jnp.pad(own_mask, ((0, 0), (0, 0), (0, 1)), constant_values=True)
+    same = attention.attend_decode(q, None, turn(prompt), turn(cached), prompt_mask, with_newest, turned=turned)
 
     def laid_out(which: int) -> jax.Array:
         """[P·C, J+T+1, K, H]: the prompt's keys, then the candidate's own, then the newest."""
@@ -129,7 +132,8 @@ def test_one_decoding_step_is_attention_over_all_blocks_laid_side_by_side(dtype,
     want = attention.attend(q.reshape(p * c, 1, n, h), laid_out(0), laid_out(1), mask).reshape(p, c, n, h)
     assert got.dtype == dtype
     tolerance = 2e-6 if dtype == jnp.float32 else 2e-2
-    np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(want, np.float32), atol=tolerance)
+    for out in (got, same):
+        np.testing.assert_allclose(np.asarray(out, np.float32), np.asarray(want, np.float32), atol=tolerance)
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------

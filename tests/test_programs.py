@@ -787,8 +787,11 @@ def in_loops(program: str) -> str:
     return "\n".join(line for name in sorted(found) for line in lines[name])
 
 
-def decode_program(mesh, layout: str, slots: int | None = None) -> str:
-    """The compiled decode program, of weights on a layout, with a slot for every candidate or with fewer."""
+def decode_program(mesh, layout: str, slots: int | None = None, apart: int = 0) -> str:
+    """The compiled decode program, of weights on a layout, with a slot for every candidate or with fewer.
+
+    apart: sample.LAYERS_APART; 0 = a loop over layers, as on TPUs, whose weights move, if at all, in it.
+    """
     shaped = lambda a, where: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where)
     params = jax.tree.map(shaped, model.abstract(TALL), programs.param_shardings(TALL, mesh, layout))
 
@@ -804,7 +807,9 @@ def decode_program(mesh, layout: str, slots: int | None = None) -> str:
     sampling = sample.sampling(temperature=1.0, top_k=0, top_p=0.9, min_p=0.0, eos_ids=(2,))
     small = meshes.put((jax.random.key(0), sampling), meshes.replicated(mesh))
     decode = programs.decoder.__wrapped__(TALL, mesh, compute, candidates=3, max_new_tokens=11, slots=slots)
-    return decode.lower(params, start, by_prompt(jnp.uint32, PROMPTS, 2), *small).compile().as_text()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "LAYERS_APART", apart)
+        return decode.lower(params, start, by_prompt(jnp.uint32, PROMPTS, 2), *small).compile().as_text()
 
 
 def weights_that_cross(program: str) -> list[tuple[str, tuple[int, ...]]]:
@@ -814,9 +819,10 @@ def weights_that_cross(program: str) -> list[tuple[str, tuple[int, ...]]]:
     return [(op, shape) for op, shape in collectives(in_loops(program)) if rows not in shape and shape]
 
 
-def test_no_weight_crosses_devices_for_a_token():
+@pytest.mark.parametrize("apart", [0, TALL.layers], ids=["loop", "written out"])
+def test_no_weight_crosses_devices_for_a_token(apart):
     mesh = meshes.make(2, 2, 2)
-    text = decode_program(mesh, "decode")
+    text = decode_program(mesh, "decode", apart=apart)
     assert weights_that_cross(text) == []
     # The reader sees the loop: sums of what each device's heads and hidden units have made.
     assert ("all-reduce", (PROMPTS // 2, 3, TALL.width)) in collectives(in_loops(text))

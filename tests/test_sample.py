@@ -232,6 +232,30 @@ def test_a_candidate_does_not_depend_on_its_company(one):
                 assert a.tobytes() == b.tobytes()
 
 
+def test_layers_written_out_with_caches_that_grow_give_the_tokens_of_a_loop(params, one_device, monkeypatch):
+    """More tokens than the first caches hold, so that they grow; and company makes no difference there either."""
+    given, key, tokens = prompts([5, 9, 20], seed=4), jax.random.key(2), 70
+    assert [sample.stages(n) for n in (tokens, 12, 64, 128)] == [[64, 70], [12], [64], [64, 96, 128]]
+    assert sample.stages(1000) == [256, 512, 768, 1000]
+    lengths, original = [], attention.attend_decode
+
+    def noting(q, new, prompt, own, *args, **keys):
+        lengths.append((new is None, own[1].shape[-1]))
+        return original(q, new, prompt, own, *args, **keys)
+
+    monkeypatch.setattr(attention, "attend_decode", noting)
+    run = runner(params, one_device, tokens=tokens)(values(), key)
+    got, alone = responses(run, given), responses(run, given[1:2])
+    assert sorted(set(lengths)) == [(True, length) for length in sample.stages(tokens)]
+    monkeypatch.setattr(sample, "LAYERS_APART", 1)
+    loop = runner(params, one_device, tokens=tokens, slots=SLOTS * CANDIDATES)  # as many as there are: in step too
+    looped = responses(loop(values(), key), given)
+    assert lengths[-1] == (False, tokens)
+    same = lambda one, other: all(a.tolist() == b.tolist() for a, b in zip(one, other, strict=True))
+    assert all(len(c) == tokens for row in got for c in row) and same(alone[0], got[1])
+    assert all(same(one, other) for one, other in zip(got, looped, strict=True))
+
+
 def test_buckets_depend_on_the_prompt_alone(one):
     assert [sample.bucket(n) for n in (1, 31, 32, 33, 64, 65, 1000)] == [32, 32, 32, 64, 64, 128, 1024]
     lengths = [40, 3, 5, 90, 32, 33, 2, 1]
@@ -295,20 +319,26 @@ def test_eight_devices_give_equal_noise_and_tokens_up_to_a_near_tie(params, one,
 # --- what is sampled --------------------------------------------------------------------------------------------------
 
 
+@jax.jit
+def picked(logits_PCV, keys_PC, t, sampling):
+    """`draw.pick` with the numbers of response position t."""
+    uniform_PC2 = jax.vmap(jax.vmap(lambda key: draw.uniforms(key, t)))(keys_PC)
+    return draw.pick(logits_PCV, uniform_PC2, sampling)
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_frequencies_are_those_of_softmax(temperature):
     """Chi-square over 20000 draws of 12 tokens: 11 degrees of freedom, above 31.3 one time in 1000."""
     logits, draws = np.random.default_rng(0).normal(size=12).astype(np.float32), 20000
     keys = sample.candidate_keys(jax.random.key(0), np.array([[3, 4]], np.uint32), draws)
-    pick = jax.jit(draw.pick)
-    tokens = pick(jnp.broadcast_to(logits, (1, draws, 12)), keys, jnp.int32(0), values(temperature=temperature))
+    tokens = picked(jnp.broadcast_to(logits, (1, draws, 12)), keys, jnp.int32(0), values(temperature=temperature))
     wide = np.exp(logits.astype(np.float64) / temperature)
     expected = draws * wide / wide.sum()
     counts = np.bincount(np.asarray(tokens)[0], minlength=12)
     assert ((counts - expected) ** 2 / expected).sum() < 31.3
     # Positions are independent draws: the same keys at the next one.
     after = np.asarray(
-        pick(jnp.broadcast_to(logits, (1, draws, 12)), keys, jnp.int32(1), values(temperature=temperature))
+        picked(jnp.broadcast_to(logits, (1, draws, 12)), keys, jnp.int32(1), values(temperature=temperature))
     )[0]
     together = (after == np.asarray(tokens)[0]).mean()
     p = expected / draws
@@ -386,9 +416,8 @@ def test_what_is_filtered_is_never_drawn_and_the_rest_is():
     """Through `pick`, whose shortcut for "all off" must not take these; and the frequencies are renormalised ones."""
     logits, draws = np.linspace(2, 0, 8).astype(np.float32), 20000
     keys = sample.candidate_keys(jax.random.key(1), np.array([[1, 1]], np.uint32), draws)
-    pick = jax.jit(draw.pick)
     for filters in [(1.0, 3, 1.0, 0.0), (1.0, 0, 0.6, 0.0), (1.0, 0, 1.0, 0.5), (0.8, 5, 0.9, 0.3)]:
-        tokens = pick(jnp.broadcast_to(logits, (1, draws, 8)), keys, jnp.int32(0), values(*filters))
+        tokens = picked(jnp.broadcast_to(logits, (1, draws, 8)), keys, jnp.int32(0), values(*filters))
         keep = filtered(logits[None], *filters)[0]
         expected = draws * np.where(keep, np.exp(logits / filters[0]), 0) / np.exp(logits / filters[0])[keep].sum()
         counts = np.bincount(np.asarray(tokens)[0], minlength=8)

@@ -1,4 +1,5 @@
-"""sera_jax's own side of sampling.py, in its own process: seconds of each batch, new tokens of each, peak memory.
+"""sera_jax's own side of sampling.py, in its own process: seconds of each batch (of the processors too, which say more
+on a machine that others use), new tokens of each, peak memory.
 
 python tests/benchmarks/own_sampling.py --model DIR --prompts FILE --batch 8 --candidates 4 --new-tokens 128
 """
@@ -57,17 +58,19 @@ def main() -> None:
         size = max(sample.bucket(len(ids)) for ids in part)  # one bucket, as generate() pads a batch to its longest
         return [out for _, out, _ in sample.run_batches(run, part, [(size, np.arange(len(part)))], many)][0]
 
-    seconds, tokens, first = [], [], None
+    seconds, cpu_seconds, tokens, first = [], [], [], None
     for number in range(a.batches):  # each bucket compiles once
         batch(number)
     for number in range(a.batches):
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         out = batch(number)
         seconds.append(time.perf_counter() - began)
+        cpu_seconds.append(time.process_time() - cpu_began)
         tokens.append(sum(len(ids) for candidates in out for ids in candidates))
         first = first or [ids.tolist() for candidates in out for ids in candidates]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"seconds": seconds, "tokens": tokens, "first": first if a.greedy else None, "peak_mib": peak}))
+    told = {"seconds": seconds, "cpu_seconds": cpu_seconds, "tokens": tokens, "peak_mib": peak}
+    print(json.dumps({**told, "first": first if a.greedy else None}))
 
 
 if __name__ == "__main__":
