@@ -291,13 +291,15 @@ def batch_shardings(mesh: Mesh, tokens: Sequence[str] = ()) -> Batch:
     return Batch(rows, by_row, by_row, target_ABS=by_row, count=meshes.replicated(mesh), tokens=by_token)
 
 
-def abstract_batch(mesh: Mesh, plan: Plan, microbatches: int) -> Batch:
-    """A batch of so many microbatches, as an update takes it."""
+def abstract_batch(mesh: Mesh, plan: Plan, microbatches: int, tokens: Sequence[str] = ()) -> Batch:
+    """A batch of so many microbatches, as an update takes it; tokens: as in `batch_shardings`."""
     rows = jax.eval_shape(lambda: rowlib.empty(plan.rows, plan))
     rows = jax.tree.map(lambda a: jax.ShapeDtypeStruct((microbatches, *a.shape), a.dtype), rows)
     by_slot = jax.ShapeDtypeStruct((microbatches, plan.rows, plan.slots), jnp.float32)
-    shapes = Batch(rows, by_slot, by_slot, by_slot, jax.ShapeDtypeStruct((), jnp.int32))
-    return placed(shapes, batch_shardings(mesh))
+    by_token = jax.ShapeDtypeStruct((microbatches, plan.rows, plan.targets), jnp.float32)
+    known = dict.fromkeys(tokens, by_token)
+    shapes = Batch(rows, by_slot, by_slot, by_slot, jax.ShapeDtypeStruct((), jnp.int32), known)
+    return placed(shapes, batch_shardings(mesh, tokens))
 
 
 def abstract_key(mesh: Mesh) -> jax.ShapeDtypeStruct:

@@ -24,6 +24,7 @@ from sera_jax.compile_check.memory import Compiled, Memory, TooLarge
 from sera_jax.model import Arch
 from sera_jax.records import Tree
 from sera_jax.rows import Plan
+from sera_jax.train import world as worlds
 
 ROOT = pathlib.Path(__file__).parents[1]
 GIB = 2**30
@@ -456,6 +457,74 @@ def test_the_programs_that_a_config_runs(tiny_config):
     )
 
 
+FUNCTION = ("--reward.source=function", "--reward.function=tiny_reward:count")
+RLOO = (*FUNCTION, "--on_policy.algorithm=policy_gradient")
+PPO = (*RLOO, "--on_policy.kl=loss", "--on_policy.passes=2")
+RAFT = (*FUNCTION, "--on_policy.algorithm=raft", "--on_policy.beta=0")
+
+
+@pytest.fixture
+def reward_folder(tiny, tmp_path):
+    """config.json of a reward model of five layers."""
+    told = json.loads((tiny / "model" / "config.json").read_text())
+    told |= {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "reward"}, "num_hidden_layers": 5}
+    (tmp_path / "judge").mkdir()
+    (tmp_path / "judge" / "config.json").write_text(json.dumps(told))
+    return tmp_path / "judge"
+
+
+def test_the_programs_of_rounds_of_rankers_and_of_uncertainty(tiny_config, reward_folder):
+    names = lambda *flags: cases.names(tiny_config(*flags))
+    sampled = ["to decode layout", "prefill", "decode"]
+    assert names(*PPO) == names(*RLOO) == ["update", "scorer", *sampled]
+    assert names(*RAFT) == ["update", *sampled]
+    judged = ("--reward.source=model", f"--reward.model={reward_folder}")
+    assert names(*judged) == ["update", "scorer", "ranker", "selection", *sampled]
+    assert names(*RLOO, *judged) == ["update", "scorer", "ranker", *sampled]
+    assert "ranker" not in names(*judged, "--bootstrap.fresh=0")
+    explored = names("--bootstrap.pair_rule=explore")
+    assert explored == ["update", "scorer", "features", "covariance", "selection", *sampled]
+    assert "features" in names("--loss.name=dpo_pessimistic", "--bootstrap.fresh=0")
+
+
+@pytest.mark.parametrize("flags, branches", [(RLOO, 4), (PPO, 4), (RAFT, 1)])
+def test_rounds_are_traced_with_what_a_round_passes(eight_devices, tiny_config, flags, branches):
+    """A batch is prompts with all their candidates, or the best, and what is known of each token."""
+    config = tiny_config_of(tiny_config, *flags, "--data.max_prompt_length=32", "--bootstrap.max_new_tokens=20")
+    assert cases.lengths(config).tolist() == [[32 + branches * 20, branches * 20, branches]]
+    setting = setting_of(config, eight_devices)
+    for name in {"update", "scorer"} & set(cases.names(config)):
+        case = cases.CASES[name](setting)
+        assert isinstance(memory.compile_traced(case.trace()), memory.Compiled) and case.useful > 0
+    plan = cases.plan(config, config.optimizer, setting.arch, eight_devices)
+    batch = programs.abstract_batch(eight_devices, plan, 2, worlds.token_names(config))
+    assert set(batch.tokens) == {RLOO: {"old"}, PPO: {"old", "reference"}, RAFT: set()}[flags]
+    assert all(known.shape == batch.rows.slot_BM.shape for known in batch.tokens.values())
+
+
+def test_a_ranker_is_held_beside_the_policy(eight_devices, tiny_config, reward_folder):
+    """Its own architecture, in the compute dtype."""
+    flags = ("--reward.source=model", f"--reward.model={reward_folder}", "--model.compute=bfloat16")
+    setting = setting_of(tiny_config_of(tiny_config, *flags), eight_devices)
+    case = cases.CASES["ranker"](setting)
+    judge = hf.read_reward_arch(reward_folder)
+    assert judge.layers == 5 != setting.arch.layers
+    half = memory.held(programs.abstract_params(judge, eight_devices, dtype=jnp.bfloat16))
+    assert case.holds["weights"] == half
+    assert case.beside["the policy"] == memory.held(programs.abstract_params(setting.arch, eight_devices))
+    assert isinstance(memory.compile_traced(case.trace()), memory.Compiled)
+
+
+def test_uncertainty_holds_its_covariance(eight_devices, tiny_config):
+    flags = ("--bootstrap.pair_rule=explore", "--explore.dimension=8")
+    setting = setting_of(tiny_config_of(tiny_config, *flags), eight_devices)
+    case = cases.CASES["covariance"](setting)
+    assert case.holds["covariance"] == 4 * 8 * 8 // 4  # over fsdp × tensor
+    done = memory.compile_traced(case.trace())
+    assert done.memory.outputs >= 4 * 8 * 8  # whole
+    assert isinstance(memory.compile_traced(cases.CASES["features"](setting).trace()), memory.Compiled)
+
+
 def test_the_longest_trees(tiny_config):
     """prompt + response ≤ max_length on both sides; fresh pairs may be longer."""
     config = tiny_config("--data.max_length=64", "--data.max_prompt_length=32", "--bootstrap.max_new_tokens=60")
@@ -654,9 +723,6 @@ def test_errors(tiny, capsys, monkeypatch):
     assert "pairs is 0, expected at least 1" in error_of(capsys, model_path, "--topology=v5e:2x2", "--pairs=0")
     assert "config.json is missing" in error_of(capsys, "--model.path=nowhere", "--topology=v5e:2x2")
     assert "loss.beta is 0.0, expected" in error_of(capsys, model_path, "--topology=v5e:2x2", "--loss.beta=0")
-    raft = ("--on_policy.algorithm=raft", "--on_policy.beta=0", "--reward.source=random")
-    told = error_of(capsys, model_path, "--topology=v5e:2x2", *raft)
-    assert "on_policy.algorithm is 'raft', expected 'none': the programs of its rounds are not checked yet." in told
     monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
     told = error_of(capsys, model_path, "--topology=v5e:2x2")
     assert "topology v5e:2x2 needs the package libtpu" in told and "pip install 'sera_jax[tpu]'" in told

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sera_jax import hf, losses, model, programs, sample, score
+from sera_jax import config as configs
+from sera_jax import hf, model, preference, programs, sample, score
 from sera_jax import mesh as meshes
 from sera_jax import rows as rowlib
 from sera_jax.compile_check import flops, memory
@@ -65,9 +66,13 @@ def lengths(config: TrainConfig) -> np.ndarray:
     """int [n, 3], as rows.measure: the longest trees of each kind that the config lets through.
 
     A pair has a prompt of one token at least, and prompt + response ≤ data.max_length on either side; a fresh pair has
-    two responses of bootstrap.max_new_tokens, one of them a given one where those are among the candidates.
+    two responses of bootstrap.max_new_tokens, one of them a given one where those are among the candidates. Rounds
+    train on a prompt with all its candidates, or with the best of them.
     """
     most, new = config.data.max_length, config.bootstrap.max_new_tokens
+    if worlds.on_policy(config):
+        count = 1 if config.on_policy.algorithm == "raft" else config.bootstrap.candidates
+        return np.array([_candidates(config, count)])
     given = [2 * most - 1, 2 * (most - 1), 2]
     fresh = [config.data.max_prompt_length + 2 * new, 2 * new, 2]
     if config.bootstrap.with_given:
@@ -83,19 +88,30 @@ def plan(config: TrainConfig, optimizer: OptimizerConfig, arch: Arch, mesh: Mesh
 
 def scored(config: TrainConfig) -> np.ndarray:
     """int [3], as rows.measure: the longest tree that is scored, a pair or a prompt with all its candidates."""
-    trees = lengths(config)[:1]
-    if worlds.bootstraps(config) and not config.bootstrap.candidates_file:
-        new, count = config.bootstrap.max_new_tokens, config.bootstrap.candidates
-        longest = [config.data.max_prompt_length + count * new, count * new, count]
-        if config.bootstrap.with_given:
-            longest = [config.data.max_length + count * new, config.data.max_length - 1 + count * new, count + 1]
-        trees = np.vstack((trees, longest))
-    return _longest(trees)
+    return _longest(np.vstack((lengths(config)[:1], *([ranked(config)] if makes(config) else []))))
 
 
-def score_plan(config: TrainConfig, arch: Arch, mesh: Mesh) -> Plan:
-    """Rows of the scorer: each tree of a chunk is as long as scored trees get."""
-    return score.plan_of(np.repeat(scored(config)[None], score.CHUNK, axis=0), arch, mesh)
+def ranked(config: TrainConfig) -> list[int]:
+    """The same of a prompt with all its candidates."""
+    new, count = config.bootstrap.max_new_tokens, config.bootstrap.candidates
+    if config.bootstrap.with_given:
+        return [config.data.max_length + count * new, config.data.max_length - 1 + count * new, count + 1]
+    return _candidates(config, count)
+
+
+def _candidates(config: TrainConfig, count: int) -> list[int]:
+    new = config.bootstrap.max_new_tokens
+    return [config.data.max_prompt_length + count * new, count * new, count]
+
+
+def makes(config: TrainConfig) -> bool:
+    """Does the run sample candidates itself?"""
+    return worlds.ranks(config) and not config.bootstrap.candidates_file
+
+
+def _rows(tree: Any, arch: Arch, mesh: Mesh) -> Plan:
+    """Rows of a scorer: each tree of a chunk is as long as this one."""
+    return score.plan_of(np.repeat(np.array(tree)[None], score.CHUNK, axis=0), arch, mesh)
 
 
 def _longest(lengths_N3: np.ndarray) -> np.ndarray:
@@ -113,13 +129,18 @@ def _useful(arch: Arch, tree: np.ndarray) -> float:
 def names(config: TrainConfig) -> list[str]:
     """Keys of CASES: the programs that the config runs, in the order in which a run comes to them."""
     loops = config.loop.iterations > 0
+    rounds = worlds.on_policy(config)
     selects = loops and config.loop.iterations >= config.select.from_iteration and config.select.rule != "none"
-    samples = (worlds.bootstraps(config) and not config.bootstrap.candidates_file) or bool(config.evaluate.prompts)
+    samples = makes(config) or bool(config.evaluate.prompts)
+    scores = not rounds or bool(config.evaluate.prompts) or bool(worlds.scored_under(config))
     asked = {
         "sft update": config.sft.epochs > 0,
         "update": loops,
-        "scorer": loops,
-        "selection": selects,
+        "scorer": loops and scores,
+        "features": worlds.uncertain(config),
+        "covariance": worlds.uncertain(config),
+        "ranker": worlds.ranks(config) and bool(_rankers(config)),
+        "selection": selects and not rounds,
         "to decode layout": samples,
         "prefill": samples,
         "decode": samples,
@@ -155,18 +176,8 @@ def _case(name: str, what: str, program: Callable, args: tuple, holds: dict[str,
 def _update(setting: Setting) -> Case:
     config, arch, mesh = setting.config, setting.arch, setting.mesh
     transform = worlds.adam(config.optimizer, arch)
-    program = programs.preference_update(
-        arch,
-        mesh,
-        setting.compute,
-        transform,
-        *worlds.loss_of(config),
-        worlds.schedule(config.optimizer),
-        ld_alpha=config.loss.ld_alpha,
-        weighting=losses.WEIGHTINGS[config.loss.weighting],
-        moments=config.optimizer.moments,
-    )
-    return _stage("update", program, config.optimizer, transform, setting)
+    program = worlds.update_of(config, arch, mesh, setting.compute, transform)
+    return _stage("update", program, config.optimizer, transform, setting, worlds.token_names(config))
 
 
 def _sft(setting: Setting) -> Case:
@@ -179,13 +190,20 @@ def _sft(setting: Setting) -> Case:
     return _stage("sft update", program, config.sft.optimizer, transform, setting)
 
 
-def _stage(name: str, program: Callable, optimizer: OptimizerConfig, transform: Any, setting: Setting) -> Case:
+def _stage(
+    name: str,
+    program: Callable,
+    optimizer: OptimizerConfig,
+    transform: Any,
+    setting: Setting,
+    tokens: tuple[str, ...] = (),
+) -> Case:
     config, arch, mesh = setting.config, setting.arch, setting.mesh
     rows = plan(config, optimizer, arch, mesh)
     microbatches = rowlib.most_microbatches(optimizer.batch_size, rows)
     state = programs.abstract_state(arch, mesh, transform, optimizer.moments)
     frozen = programs.abstract_frozen(arch, mesh, setting.compute.dtype)
-    batch = programs.abstract_batch(mesh, rows, microbatches)
+    batch = programs.abstract_batch(mesh, rows, microbatches, tokens)
     total, key = programs.abstract_number(mesh), programs.abstract_key(mesh)
     return _case(
         name,
@@ -202,21 +220,76 @@ def _stage(name: str, program: Callable, optimizer: OptimizerConfig, transform: 
 
 
 def _scorer(setting: Setting) -> Case:
-    config, arch, mesh = setting.config, setting.arch, setting.mesh
-    rows = score_plan(config, arch, mesh)
-    params, batch = _policy(setting), programs.abstract_rows(mesh, rows)
+    build = programs.token_scorer if worlds.scored_under(setting.config) else programs.scorer
     # Reference and past iterates are read while the policy stays: two models, or two sets of adapters.
-    policy = programs.abstract_trainable(arch, mesh)
+    policy = programs.abstract_trainable(setting.arch, setting.mesh)
+    beside = {"the policy": memory.held(policy), **_moments(setting, validating=True)}
+    program = build(setting.arch, setting.mesh, setting.compute)
+    return _of_rows("scorer", program, _policy(setting), scored(setting.config), setting.arch, setting, beside)
+
+
+def _of_rows(
+    name: str, program: Callable, params: Any, tree: Any, arch: Arch, setting: Setting, beside: dict[str, int]
+) -> Case:
+    """A program of (weights, rows), whose rows are full of trees like this one."""
+    rows = _rows(tree, arch, setting.mesh)
+    batch = programs.abstract_rows(setting.mesh, rows)
     return _case(
-        "scorer",
-        f"{rows.rows} rows × {rows.length} tokens ({rows.rows // meshes.row_shards(mesh)} rows a device), "
+        name,
+        f"{rows.rows} rows × {rows.length} tokens ({rows.rows // meshes.row_shards(setting.mesh)} rows a device), "
         f"{rows.targets} targets a row",
-        programs.scorer(arch, mesh, setting.compute),
+        program,
         (params, batch),
         {"weights": params, "batch": batch},
-        useful=rows.rows * (rows.length // scored(config)[0]) * _useful(arch, scored(config)),
-        beside={"the policy": memory.held(policy), **_moments(setting, validating=True)},
+        useful=rows.rows * (rows.length // tree[0]) * _useful(arch, tree),
+        beside=beside,
     )
+
+
+def _rankers(config: TrainConfig) -> list[str]:
+    """Folders of the models that rank."""
+    return [of for kind, of in configs.sources(config.reward) if kind in ("model", "preference")]
+
+
+def _ranker(setting: Setting) -> Case:
+    """The largest model that ranks: they are in memory one after the other, in the compute dtype, beside the policy."""
+    found = [(hf.read_any_arch(path), path) for path in _rankers(setting.config)]
+    arch, path = max(found, key=lambda one: parameters(one[0]))
+    tree = ranked(setting.config)
+    if setting.config.reward.source == "preference":
+        form = preference.read(hf.read_config(path), arch.scored)
+        tree = [form.max_length + 2, 2, 2]  # a question with the two labels, or what its two orders do not share
+    program = (programs.reward_scorer if arch.scored else programs.scorer)(arch, setting.mesh, setting.compute)
+    weights = programs.abstract_params(arch, setting.mesh, dtype=setting.compute.dtype)
+    return _of_rows("ranker", program, weights, tree, arch, setting, _training_weights(setting))
+
+
+def _features(setting: Setting) -> Case:
+    """Of iterate 0, which is read while the policy stays."""
+    arch, size = setting.arch, _dimension(setting)
+    onto = size if size < arch.width else 0
+    program = programs.featurer(arch, setting.mesh, setting.compute, onto, setting.config.run.seed)
+    beside = _training_weights(setting)
+    return _of_rows("features", program, _policy(setting), scored(setting.config), arch, setting, beside)
+
+
+def _covariance(setting: Setting) -> Case:
+    mesh, size = setting.mesh, _dimension(setting)
+    sigma = jax.ShapeDtypeStruct((size, size), jnp.float32, sharding=programs.covariance_sharding(mesh, size))
+    return _case(
+        "covariance",
+        f"the Cholesky factor of {size} × {size}, whole on every chip",
+        programs.covariance_factor(mesh, size),
+        (sigma,),
+        {"covariance": sigma},
+        beside=_training_weights(setting),
+    )
+
+
+def _dimension(setting: Setting) -> int:
+    """Of the features by which rewards are uncertain; 0 in the config stands for the model's width."""
+    asked, width = setting.config.explore.dimension, setting.arch.width
+    return width if not asked else min(asked, width)
 
 
 def _move(setting: Setting) -> Case:
@@ -237,7 +310,7 @@ def _sampled(setting: Setting) -> tuple[int, int, int, int]:
     config = setting.config
     longest = sample.bucket(config.data.max_prompt_length)
     candidates, new = 1, config.evaluate.max_new_tokens
-    if worlds.bootstraps(config) and not config.bootstrap.candidates_file:
+    if makes(config):
         candidates, new = config.bootstrap.candidates, config.bootstrap.max_new_tokens
     return max(1, config.bootstrap.slots // candidates) * config.bootstrap.refill, longest, candidates, new
 
@@ -275,9 +348,8 @@ def _decode(setting: Setting) -> Case:
     hashes = programs.abstract_prompts(mesh, prompts, longest)[2]
     one, two = (flops.seen_by(arch, longest, (new,) * n) for n in (0, 1))
     behind = [more - less for less, more in zip(one, two)]  # what the tokens of one response see
-    made = worlds.bootstraps(setting.config) and not setting.config.bootstrap.candidates_file
-    ranked = made or worlds.on_policy(setting.config)
-    temperature = sample.temperatures(setting.config.bootstrap.temperature if ranked else 1.0, candidates)
+    made = makes(setting.config)
+    temperature = sample.temperatures(setting.config.bootstrap.temperature if made else 1.0, candidates)
     sampling = programs.abstract_sampling(mesh, temperature)
     arguments = (weights, start, hashes, programs.abstract_key(mesh), sampling)
     parts, models = {"weights": weights, "cache": start.cache, "logits": start.logits_PV}, 1
@@ -341,14 +413,17 @@ CASES: dict[str, Callable[[Setting], Case]] = {
     "sft update": _sft,
     "update": _update,
     "scorer": _scorer,
+    "features": _features,
+    "covariance": _covariance,
+    "ranker": _ranker,
     "selection": _selection,
     "to decode layout": _move,
     "prefill": _prefill,
     "decode": _decode,
 }
 
-LAYERED = ("sft update", "update", "scorer", "prefill", "decode")
-"""Those that run through the model's layers."""
+LAYERED = ("sft update", "update", "scorer", "features", "prefill", "decode")
+"""Those that run through the policy's layers."""
 
 
 # --- what else is alive -----------------------------------------------------------------------------------------------

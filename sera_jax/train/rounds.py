@@ -97,17 +97,11 @@ def usable(candidates: Candidates, rewards_PC: np.ndarray, *, keep_unfinished: b
 
 def _token_logps(world: World, candidates: Candidates, params: dict[str, Any], plan: Plan) -> dict[str, list]:
     """By name float32 [tokens] of each candidate, of the models that the config asks for."""
-    where, names = world.policies, _scored_under(world)
+    where, names = world.policies, worlds.scored_under(world.config)
     scorer = programs.token_scorer(where.arch, where.mesh, where.compute)
     run = lambda weights: programs.score_rows(scorer, weights, where.mesh)
     trees = rewards.trees(candidates)
     return {name: score.token_logps(trees, run(weights), plan) for name, weights in params.items() if name in names}
-
-
-def _scored_under(world: World) -> tuple[str, ...]:
-    """The models whose log-probs of the candidates a round needs: for the KL in the reward, and for the updates."""
-    asked = world.config.on_policy
-    return ("old", "reference") if asked.beta and asked.kl == "reward" else worlds.token_names(world.config)
 
 
 def _stage(
@@ -232,7 +226,7 @@ def _counted(world: World, rounds: list[dict[str, np.ndarray]]) -> tuple[dict[st
     trained = sampled
     if asked.algorithm == "raft":
         trained = sum(int((r["length"] + r["prompt_length"])[r["weight"] > 0].sum()) for r in rounds)
-    scored = len(_scored_under(world)) * sampled
+    scored = len(worlds.scored_under(world.config)) * sampled
     mean = lambda values: float(np.nanmean(values))
     told = {
         "rounds": len(rounds),

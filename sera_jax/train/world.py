@@ -239,6 +239,18 @@ def token_names(config: TrainConfig) -> tuple[str, ...]:
     return tuple(name for name, needed in names if needed)
 
 
+def scored_under(config: TrainConfig) -> tuple[str, ...]:
+    """The models whose log-probs of its candidates a round needs: for the KL in the reward, and for the updates."""
+    asked = config.on_policy
+    return ("old", "reference") if asked.beta and asked.kl == "reward" else token_names(config)
+
+
+def uncertain(config: TrainConfig) -> bool:
+    """Does a run ask how uncertain rewards are (Γ)?"""
+    told = loss_of(config)[0].target == "bonus" and config.loop.iterations > 0
+    return told or (bootstraps(config) and config.bootstrap.pair_rule == "explore")
+
+
 def on_policy(config: TrainConfig) -> bool:
     """Do the iterations learn from samples at once?"""
     return config.on_policy.algorithm != "none"
