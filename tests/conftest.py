@@ -24,6 +24,7 @@ import jax
 import pytest
 
 from sera_jax import mesh as meshes
+from sera_jax import programs
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", os.path.join(os.environ["XDG_CACHE_HOME"], "sera_jax", "xla"))
@@ -66,6 +67,38 @@ def shared_data():
     if not folder.is_dir():
         pytest.skip(f"no real data at {folder} (set SERA_JAX_SHARED)")
     return folder
+
+
+class Stopped(Exception):
+    """In the place of a kill."""
+
+
+@pytest.fixture
+def stopped_at(monkeypatch):
+    """stopped_at(name, call): what `programs.<name>` builds raises at its call of this number, from 1 and counted over
+    all that are built within the block, which has to end there.
+    """
+
+    @contextlib.contextmanager
+    def stopped(name: str, call: int):
+        build, made = getattr(programs, name), [0]
+
+        def building(*args, **keywords):
+            program = build(*args, **keywords)
+
+            def counted(*a, **k):
+                made[0] += 1
+                if made[0] == call:
+                    raise Stopped
+                return program(*a, **k)
+
+            return counted
+
+        with monkeypatch.context() as patched, pytest.raises(Stopped):
+            patched.setattr(programs, name, building)
+            yield
+
+    return stopped
 
 
 @pytest.fixture

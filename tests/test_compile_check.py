@@ -4,6 +4,7 @@ against programs whose traffic is known, verdicts and advice. All but the last t
 
 import dataclasses
 import functools
+import gc
 import json
 import pathlib
 import re
@@ -16,7 +17,7 @@ from jax.experimental import pallas
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sera_jax import hf, model, programs, sample, score, tree_kernel
+from sera_jax import hf, model, programs, sample, score, train, tree_kernel
 from sera_jax import mesh as meshes
 from sera_jax import rows as rowlib
 from sera_jax.compile_check import advice, bounds, cases, chips, door, flops, hlo, memory
@@ -500,6 +501,43 @@ def test_rounds_are_traced_with_what_a_round_passes(eight_devices, tiny_config, 
     batch = programs.abstract_batch(eight_devices, plan, 2, worlds.token_names(config))
     assert set(batch.tokens) == {RLOO: {"old"}, PPO: {"old", "reference"}, RAFT: set()}[flags]
     assert all(known.shape == batch.rows.slot_BM.shape for known in batch.tokens.values())
+
+
+@pytest.mark.parametrize("flags, models", [(("--on_policy.beta=0",), 3), (("--on_policy.beta=0.1",), 4)])
+def test_rounds_hold_what_a_run_holds(tiny_config, one_device, monkeypatch, flags, models):
+    """The policy, its two moments also while it samples, and the reference where there is a KL: embedding tables that
+    are alive when a real run calls its programs."""
+    config = tiny_config(*RLOO, *flags, "--on_policy.rounds=2", "--on_policy.prompts=8", "--loop.iterations=1")
+    setting = setting_of(config, one_device, cases.arch_of(config))
+    table = model.abstract(setting.arch)["embed"]["table"].shape
+    alive = lambda: sum(a.shape == table for a in jax.live_arrays())
+    gc.collect()
+    before, most = alive(), {}
+
+    def watched(name):
+        build = getattr(programs, name)
+
+        def building(*args, **keywords):
+            program = build(*args, **keywords)
+
+            def counted(*a, **k):
+                gc.collect()
+                most[name] = max(most.get(name, 0), alive() - before)
+                return program(*a, **k)
+
+            return counted
+
+        monkeypatch.setattr(programs, name, building)
+
+    for name in ("policy_update", "decoder"):
+        watched(name)
+    train.train(config)
+    assert most == {"policy_update": models, "decoder": models + 1}  # and the copy in the decode layout
+    one = memory.held(programs.abstract_params(setting.arch, one_device))
+    for name, program in (("update", "policy_update"), ("decode", "decoder")):
+        case = cases.CASES[name](setting)
+        told = sum(case.holds.get(kind, 0) for kind in ("weights", "optimiser")) + sum(case.beside.values())
+        assert round(told / one, 2) == most[program]
 
 
 def test_a_ranker_is_held_beside_the_policy(eight_devices, tiny_config, reward_folder):

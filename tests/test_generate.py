@@ -15,10 +15,6 @@ from sera_jax.records import Tree
 from sera_jax.rows import Plan
 
 
-class Stopped(Exception):
-    pass
-
-
 @pytest.fixture(scope="module")
 def folder(tiny, tmp_path_factory):
     """A Hugging Face folder with drawn weights."""
@@ -107,23 +103,12 @@ def test_candidates_depend_on_seed_prompt_and_number_alone(tiny, ask, tmp_path):
     assert rows(run(ask(*SAMPLED, "--limit=4", out="limit.jsonl"))) == rows(first)[:4]
 
 
-def test_an_interrupted_command_goes_on_to_the_same_bytes(ask, tmp_path, monkeypatch):
+def test_an_interrupted_command_goes_on_to_the_same_bytes(ask, tmp_path, monkeypatch, stopped_at):
     whole = run(ask(*SAMPLED, out="whole.jsonl"))
     bind, calls = programs.sample_prompts, []
-
-    def stopping(*bound):
-        inner = bind(*bound)
-
-        def sampler(*prompts):
-            calls.append(1)
-            if len(calls) == 3:
-                raise Stopped
-            return inner(*prompts)
-
-        return sampler
-
-    monkeypatch.setattr(programs, "sample_prompts", stopping)
-    with pytest.raises(Stopped):
+    sampler = lambda *bound: lambda *prompts: calls.append(1) or bind(*bound)(*prompts)
+    monkeypatch.setattr(programs, "sample_prompts", sampler)
+    with stopped_at("sample_prompts", 3):
         run(ask(*SAMPLED))
     out, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
     assert not out.exists() and len(rows(partial / "candidates.jsonl")) == 8
@@ -131,7 +116,7 @@ def test_an_interrupted_command_goes_on_to_the_same_bytes(ask, tmp_path, monkeyp
         file.write('{"index": 8, "id": "q')  # a line that a killed process did not finish
     assert run(ask(*SAMPLED)) == out
     assert out.read_bytes() == whole.read_bytes() and not partial.exists()
-    assert len(calls) == 3 + 3  # five batches of four prompts; two were there already
+    assert len(calls) == 2 + 3  # five batches of four prompts; two were there already
 
 
 def test_best_of_n_keeps_the_best_candidate(tiny, folder, ask, tmp_path, one_device, monkeypatch):
@@ -215,12 +200,8 @@ def test_what_is_said_and_how_errors_end(tiny, ask, tmp_path, capsys):
         run(ask("--max_new_tokens=0", out="a.jsonl"))
 
 
-def test_a_partial_folder_belongs_to_one_request(ask, tmp_path, monkeypatch):
-    def stop(*_):
-        raise Stopped
-
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(programs, "sample_prompts", lambda *bound: stop)
+def test_a_partial_folder_belongs_to_one_request(ask, tmp_path, stopped_at):
+    with stopped_at("sample_prompts", 1):
         run(ask(*SAMPLED))
     with pytest.raises(ValueError, match=r"out.jsonl.partial was begun by another request.*seed \(0 → 1\)\. Remove"):
         run(ask(*SAMPLED, "--seed=1"))

@@ -240,10 +240,9 @@ def left(run: pathlib.Path) -> dict:
     }
 
 
-def test_a_run_with_adapters(tiny, tiny_config, monkeypatch):
+def test_a_run_with_adapters(tiny, tiny_config, monkeypatch, stopped_at):
     """The whole walk, with an SFT stage: weights are loaded once, iterates are adapters, and a stopped run goes on."""
-    loads, made = [], []
-    draw, build = programs.random_params, programs.preference_update
+    loads, draw = [], programs.random_params
     monkeypatch.setattr(programs, "random_params", lambda *a: lambda key: loads.append(1) or draw(*a)(key))
     sft = ("--sft.epochs=1", "--sft.optimizer.batch_size=16", "--sft.optimizer.learning_rate=3e-2")
     trainer.train(tiny_config(*LORA, *sft, run="whole"))
@@ -261,24 +260,8 @@ def test_a_run_with_adapters(tiny, tiny_config, monkeypatch):
         np.abs(exported["layers"]["mlp"][name] - start["layers"]["mlp"][name]).max() > 1e-3 for name in ("up", "down")
     )
 
-    class Stopped(Exception):
-        pass
-
-    def stopping(*args, **keywords):
-        update = build(*args, **keywords)
-
-        def run(*a):
-            made.append(1)
-            if len(made) == 9:  # in iteration 2, behind a checkpoint
-                raise Stopped
-            return update(*a)
-
-        return run
-
-    with monkeypatch.context() as patch:
-        patch.setattr(programs, "preference_update", stopping)
-        with pytest.raises(Stopped):
-            trainer.train(tiny_config(*LORA, *sft, run="stopped"))
+    with stopped_at("preference_update", 9):  # in iteration 2, behind a checkpoint
+        trainer.train(tiny_config(*LORA, *sft, run="stopped"))
     trainer.train(tiny_config(*LORA, *sft, run="stopped"))
     assert left(pathlib.Path(tiny_config(run="stopped").run.dir)) == left(run)
 

@@ -268,31 +268,12 @@ def test_reward_models_and_preference_models_are_not_taken_for_each_other(config
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
-class Stopped(Exception):
-    pass
-
-
 @pytest.mark.parametrize("adapters", [(), ("--lora.rank=2", "--lora.dropout=0.1")])
-def test_a_stopped_run_goes_on_as_if_it_had_not(config_of, tmp_path, monkeypatch, adapters):
+def test_a_stopped_run_goes_on_as_if_it_had_not(config_of, tmp_path, stopped_at, adapters):
     flags = ("--data.validation=0.2", "--validate_every=2", "--epochs=2", *adapters)
     reward_model.train(config_of(*flags, run="whole"))
-    with monkeypatch.context() as stopping:
-        build, calls = programs.reward_update, [0]
-
-        def building(*args, **kwargs):
-            program = build(*args, **kwargs)
-
-            def counted(*a):
-                calls[0] += 1
-                if calls[0] == 6:
-                    raise Stopped
-                return program(*a)
-
-            return counted
-
-        stopping.setattr(programs, "reward_update", building)
-        with pytest.raises(Stopped):
-            reward_model.train(config_of(*flags, run="stopped"))
+    with stopped_at("reward_update", 6):
+        reward_model.train(config_of(*flags, run="stopped"))
     assert not (tmp_path / "stopped" / "export").exists()
     reward_model.train(config_of(*flags, run="stopped"))
     assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")

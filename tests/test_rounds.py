@@ -8,7 +8,6 @@ import pyarrow.parquet
 import pytest
 import safetensors.numpy
 
-from sera_jax import programs
 from sera_jax import train as trainer
 from sera_jax.records import Candidates
 from sera_jax.train import rounds
@@ -21,28 +20,6 @@ PPO = (
     *("--on_policy.average=token", "--on_policy.kl=loss", "--on_policy.passes=2", "--on_policy.clip_high=0.28"),
 )
 RAFT = ("--on_policy.algorithm=raft", "--on_policy.beta=0")
-
-
-class Stopped(Exception):
-    pass
-
-
-def stop_after(monkeypatch, name: str, calls: int) -> None:
-    """The program that `programs.<name>` builds raises at its call number `calls`."""
-    build, made = getattr(programs, name), [0]
-
-    def building(*args, **kwargs):
-        program = build(*args, **kwargs)
-
-        def counted(*a, **k):
-            made[0] += 1
-            if made[0] == calls:
-                raise Stopped
-            return program(*a, **k)
-
-        return counted
-
-    monkeypatch.setattr(programs, name, building)
 
 
 def lines(run: pathlib.Path) -> list[dict]:
@@ -187,14 +164,12 @@ def test_raft_imitates_the_best_candidate(whole, monkeypatch):
         ("rloo", RLOO, "decoder", 5),  # while the second round samples
     ],
 )
-def test_stopped_and_resumed_is_not_stopped(whole, tiny_config, monkeypatch, name, flags, program, calls):
+def test_stopped_and_resumed_is_not_stopped(whole, tiny_config, stopped_at, name, flags, program, calls):
     """Metrics, samples, rewards and weights, bit for bit."""
     want = left(whole(name, *flags))
     config = tiny_config(*ROUNDS, *flags, run="stopped")
-    with monkeypatch.context() as patched:
-        stop_after(patched, program, calls)
-        with pytest.raises(Stopped):
-            trainer.train(config)
+    with stopped_at(program, calls):
+        trainer.train(config)
     assert not (pathlib.Path(config.run.dir) / "export").exists()
     trainer.train(config)
     got = left(pathlib.Path(config.run.dir))

@@ -1,5 +1,6 @@
 """The whole walk on a tiny world: what it leaves, that a stopped run goes on as if it had not, that meshes agree."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -31,29 +32,6 @@ from sera_jax.train import select, update, validate
 from sera_jax.train import world as worlds
 
 SFT = ("--sft.epochs=1", "--sft.optimizer.batch_size=8", "--sft.optimizer.learning_rate=1e-2")
-
-
-class Stopped(Exception):
-    pass
-
-
-def stop_after(monkeypatch, name: str, calls: int) -> None:
-    """The program that `programs.<name>` builds raises at its call number `calls`."""
-    build = getattr(programs, name)
-    made = [0]
-
-    def building(*args, **kwargs):
-        program = build(*args, **kwargs)
-
-        def counted(*a, **k):
-            made[0] += 1
-            if made[0] == calls:
-                raise Stopped
-            return program(*a, **k)
-
-        return counted
-
-    monkeypatch.setattr(programs, name, building)
 
 
 def fill_at(monkeypatch, limit, name: str, calls: int) -> None:
@@ -172,13 +150,11 @@ def test_a_run_leaves_what_readme_promises(uninterrupted):
         ("preference_update", 8),  # in an update of iteration 2
     ],
 )
-def test_stopped_and_resumed_is_not_stopped(uninterrupted, tiny_config, monkeypatch, program, calls):
+def test_stopped_and_resumed_is_not_stopped(uninterrupted, tiny_config, stopped_at, program, calls):
     """Metrics, masks, samples and weights, bit for bit."""
     config = tiny_config(*SFT, "--data.validation=0.1", run="stopped")
-    with monkeypatch.context() as patched:
-        stop_after(patched, program, calls)
-        with pytest.raises(Stopped):
-            trainer.train(config)
+    with stopped_at(program, calls):
+        trainer.train(config)
     run = pathlib.Path(config.run.dir)
     assert not (run / "export").exists()
     trainer.train(config)
@@ -220,7 +196,7 @@ def test_a_full_disk_costs_nothing_but_room(uninterrupted, tiny_config, monkeypa
 def test_a_finished_run_is_only_exported_again(uninterrupted, tiny_config, monkeypatch):
     before = left(uninterrupted)
     for name in ("preference_update", "sft_update", "scorer", "decoder"):
-        stop_after(monkeypatch, name, 1)
+        monkeypatch.setattr(programs, name, lambda *_, **__: lambda *_, **__: pytest.fail("nothing is left to do"))
     config = tiny_config(*SFT, "--data.validation=0.1", f"--run.dir={uninterrupted}")
     trainer.train(config)
     assert left(uninterrupted) == before
@@ -248,7 +224,7 @@ def test_eight_devices_make_the_same_run(tiny_config):
     assert np.mean(same) > 0.95  # up to near-ties: tests/test_sample.py looks at each of them
 
 
-def test_a_run_goes_on_on_other_devices(tiny_config, monkeypatch):
+def test_a_run_goes_on_on_other_devices(tiny_config, stopped_at):
     """Stopped in iteration 2 on data 2 × fsdp 2 × tensor 2, resumed on fsdp 4, stopped, ended on one device: the same
     batches and mask; numbers as far as float32 rounds them.
     """
@@ -264,13 +240,8 @@ def test_a_run_goes_on_on_other_devices(tiny_config, monkeypatch):
     selected = {}
     for place, calls in (("eight", 9), ("four", 3), ("one", 0)):  # 6 updates in iteration 1, 2 and 2 in iteration 2
         config = tiny_config(*flags, *places[place], run="moved")
-        with monkeypatch.context() as patched:
-            stop_after(patched, "preference_update", calls)
-            if calls:
-                with pytest.raises(Stopped):
-                    trainer.train(config)
-            else:
-                trainer.train(config)
+        with stopped_at("preference_update", calls) if calls else contextlib.nullcontext():
+            trainer.train(config)
         run = pathlib.Path(config.run.dir)
         selected[place] = pyarrow.parquet.read_table(run / kept)
     # What was selected on is found again, bit for bit: iterate 1 is the one that eight devices have made.
@@ -446,13 +417,11 @@ def test_a_killed_process_goes_on_as_if_it_had_not_been(tiny, tmp_path):
     assert left(killed) == left(whole)
 
 
-def test_a_lost_ledger_costs_time_and_nothing_else(tiny_config, monkeypatch):
+def test_a_lost_ledger_costs_time_and_nothing_else(tiny_config, stopped_at):
     """Stopped in iteration 2 and resumed without the ledger: the policies that scored are read from iterates/."""
     config = tiny_config("--data.validation=0.1", run="lost")
-    with monkeypatch.context() as patched:
-        stop_after(patched, "preference_update", 8)
-        with pytest.raises(Stopped):
-            trainer.train(config)
+    with stopped_at("preference_update", 8):
+        trainer.train(config)
     shutil.rmtree(pathlib.Path(config.run.dir) / "ledger")
     trainer.train(config)
     whole_config = tiny_config("--data.validation=0.1", run="kept")
@@ -528,15 +497,13 @@ def test_a_score_that_is_alike_for_all_is_an_error(tiny_config):
     ],
     ids=["restart", "ema", "simpo", "kto_ld_wpo", "function", "stratified", "candidates"],
 )
-def test_settings_of_the_loop_run_and_resume(tiny, tiny_config, monkeypatch, flags):
+def test_settings_of_the_loop_run_and_resume(tiny, tiny_config, stopped_at, flags):
     """Each of them to the end, and stopped in its last iteration and resumed: the same, bit for bit."""
     flags = (*(flag.replace("{tiny}", str(tiny)) for flag in flags), "--data.validation=0.1")
     whole, stopped = tiny_config(*flags, run="whole"), tiny_config(*flags, run="stopped")
     trainer.train(whole)
-    with monkeypatch.context() as patched:
-        stop_after(patched, "preference_update", 5 * (whole.loop.iterations - 1) + 3)
-        with pytest.raises(Stopped):
-            trainer.train(stopped)
+    with stopped_at("preference_update", 5 * (whole.loop.iterations - 1) + 3):
+        trainer.train(stopped)
     trainer.train(stopped)
     assert left(pathlib.Path(stopped.run.dir)) == left(pathlib.Path(whole.run.dir))
     kept = pathlib.Path(whole.run.dir) / "iterations" / "2" / "kept.parquet"
@@ -615,15 +582,13 @@ KTO = ("--loss.name=kto", "--loop.iterations=1", "--data.validation=0.1")
 CHECKED = ("--loop.validate_every=2", "--loop.best=true", "--loop.best_by=loss")
 
 
-def test_kto_trains_on_labelled_responses_and_resumes(tiny_config, labelled, monkeypatch):
+def test_kto_trains_on_labelled_responses_and_resumes(tiny_config, labelled, stopped_at):
     keys = ("--loss.desirable_weight=1.5", "--loss.undesirable_weight=0.8")
     flags = (*KTO, *CHECKED, *keys, f"--data.pairs=[{labelled}]")
     whole, stopped = tiny_config(*flags, run="whole"), tiny_config(*flags, run="stopped")
     trainer.train(whole)
-    with monkeypatch.context() as patched:
-        stop_after(patched, "preference_update", 3)
-        with pytest.raises(Stopped):
-            trainer.train(stopped)
+    with stopped_at("preference_update", 3):
+        trainer.train(stopped)
     trainer.train(stopped)
     run = pathlib.Path(whole.run.dir)
     assert left(pathlib.Path(stopped.run.dir)) == left(run)
@@ -715,7 +680,7 @@ def test_a_pair_loss_refuses_labelled_responses(tiny_config, labelled):
 # --- held-out pairs, candidates of others, gold -----------------------------------------------------------------------
 
 
-def test_early_stop_ends_an_iteration_and_the_best_point_is_exported(tiny, tiny_config, monkeypatch):
+def test_early_stop_ends_an_iteration_and_the_best_point_is_exported(tiny, tiny_config, stopped_at):
     """Losses and stop by the lines of the log; killed around both and resumed, the same; the weights of the export are
     those that training had behind that update."""
     flags = ["--data.validation=0.2", "--loop.validate_every=1", "--loop.early_stop=2", "--loop.best=true"]
@@ -751,10 +716,8 @@ def test_early_stop_ends_an_iteration_and_the_best_point_is_exported(tiny, tiny_
     stopped = tiny_config(*flags, run="stopped")
     done = ended[1]["updates"] if t == 2 else 0
     for calls in (done + update + 1, 1):  # right behind the best point, and one update later
-        with monkeypatch.context() as patched:
-            stop_after(patched, "preference_update", calls)
-            with pytest.raises(Stopped):
-                trainer.train(stopped)
+        with stopped_at("preference_update", calls):
+            trainer.train(stopped)
         if calls > 1:
             newest = max((pathlib.Path(stopped.run.dir) / "checkpoints").iterdir(), key=lambda p: int(p.name))
             from_checkpoint = weights_of(newest)

@@ -177,7 +177,9 @@ def _update(setting: Setting) -> Case:
     config, arch, mesh = setting.config, setting.arch, setting.mesh
     transform = worlds.adam(config.optimizer, arch)
     program = worlds.update_of(config, arch, mesh, setting.compute, transform)
-    return _stage("update", program, config.optimizer, transform, setting, worlds.token_names(config))
+    return _stage(
+        "update", program, config.optimizer, transform, setting, worlds.token_names(config), _held_reference(setting)
+    )
 
 
 def _sft(setting: Setting) -> Case:
@@ -197,6 +199,7 @@ def _stage(
     transform: Any,
     setting: Setting,
     tokens: tuple[str, ...] = (),
+    beside: dict[str, int] | None = None,
 ) -> Case:
     config, arch, mesh = setting.config, setting.arch, setting.mesh
     rows = plan(config, optimizer, arch, mesh)
@@ -216,6 +219,7 @@ def _stage(
         trips=microbatches,
         # Of weights that do not train there is no gradient, only of what they are multiplied with.
         useful=(2 if arch.lora else 3) * optimizer.batch_size * _useful(arch, _longest(lengths(config))),
+        beside=beside or {},
     )
 
 
@@ -300,7 +304,7 @@ def _move(setting: Setting) -> Case:
         programs.to_decode(arch, mesh, setting.compute.dtype),
         (params,),
         {"weights": params},
-        beside=_moments(setting),
+        beside={kind: size for kind, size in _training_weights(setting).items() if kind != "the policy"},
     )
 
 
@@ -438,14 +442,25 @@ def _policy(setting: Setting) -> dict:
 
 
 def _training_weights(setting: Setting) -> dict[str, int]:
-    """The policy on the training layout, which stays while it samples and selects."""
-    return {"the policy": memory.held(_policy(setting)), **_moments(setting)}
+    """The policy on the training layout, which stays while it samples and selects; from the second round of samples on
+    the reference, too."""
+    known = _held_reference(setting) if setting.config.on_policy.rounds > 1 else {}
+    return {"the policy": memory.held(_policy(setting)), **_moments(setting), **known}
+
+
+def _held_reference(setting: Setting) -> dict[str, int]:
+    """The reference of rounds with a KL, in memory from the first round's scores on; with adapters these alone."""
+    if not (worlds.on_policy(setting.config) and setting.config.on_policy.beta):
+        return {}
+    return {"the reference": memory.held(programs.abstract_trainable(setting.arch, setting.mesh))}
 
 
 def _moments(setting: Setting, validating: bool = False) -> dict[str, int]:
-    """Moments that outlive the updates: carried ones; in the scorer also those of the updates that it interrupts."""
+    """Moments that outlive the updates: carried ones; in the scorer also those of the updates that it interrupts; those
+    of rounds, which sample and score between their updates."""
     config = setting.config
-    if config.loop.optimizer_state != "carried" and not (validating and config.loop.validate_every):
+    carried = config.loop.optimizer_state == "carried" or worlds.on_policy(config)
+    if not carried and not (validating and config.loop.validate_every):
         return {}
     transform = worlds.adam(config.optimizer, setting.arch)
     state = programs.abstract_state(setting.arch, setting.mesh, transform, config.optimizer.moments)
