@@ -103,7 +103,8 @@ def assert_near(one: dict, other: dict, exact: tuple[str, ...], near: dict[str, 
 
 @pytest.mark.parametrize("name", ["judge", *RUNS])
 def test_two_processes_train_what_one_does(made, name):
-    """The same samples and updates; weights to what sums in another order round."""
+    """The same samples, updates and weights. Measured: bit for bit, since a sum of two has one order; 1e-6 is left for
+    machines that sum all four devices otherwise, 1/1000 of what an update moves."""
     together, alone = (folder / name for folder in made)
     texts = [
         {str(p.relative_to(run)): p.read_text() for p in run.rglob("candidates*.jsonl")} for run in (together, alone)
@@ -111,11 +112,11 @@ def test_two_processes_train_what_one_does(made, name):
     assert texts[0] == texts[1] and bool(texts[0]) == (name in ("explore", "mixture"))
     losses = [logged(run, "loss") for run in (together, alone)]
     assert len(losses[0]) >= 2
-    np.testing.assert_allclose(*losses, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(*losses, rtol=1e-6, atol=1e-6)
     two, one = (safetensors.numpy.load_file(run / "export" / "model.safetensors") for run in (together, alone))
     assert two.keys() == one.keys()
     for key in one:
-        np.testing.assert_allclose(two[key], one[key], atol=5e-5, err_msg=key)
+        np.testing.assert_allclose(two[key], one[key], atol=1e-6, err_msg=key)
 
 
 def test_a_reward_model_says_the_same_of_held_out_pairs(made):
