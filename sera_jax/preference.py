@@ -220,6 +220,15 @@ def to_ask(form: Form, tokenizer: data.Tokenizer, names: Sequence[str], found: Q
     return out
 
 
+def longest(form: Form) -> tuple[list[int], list[int]]:
+    """What the longest trees of `to_train` and of `to_ask` measure, as rows.measure: of a head both orders of a
+    question of max_length tokens, which share one at least; else such a question with its label, or with both."""
+    if form.head:
+        both = [2 * form.max_length - 1, 2 * (form.max_length - 1), 2]
+        return both, both
+    return [form.max_length, 1, 1], [form.max_length + 1, 2, 2]
+
+
 def _shared(one: np.ndarray, other: np.ndarray) -> int:
     """Tokens with which both begin; each keeps one of its own at least."""
     most = min(len(one), len(other)) - 1

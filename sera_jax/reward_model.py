@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from sera_jax import (
@@ -46,8 +47,10 @@ from sera_jax import run as runs
 from sera_jax.calibration import Calibration
 from sera_jax.config import RewardModelConfig
 from sera_jax.ledger import branch_key, derived_tag
+from sera_jax.model import Arch
 from sera_jax.policies import Folder
 from sera_jax.preference import Form
+from sera_jax.programs import Compute
 from sera_jax.records import Pair, Tree
 from sera_jax.rows import Plan
 from sera_jax.run import Run, Stage, Validation
@@ -85,14 +88,14 @@ class Kind:
     """What a kind of model is made of.
 
     scored: has it a scalar head? examples: (config, form, start, pairs, are they trained on?) → what is trained, or
-    measured, on. update: (config, start, transform) → the program of an update. scorer: a builder of programs, of what
-    `measured` reads. measured: (config, form, its values by flat branch number, held out) → log-odds of each pair,
-    float [N], its loss, and more to tell.
+    measured, on. update: (config, arch, mesh, compute, transform) → the program of an update. scorer: a builder of
+    programs, of what `measured` reads. measured: (config, form, its values by flat branch number, held out) →
+    log-odds of each pair, float [N], its loss, and more to tell.
     """
 
     scored: bool
     examples: Callable[[RewardModelConfig, Form | None, Folder, Sequence[Pair], bool], Examples]
-    update: Callable[[RewardModelConfig, Folder, Any], Callable]
+    update: Callable[[RewardModelConfig, Arch, Mesh, Compute, optax.GradientTransformation], Callable]
     scorer: Callable[..., Callable]
     measured: Callable[..., tuple[np.ndarray, np.ndarray, dict[str, float]]]
 
@@ -176,7 +179,7 @@ def _trained(config: RewardModelConfig, mesh: Mesh, opened: Opened, run: Run) ->
             plans=worlds.update_plans(rowlib.measure(pairs.trees), optimizer, start.arch, mesh),
         ),
         state,
-        KINDS[config.kind].update(config, start, transform),
+        KINDS[config.kind].update(config, start.arch, mesh, start.compute, transform),
         at=run.at,
         count=0,
         key=sample.seeded(config.run.seed),
@@ -205,15 +208,7 @@ def _opened(config: RewardModelConfig, mesh: Mesh) -> Opened:
     )
     start = policies.with_score(folder, config.run.seed) if kind.scored and not folder.arch.scored else folder
     padding = data.padding_id(start.tokenizer, start.eos_ids) if kind.scored else None
-    form = None
-    if config.kind != "bradley_terry":
-        form = Form(
-            head=kind.scored,
-            labels=config.preference.labels,
-            max_length=config.data.max_length,
-            max_prompt_length=config.data.max_prompt_length,
-            truncation=config.data.truncation,
-        )
+    form = form_of(config)
     given, report = data.load_pairs(
         config.data.pairs,
         format=config.data.format,
@@ -245,6 +240,19 @@ def _opened(config: RewardModelConfig, mesh: Mesh) -> Opened:
     ]
     told += [repr((some.score_F.tolist(), some.weight_N.tolist())) for some in (pairs, held_out)]
     return Opened(start, form, pairs, held_out, padding, derived_tag(start.tag, *told))
+
+
+def form_of(config: RewardModelConfig) -> Form | None:
+    """How the preference model that trains is asked, None of bradley_terry."""
+    if config.kind == "bradley_terry":
+        return None
+    return Form(
+        head=KINDS[config.kind].scored,
+        labels=config.preference.labels,
+        max_length=config.data.max_length,
+        max_prompt_length=config.data.max_prompt_length,
+        truncation=config.data.truncation,
+    )
 
 
 def _pairs(values: Sequence[tuple[float, float]]) -> np.ndarray:
@@ -307,11 +315,13 @@ def _questions(config: RewardModelConfig, form: Form, start: Folder, pairs: Sequ
     )
 
 
-def _scalar_update(config: RewardModelConfig, start: Folder, transform: Any) -> Callable:
+def _scalar_update(
+    config: RewardModelConfig, arch: Arch, mesh: Mesh, compute: Compute, transform: optax.GradientTransformation
+) -> Callable:
     return programs.reward_update(
-        start.arch,
-        start.mesh,
-        start.compute,
+        arch,
+        mesh,
+        compute,
         transform,
         _loss_keys(config),
         worlds.schedule(config.optimizer),
@@ -320,11 +330,13 @@ def _scalar_update(config: RewardModelConfig, start: Folder, transform: Any) -> 
     )
 
 
-def _label_update(config: RewardModelConfig, start: Folder, transform: Any) -> Callable:
+def _label_update(
+    config: RewardModelConfig, arch: Arch, mesh: Mesh, compute: Compute, transform: optax.GradientTransformation
+) -> Callable:
     return programs.sft_update(
-        start.arch,
-        start.mesh,
-        start.compute,
+        arch,
+        mesh,
+        compute,
         transform,
         worlds.schedule(config.optimizer),
         weighted=True,

@@ -17,7 +17,8 @@ from jax.experimental import pallas
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sera_jax import hf, model, programs, sample, score, train, tree_kernel
+from sera_jax import config as configs
+from sera_jax import hf, model, preference, programs, reward_model, sample, score, train, tree_kernel
 from sera_jax import mesh as meshes
 from sera_jax import rows as rowlib
 from sera_jax.compile_check import advice, bounds, cases, chips, door, flops, hlo, memory
@@ -484,7 +485,8 @@ def test_the_programs_of_rounds_of_rankers_and_of_uncertainty(tiny_config, rewar
     assert names(*RLOO, *judged) == ["update", "scorer", "ranker", *sampled]
     assert "ranker" not in names(*judged, "--bootstrap.fresh=0")
     explored = names("--bootstrap.pair_rule=explore")
-    assert explored == ["update", "scorer", "features", "covariance", "selection", *sampled]
+    gamma = ["features", "covariance", "covariance factor", "covariance norms"]
+    assert explored == ["update", "scorer", *gamma, "selection", *sampled]
     assert "features" in names("--loss.name=dpo_pessimistic", "--bootstrap.fresh=0")
 
 
@@ -503,18 +505,22 @@ def test_rounds_are_traced_with_what_a_round_passes(eight_devices, tiny_config, 
     assert all(known.shape == batch.rows.slot_BM.shape for known in batch.tokens.values())
 
 
-@pytest.mark.parametrize("flags, models", [(("--on_policy.beta=0",), 3), (("--on_policy.beta=0.1",), 4)])
-def test_rounds_hold_what_a_run_holds(tiny_config, one_device, monkeypatch, flags, models):
-    """The policy, its two moments also while it samples, and the reference where there is a KL: embedding tables that
-    are alive when a real run calls its programs."""
-    config = tiny_config(*RLOO, *flags, "--on_policy.rounds=2", "--on_policy.prompts=8", "--loop.iterations=1")
-    setting = setting_of(config, one_device, cases.arch_of(config))
-    table = model.abstract(setting.arch)["embed"]["table"].shape
-    alive = lambda: sum(a.shape == table for a in jax.live_arrays())
-    gc.collect()
-    before, most = alive(), {}
+@pytest.fixture
+def watched(monkeypatch):
+    """watched(arch, *names) → {name: the most embedding tables that are alive when what `programs.<name>` builds is
+    called}, {name: its first arguments as ShapeDtypeStructs}, both filled as a run on one device goes on."""
 
-    def watched(name):
+    def watch(arch: Arch, *names: str) -> tuple[dict, dict]:
+        table = model.abstract(arch)["embed"]["table"].shape
+        # Buffers, since a save in the background holds further arrays of the same ones.
+        alive = lambda: len({a.unsafe_buffer_pointer() for a in jax.live_arrays() if a.shape == table})
+        gc.collect()
+        before, most, first = alive(), {}, {}
+        for name in names:
+            one(name, alive, before, most, first)
+        return most, first
+
+    def one(name, alive, before, most, first):
         build = getattr(programs, name)
 
         def building(*args, **keywords):
@@ -523,14 +529,25 @@ def test_rounds_hold_what_a_run_holds(tiny_config, one_device, monkeypatch, flag
             def counted(*a, **k):
                 gc.collect()
                 most[name] = max(most.get(name, 0), alive() - before)
+                shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+                if name not in first:
+                    first[name] = jax.tree.map(shape, a)
                 return program(*a, **k)
 
             return counted
 
         monkeypatch.setattr(programs, name, building)
 
-    for name in ("policy_update", "decoder"):
-        watched(name)
+    return watch
+
+
+@pytest.mark.parametrize("flags, models", [(("--on_policy.beta=0",), 3), (("--on_policy.beta=0.1",), 4)])
+def test_rounds_hold_what_a_run_holds(tiny_config, one_device, watched, flags, models):
+    """The policy, its two moments also while it samples, and the reference where there is a KL: embedding tables that
+    are alive when a real run calls its programs."""
+    config = tiny_config(*RLOO, *flags, "--on_policy.rounds=2", "--on_policy.prompts=8", "--loop.iterations=1")
+    setting = setting_of(config, one_device, cases.arch_of(config))
+    most, _ = watched(setting.arch, "policy_update", "decoder")
     train.train(config)
     assert most == {"policy_update": models, "decoder": models + 1}  # and the copy in the decode layout
     one = memory.held(programs.abstract_params(setting.arch, one_device))
@@ -553,14 +570,127 @@ def test_a_ranker_is_held_beside_the_policy(eight_devices, tiny_config, reward_f
     assert isinstance(memory.compile_traced(case.trace()), memory.Compiled)
 
 
+@pytest.mark.parametrize("kind, longest", [("preference", [97, 2, 2]), ("preference_head", [191, 190, 2])])
+def test_preference_models_rank_by_their_own_questions(eight_devices, tiny, tiny_config, reward_folder, kind, longest):
+    """Of the length in their config.json, and without logits where they have a scalar head."""
+    head = kind == "preference_head"
+    folder = reward_folder if head else reward_folder.parent / "label"
+    folder.mkdir(exist_ok=True)
+    told = json.loads(((reward_folder if head else tiny / "model") / "config.json").read_text())
+    form = preference.Form(head, ("red", "blue"), max_length=96, max_prompt_length=48)
+    (folder / "config.json").write_text(json.dumps(told | preference.told(form)))
+    setting = setting_of(
+        tiny_config_of(tiny_config, "--reward.source=preference", f"--reward.model={folder}"), eight_devices
+    )
+    case, arch = cases.CASES["ranker"](setting), hf.read_any_arch(folder)
+    assert preference.longest(form)[1] == longest
+    plan = score.plan_of(np.repeat([longest], score.CHUNK, axis=0), arch, eight_devices)
+    assert f"{plan.rows} rows × {plan.length} tokens" in case.what
+    length, targets, _ = longest
+    seen = flops.seen_by(arch, length - targets, (targets // 2,) * 2)
+    one = flops.forward(arch, tokens=length, seen=seen, predicted=0 if head else targets)
+    assert case.useful == plan.rows * (plan.length // length) * one
+    assert isinstance(memory.compile_traced(case.trace()), memory.Compiled)
+
+
 def test_uncertainty_holds_its_covariance(eight_devices, tiny_config):
+    """Split over fsdp × tensor while it grows, whole where it is a factor; 1024 vectors at once over data × fsdp."""
     flags = ("--bootstrap.pair_rule=explore", "--explore.dimension=8")
     setting = setting_of(tiny_config_of(tiny_config, *flags), eight_devices)
-    case = cases.CASES["covariance"](setting)
-    assert case.holds["covariance"] == 4 * 8 * 8 // 4  # over fsdp × tensor
-    done = memory.compile_traced(case.trace())
-    assert done.memory.outputs >= 4 * 8 * 8  # whole
-    assert isinstance(memory.compile_traced(cases.CASES["features"](setting).trace()), memory.Compiled)
+    made = {name: cases.CASES[name](setting) for name in cases.names(setting.config) if "covariance" in name}
+    done = {name: memory.compile_traced(case.trace()) for name, case in made.items()}
+    whole, block = 4 * 8 * 8, 4 * 1024 * 8 // 4
+    assert {name: case.holds for name, case in made.items()} == {
+        "covariance": {"covariance": whole // 4, "batch": block},
+        "covariance factor": {"covariance": whole // 4},
+        "covariance norms": {"covariance": whole, "batch": block},
+    }
+    assert done["covariance"].memory.aliased == whole // 4 and done["covariance factor"].memory.outputs >= whole
+    assert all(case.beside["the policy"] for case in made.values())
+    features = cases.CASES["features"](setting)
+    assert isinstance(memory.compile_traced(features.trace()), memory.Compiled)
+    scorer = cases.CASES["scorer"](setting)
+    logits = scorer.useful - features.useful  # which features need not
+    assert features.what == scorer.what and logits % (2 * setting.arch.vocab * setting.arch.width) == 0 < logits
+
+
+REWARD_KINDS = {
+    "bradley_terry": (),
+    "bradley_terry, adapters": ("--lora.rank=2",),
+    "preference": ("--kind=preference", "--preference.labels=[red,blue]"),
+    "preference_head": ("--kind=preference_head",),
+}
+
+
+@pytest.fixture
+def rewarding(tiny, tiny_config, tmp_path):
+    """flags → RewardModelConfig of a small run (tiny_config: meshes of the devices that are asked for)."""
+
+    def make(*flags: str):
+        base = [f"--run.dir={tmp_path}/rewarding", "--run.compilation_cache=off", f"--model.path={tiny}/model"]
+        base += ["--model.weights=random", f"--data.pairs=[{tiny}/pairs.jsonl]", "--data.max_length=64"]
+        base += ["--data.max_prompt_length=40", "--optimizer.batch_size=8", "--mesh.fsdp=1"]
+        return configs.parse(configs.RewardModelConfig, [*base, *flags])
+
+    return make
+
+
+@pytest.mark.parametrize("kind", REWARD_KINDS)
+def test_the_training_of_a_reward_model(eight_devices, rewarding, kind):
+    """An update, and what measures on held-out pairs: each compiles, and no scalar head makes logits."""
+    split = ("--mesh.data=2", "--mesh.fsdp=2", "--mesh.tensor=2", "--optimizer.row_tokens=0")
+    config = rewarding(*REWARD_KINDS[kind], *split, "--data.validation=0.2")
+    assert cases.names(rewarding(*REWARD_KINDS[kind])) == ["reward update"]
+    assert cases.names(config) == ["reward update", "held-out scorer"]
+    setting = setting_of(config, eight_devices, cases.arch_of(config))
+    assert setting.arch.scored == (kind != "preference")
+    made = {name: cases.CASES[name](setting) for name in cases.names(config)}
+    for case in made.values():
+        assert isinstance(memory.compile_traced(case.trace()), memory.Compiled)
+    trained = [[64, 1, 1]] if kind == "preference" else [[127, 126, 2]]
+    assert cases.lengths(config).tolist() == trained
+    ((length, targets, count),) = trained
+    seen = flops.seen_by(setting.arch, length - targets, (targets // count,) * count)
+    one = flops.forward(setting.arch, tokens=length, seen=seen, predicted=kind == "preference")
+    assert made["reward update"].useful == (2 if setting.arch.lora else 3) * 8 * one
+    state = programs.abstract_state(setting.arch, eight_devices, worlds.adam(config.optimizer, setting.arch), "device")
+    assert made["held-out scorer"].beside == {"moments": memory.held(state.moments)}
+
+
+@pytest.mark.parametrize("kind, update, scorer", [
+    ("bradley_terry", "reward_update", "reward_scorer"),
+    ("bradley_terry, adapters", "reward_update", "reward_scorer"),
+    ("preference", "sft_update", "scorer"),
+])  # fmt: skip
+def test_a_reward_models_training_holds_what_is_told(rewarding, one_device, monkeypatch, watched, kind, update, scorer):
+    """Its programs are called with the abstract arguments, and nothing of a model's size is alive beside what the cases
+    tell; with adapters one table is, the frozen one."""
+    config = rewarding(*REWARD_KINDS[kind], "--data.validation=0.2", "--validate_every=2", "--run.save_every=99")
+    setting = setting_of(config, one_device, cases.arch_of(config))
+    if scorer == "reward_scorer":
+        for name in ("bradley_terry", "preference_head"):
+            of = dataclasses.replace(reward_model.KINDS[name], scorer=lambda *a: programs.reward_scorer(*a))
+            monkeypatch.setitem(reward_model.KINDS, name, of)
+    else:
+        of = dataclasses.replace(reward_model.KINDS[kind], scorer=lambda *a: programs.scorer(*a))
+        monkeypatch.setitem(reward_model.KINDS, kind, of)
+    told = {name: cases.CASES[name](setting) for name in cases.names(config)}
+    transform = worlds.adam(config.optimizer, setting.arch)
+    state = programs.abstract_state(setting.arch, one_device, transform, "device")
+    frozen = programs.abstract_frozen(setting.arch, one_device, setting.compute.dtype)
+    most, first = watched(setting.arch, update, scorer)
+    reward_model.train(config)
+    same((state, frozen), first[update][:2])
+    same(cases._policy(setting), first[scorer][0])
+    plan = cases.plan(config, config.optimizer, setting.arch, one_device)
+    batch = programs.abstract_batch(one_device, plan, 1)
+    kinds = lambda tree: jax.tree.map(lambda a: (a.dtype, len(a.shape)), tree)
+    assert kinds(batch) == kinds(first[update][2])
+    one = memory.held(programs.abstract_params(setting.arch, one_device))
+    for name, program in (("reward update", update), ("held-out scorer", scorer)):
+        case = told[name]
+        held = sum(case.holds.get(part, 0) for part in ("weights", "optimiser")) + sum(case.beside.values())
+        assert most[program] == (1 if setting.arch.lora else 3) == (1 if setting.arch.lora else round(held / one, 2))
 
 
 def test_the_longest_trees(tiny_config):
@@ -761,6 +891,9 @@ def test_errors(tiny, capsys, monkeypatch):
     assert "pairs is 0, expected at least 1" in error_of(capsys, model_path, "--topology=v5e:2x2", "--pairs=0")
     assert "config.json is missing" in error_of(capsys, "--model.path=nowhere", "--topology=v5e:2x2")
     assert "loss.beta is 0.0, expected" in error_of(capsys, model_path, "--topology=v5e:2x2", "--loss.beta=0")
+    told = error_of(capsys, "reward_model", model_path, "--topology=v5e:2x2", "--reward_loss.center=-1")
+    assert "reward_loss.center is -1.0, expected" in told
+    assert "reward_loss" in error_of(capsys, model_path, "--topology=v5e:2x2", "--reward_loss.center=0.01")
     monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
     told = error_of(capsys, model_path, "--topology=v5e:2x2")
     assert "topology v5e:2x2 needs the package libtpu" in told and "pip install 'sera_jax[tpu]'" in told
@@ -833,3 +966,15 @@ def test_a_config_for_a_tpu(tiny, tmp_path, capsys):
     assert stopped.value.code == 1 and "DOES NOT FIT: update needs" in capsys.readouterr().out
     refused = json.loads((tmp_path / "told.json").read_text())["programs"]["update"]
     assert refused["needed"] > told["available"] and "RESOURCE_EXHAUSTED" in refused["refused"]
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_reward_models_config_for_a_tpu(tiny, tmp_path):
+    flags = [f"--model.path={tiny}/model", "--topology=v5e:2x2", f"--json={tmp_path}/told.json", "--traffic=loops"]
+    small = ["--data.max_length=64", "--data.max_prompt_length=32", "--optimizer.batch_size=8", "--model.attention=xla"]
+    with pytest.raises(SystemExit) as stopped:
+        door.main(["reward_model", "--config", str(ROOT / "configs/reward_hh.yaml"), *flags, *small])
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert stopped.value.code == 0 and list(told["programs"]) == ["reward update", "held-out scorer"]
+    assert all(one["fits"] and one["bound"]["step"] > 0 for one in told["programs"].values())

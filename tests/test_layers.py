@@ -16,7 +16,8 @@ FLOORS = """
 5 programs
 6 bootstrap selection winrate policies run
 7 train generate evaluate review annotate agree
-8 arms compile_check reward_model
+8 arms reward_model
+9 compile_check
 """
 FLOOR = {room: int(line.split()[0]) for line in FLOORS.strip().splitlines() for room in line.split()[1:]}
 DOORS = set("annotate agree arms compile_check reward_model train generate evaluate review toyworld report".split())
@@ -135,6 +136,7 @@ def test_few_doors_open_another():
         ("review", "report"),
         ("arms", "train"),
         ("compile_check", "train"),
+        ("compile_check", "reward_model"),
         ("reward_model", "train"),
     }
 

@@ -9,7 +9,7 @@ import re
 import numpy as np
 import pytest
 
-from sera_jax import data, preference
+from sera_jax import data, preference, rows
 from sera_jax.preference import Form
 
 WIDE = Form(False, ("red", "blue"), max_length=400, max_prompt_length=200)
@@ -139,6 +139,21 @@ def test_a_head_reads_both_orders_behind_what_they_share(tokenizer):
 
 
 # --- answers → probabilities ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_no_tree_is_longer_than_the_longest(tokenizer, head):
+    """Of texts that fit, and of ones that are cut; an empty prompt leaves a head's orders least to share."""
+    form = Form(head, ("red", "blue"), max_length=40, max_prompt_length=10)
+    texts = [" ".join(["cat", "dog", "ball"] * n) for n in (0, 1, 4, 40)]
+    asked = [(prompt, f"red {one}", f"blue {other}") for prompt, one, other in itertools.product(texts, repeat=3)]
+    found, names = preference.questions(form, tokenizer, asked), [str(n) for n in range(len(asked))]
+    assert found.cut and None not in found.orders
+    train = preference.to_train(form, tokenizer, names, found, seed=0, both=True)
+    for trees, longest in zip((train, preference.to_ask(form, tokenizer, names, found)), preference.longest(form)):
+        sizes = rows.measure([tree for some in trees for tree in some])
+        assert (sizes <= longest).all() and (sizes[:, 2] == longest[2]).all()
+        assert sizes[:, 0].max() >= longest[0] - (6 if head else 0)  # what stands before the first response is shared
 
 
 def test_both_orders_averaged():

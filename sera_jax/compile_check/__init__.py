@@ -10,6 +10,7 @@ bounds   all of them against the chip's peaks
 advice   the nearest change that fits
 
 python -m sera_jax.compile_check --config configs/x.yaml --topology v5e:4x4 [--slices 2] [--json FILE] [keys of train]
+python -m sera_jax.compile_check reward_model --config configs/reward_hh.yaml --topology v5e:4x4 [keys of reward_model]
 """
 
 from sera_jax.compile_check.door import main

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from sera_jax import mesh as meshes
 from sera_jax.compile_check import cases
 from sera_jax.compile_check.cases import Setting
-from sera_jax.config import TrainConfig
+from sera_jax.config import RewardModelConfig, TrainConfig
 
 Change = tuple[str, object]
 """A dotted key of the config and its new value."""
 
 
-def changed(config: TrainConfig, changes: list[Change]) -> TrainConfig:
+def changed(config: TrainConfig | RewardModelConfig, changes: list[Change]) -> TrainConfig | RewardModelConfig:
     """The config with other values at dotted keys."""
 
     def put(record: object, parts: list[str], value: object) -> object:
@@ -38,9 +38,9 @@ def steps(setting: Setting, name: str) -> Iterator[list[Change]]:
     the head costs launches; heads and hidden units over several chips cost a sum a layer.
     """
     config, mesh = setting.config, setting.mesh
-    if name in ("update", "sft update"):
-        stage = {"update": "optimizer", "sft update": "sft.optimizer"}[name]
-        optimizer = config.optimizer if name == "update" else config.sft.optimizer
+    if name in ("update", "sft update", "reward update"):
+        stage = "sft.optimizer" if name == "sft update" else "optimizer"
+        optimizer = config.sft.optimizer if name == "sft update" else config.optimizer
         rows = cases.plan(config, optimizer, setting.arch, mesh).rows // meshes.row_shards(mesh)
         yield from _halvings(f"{stage}.microbatch_rows", rows, 1)
         if config.model.remat not in ("full", "host"):
@@ -51,7 +51,7 @@ def steps(setting: Setting, name: str) -> Iterator[list[Change]]:
         if config.model.remat != "host":
             yield [("model.remat", "host")]
         yield from _halvings("model.head_chunk", config.model.head_chunk, 64)
-    elif name == "scorer":
+    elif name in ("scorer", "held-out scorer"):
         yield from _one_copy(setting)
         yield from _halvings("model.head_chunk", config.model.head_chunk, 64)
     elif name in ("prefill", "decode"):

@@ -1,4 +1,5 @@
-"""The programs of a config, each with its abstract arguments: the one place that knows what `train` passes to them.
+"""The programs of a config, each with its abstract arguments: the one place that knows what `train` and `reward_model`
+pass to them.
 
 Nothing of a checkpoint but its config.json is read, and no data: rows are planned for the longest trees that the config
 lets through. What the data are in truth, `--data.check` tells; they can only take less.
@@ -15,15 +16,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sera_jax import config as configs
-from sera_jax import hf, model, preference, programs, sample, score
+from sera_jax import hf, model, preference, programs, reward_model, sample, score
 from sera_jax import mesh as meshes
 from sera_jax import rows as rowlib
 from sera_jax.compile_check import flops, memory
 from sera_jax.compile_check.memory import TooLarge
-from sera_jax.config import OptimizerConfig, TrainConfig
+from sera_jax.config import OptimizerConfig, RewardModelConfig, TrainConfig
 from sera_jax.model import Arch
 from sera_jax.programs import Compute
 from sera_jax.rows import Plan
+from sera_jax.train import uncertainty
 from sera_jax.train import world as worlds
 
 
@@ -32,7 +34,7 @@ class Case:
     """One program and what it is called with.
 
     what: a line on its shapes. trace: → the traced program (jax.stages.Traced). holds: bytes a chip of its arguments by
-    what they are. beside: bytes a chip that `train` keeps alive while it runs, by what they are. gradients: bytes a
+    what they are. beside: bytes a chip that the run keeps alive while it runs, by what they are. gradients: bytes a
     chip of one float32 copy of them. trips: at most, of the loop whose length is known at run time only. useful: model
     FLOPs of a call, at most.
     """
@@ -51,7 +53,7 @@ class Case:
 class Setting:
     """What the cases are made of. pairs: that the selection ranks."""
 
-    config: TrainConfig
+    config: TrainConfig | RewardModelConfig
     arch: Arch
     mesh: Mesh
     pairs: int
@@ -62,25 +64,29 @@ class Setting:
         return Compute(jnp.dtype(of.compute), of.remat, of.head_chunk, of.attention)
 
 
-def lengths(config: TrainConfig) -> np.ndarray:
+def lengths(config: TrainConfig | RewardModelConfig) -> np.ndarray:
     """int [n, 3], as rows.measure: the longest trees of each kind that the config lets through.
 
     A pair has a prompt of one token at least, and prompt + response ≤ data.max_length on either side; a fresh pair has
     two responses of bootstrap.max_new_tokens, one of them a given one where those are among the candidates. Rounds
-    train on a prompt with all its candidates, or with the best of them.
+    train on a prompt with all its candidates, or with the best of them; preference models, on `preference.longest`.
     """
-    most, new = config.data.max_length, config.bootstrap.max_new_tokens
+    most = config.data.max_length
+    given = [2 * most - 1, 2 * (most - 1), 2]
+    if isinstance(config, RewardModelConfig):
+        form = reward_model.form_of(config)
+        return np.array([given if form is None else preference.longest(form)[0]])
+    new = config.bootstrap.max_new_tokens
     if worlds.on_policy(config):
         count = 1 if config.on_policy.algorithm == "raft" else config.bootstrap.candidates
         return np.array([_candidates(config, count)])
-    given = [2 * most - 1, 2 * (most - 1), 2]
     fresh = [config.data.max_prompt_length + 2 * new, 2 * new, 2]
     if config.bootstrap.with_given:
         fresh = max(fresh, [most + new, most - 1 + new, 2])
     return np.array([given, fresh] if worlds.bootstraps(config) else [given])
 
 
-def plan(config: TrainConfig, optimizer: OptimizerConfig, arch: Arch, mesh: Mesh) -> Plan:
+def plan(config: TrainConfig | RewardModelConfig, optimizer: OptimizerConfig, arch: Arch, mesh: Mesh) -> Plan:
     """Rows of the updates: each tree of a batch is as long as trees get, so that one shape suits all."""
     every = np.repeat(_longest(lengths(config))[None], optimizer.batch_size, axis=0)
     return worlds.update_plans(every, optimizer, arch, mesh)[0]
@@ -118,16 +124,18 @@ def _longest(lengths_N3: np.ndarray) -> np.ndarray:
     return lengths_N3[int(np.argmax(lengths_N3[:, 0]))]
 
 
-def _useful(arch: Arch, tree: np.ndarray) -> float:
-    """Model FLOPs of one forward pass over a tree of rows.measure's numbers."""
+def _useful(arch: Arch, tree: Any, predicts: bool) -> float:
+    """Model FLOPs of one forward pass over a tree of rows.measure's numbers. predicts: with logits of its targets."""
     length, targets, branches = map(int, tree)
     shares = [targets // branches + (i < targets % branches) for i in range(branches)]
     seen = flops.seen_by(arch, length - targets, shares)
-    return flops.forward(arch, tokens=length, seen=seen, predicted=targets)
+    return flops.forward(arch, tokens=length, seen=seen, predicted=targets if predicts else 0)
 
 
-def names(config: TrainConfig) -> list[str]:
+def names(config: TrainConfig | RewardModelConfig) -> list[str]:
     """Keys of CASES: the programs that the config runs, in the order in which a run comes to them."""
+    if isinstance(config, RewardModelConfig):
+        return ["reward update", *["held-out scorer"] * (config.data.validation > 0)]
     loops = config.loop.iterations > 0
     rounds = worlds.on_policy(config)
     selects = loops and config.loop.iterations >= config.select.from_iteration and config.select.rule != "none"
@@ -139,6 +147,8 @@ def names(config: TrainConfig) -> list[str]:
         "scorer": loops and scores,
         "features": worlds.uncertain(config),
         "covariance": worlds.uncertain(config),
+        "covariance factor": worlds.uncertain(config),
+        "covariance norms": worlds.uncertain(config),
         "ranker": worlds.ranks(config) and bool(_rankers(config)),
         "selection": selects and not rounds,
         "to decode layout": samples,
@@ -192,6 +202,13 @@ def _sft(setting: Setting) -> Case:
     return _stage("sft update", program, config.sft.optimizer, transform, setting)
 
 
+def _reward_update(setting: Setting) -> Case:
+    config, arch, mesh = setting.config, setting.arch, setting.mesh
+    transform = worlds.adam(config.optimizer, arch)
+    program = reward_model.KINDS[config.kind].update(config, arch, mesh, setting.compute, transform)
+    return _stage("reward update", program, config.optimizer, transform, setting)
+
+
 def _stage(
     name: str,
     program: Callable,
@@ -218,7 +235,9 @@ def _stage(
         gradients=memory.held(state.params),
         trips=microbatches,
         # Of weights that do not train there is no gradient, only of what they are multiplied with.
-        useful=(2 if arch.lora else 3) * optimizer.batch_size * _useful(arch, _longest(lengths(config))),
+        useful=(2 if arch.lora else 3)
+        * optimizer.batch_size
+        * _useful(arch, _longest(lengths(config)), not arch.scored),
         beside=beside or {},
     )
 
@@ -232,10 +251,27 @@ def _scorer(setting: Setting) -> Case:
     return _of_rows("scorer", program, _policy(setting), scored(setting.config), setting.arch, setting, beside)
 
 
+def _held_out(setting: Setting) -> Case:
+    """Between the updates of a reward model or preference model, whose moments stay."""
+    config, arch, mesh = setting.config, setting.arch, setting.mesh
+    kind, form = reward_model.KINDS[config.kind], reward_model.form_of(config)
+    tree = _longest(lengths(config)) if form is None else preference.longest(form)[1]
+    program = kind.scorer(arch, mesh, setting.compute)
+    return _of_rows("held-out scorer", program, _policy(setting), tree, arch, setting, _state_moments(setting))
+
+
 def _of_rows(
-    name: str, program: Callable, params: Any, tree: Any, arch: Arch, setting: Setting, beside: dict[str, int]
+    name: str,
+    program: Callable,
+    params: Any,
+    tree: Any,
+    arch: Arch,
+    setting: Setting,
+    beside: dict[str, int],
+    predicts: bool = True,
 ) -> Case:
-    """A program of (weights, rows), whose rows are full of trees like this one."""
+    """A program of (weights, rows), whose rows are full of trees like this one. predicts: makes it logits, where the
+    model has them?"""
     rows = _rows(tree, arch, setting.mesh)
     batch = programs.abstract_rows(setting.mesh, rows)
     return _case(
@@ -245,7 +281,7 @@ def _of_rows(
         program,
         (params, batch),
         {"weights": params, "batch": batch},
-        useful=rows.rows * (rows.length // tree[0]) * _useful(arch, tree),
+        useful=rows.rows * (rows.length // tree[0]) * _useful(arch, tree, predicts and not arch.scored),
         beside=beside,
     )
 
@@ -261,8 +297,7 @@ def _ranker(setting: Setting) -> Case:
     arch, path = max(found, key=lambda one: parameters(one[0]))
     tree = ranked(setting.config)
     if setting.config.reward.source == "preference":
-        form = preference.read(hf.read_config(path), arch.scored)
-        tree = [form.max_length + 2, 2, 2]  # a question with the two labels, or what its two orders do not share
+        tree = preference.longest(preference.read(hf.read_config(path), arch.scored))[1]
     program = (programs.reward_scorer if arch.scored else programs.scorer)(arch, setting.mesh, setting.compute)
     weights = programs.abstract_params(arch, setting.mesh, dtype=setting.compute.dtype)
     return _of_rows("ranker", program, weights, tree, arch, setting, _training_weights(setting))
@@ -274,20 +309,54 @@ def _features(setting: Setting) -> Case:
     onto = size if size < arch.width else 0
     program = programs.featurer(arch, setting.mesh, setting.compute, onto, setting.config.run.seed)
     beside = _training_weights(setting)
-    return _of_rows("features", program, _policy(setting), scored(setting.config), arch, setting, beside)
+    tree = scored(setting.config)
+    return _of_rows("features", program, _policy(setting), tree, arch, setting, beside, predicts=False)
 
 
 def _covariance(setting: Setting) -> Case:
     mesh, size = setting.mesh, _dimension(setting)
-    sigma = jax.ShapeDtypeStruct((size, size), jnp.float32, sharding=programs.covariance_sharding(mesh, size))
-    return _case(
+    sigma, block = _sigma(setting), _vectors(setting)
+    return _of_covariance(
         "covariance",
-        f"the Cholesky factor of {size} × {size}, whole on every chip",
-        programs.covariance_factor(mesh, size),
-        (sigma,),
-        {"covariance": sigma},
-        beside=_training_weights(setting),
+        f"{block.shape[0]} pairs more in {size} × {size}, split",
+        programs.covariance_update(mesh, size),
+        {"covariance": sigma, "batch": block},
+        setting,
     )
+
+
+def _covariance_factor(setting: Setting) -> Case:
+    mesh, size = setting.mesh, _dimension(setting)
+    what = f"the Cholesky factor of {size} × {size}, whole on every chip"
+    program = programs.covariance_factor(mesh, size)
+    return _of_covariance("covariance factor", what, program, {"covariance": _sigma(setting)}, setting)
+
+
+def _covariance_norms(setting: Setting) -> Case:
+    mesh, size = setting.mesh, _dimension(setting)
+    factor = jax.ShapeDtypeStruct((size, size), jnp.float32, sharding=meshes.replicated(mesh))
+    return _of_covariance(
+        "covariance norms",
+        f"{_vectors(setting).shape[0]} vectors against a factor of {size} × {size}",
+        programs.covariance_norms(mesh),
+        {"covariance": factor, "batch": _vectors(setting)},
+        setting,
+    )
+
+
+def _of_covariance(name: str, what: str, program: Callable, holds: dict[str, Any], setting: Setting) -> Case:
+    return _case(name, what, program, tuple(holds.values()), holds, beside=_training_weights(setting))
+
+
+def _sigma(setting: Setting) -> jax.ShapeDtypeStruct:
+    size = _dimension(setting)
+    where = programs.covariance_sharding(setting.mesh, size)
+    return jax.ShapeDtypeStruct((size, size), jnp.float32, sharding=where)
+
+
+def _vectors(setting: Setting) -> jax.ShapeDtypeStruct:
+    shape = (uncertainty.block(setting.mesh), _dimension(setting))
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=meshes.rows_sharding(setting.mesh))
 
 
 def _dimension(setting: Setting) -> int:
@@ -419,15 +488,19 @@ CASES: dict[str, Callable[[Setting], Case]] = {
     "scorer": _scorer,
     "features": _features,
     "covariance": _covariance,
+    "covariance factor": _covariance_factor,
+    "covariance norms": _covariance_norms,
     "ranker": _ranker,
     "selection": _selection,
     "to decode layout": _move,
     "prefill": _prefill,
     "decode": _decode,
+    "reward update": _reward_update,
+    "held-out scorer": _held_out,
 }
 
-LAYERED = ("sft update", "update", "scorer", "features", "prefill", "decode")
-"""Those that run through the policy's layers."""
+LAYERED = ("sft update", "update", "scorer", "features", "prefill", "decode", "reward update", "held-out scorer")
+"""Those that run through the layers of the model that trains."""
 
 
 # --- what else is alive -----------------------------------------------------------------------------------------------
@@ -462,19 +535,26 @@ def _moments(setting: Setting, validating: bool = False) -> dict[str, int]:
     carried = config.loop.optimizer_state == "carried" or worlds.on_policy(config)
     if not carried and not (validating and config.loop.validate_every):
         return {}
+    return _state_moments(setting)
+
+
+def _state_moments(setting: Setting) -> dict[str, int]:
+    config = setting.config
     transform = worlds.adam(config.optimizer, setting.arch)
     state = programs.abstract_state(setting.arch, setting.mesh, transform, config.optimizer.moments)
     return {"moments": memory.held(state.moments)}
 
 
-def arch_of(config: TrainConfig) -> Arch:
-    """The architecture in model.path/config.json, with the adapters of the config.
+def arch_of(config: TrainConfig | RewardModelConfig) -> Arch:
+    """The architecture in model.path/config.json, with the adapters of the config, and with the scalar head that the
+    kind of a reward model has.
 
     Raises:
         ValueError: no such file, or one that this program does not compute; adapters for what it does not have.
     """
-    arch, lora = hf.read_arch(config.model.path), worlds.lora_of(config)
-    return dataclasses.replace(arch, lora=model.targeted(arch, lora) if lora else None)
+    scored = isinstance(config, RewardModelConfig) and reward_model.KINDS[config.kind].scored
+    arch, lora = (hf.read_any_arch if scored else hf.read_arch)(config.model.path), worlds.lora_of(config)
+    return dataclasses.replace(arch, lora=model.targeted(arch, lora) if lora else None, scored=scored)
 
 
 def parameters(arch: Arch) -> int:

@@ -18,14 +18,18 @@ from sera_jax.compile_check.bounds import Bound
 from sera_jax.compile_check.cases import Case, Setting
 from sera_jax.compile_check.chips import Slice
 from sera_jax.compile_check.memory import Compiled, Memory, TooLarge
-from sera_jax.config import ConfigError, TrainConfig
+from sera_jax.config import ConfigError, RewardModelConfig, TrainConfig
 
 GIB = 2**30
+
+OTHERS = {"reward_model": RewardModelConfig}
+"""By the first word of the command, whose configs they are; without one those of `sera_jax.train`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CompileCheckConfig:
-    """`python -m sera_jax.compile_check`: does a config of `sera_jax.train` fit on a TPU slice?
+    """`python -m sera_jax.compile_check`: does a config of `sera_jax.train`, or behind the word reward_model one of
+    `sera_jax.reward_model`, fit on a TPU slice?
 
     Of model.path only config.json is read, of the data nothing: rows are planned for the longest trees that the config
     lets through.
@@ -92,7 +96,9 @@ def main(args: list[str] | None = None) -> None:
     try:
         # Neither data nor a run folder is touched; what the config says of them has to be no error.
         unread = ["--data.pairs=[unread]", "--run.dir=unread"]
-        config, own = configs.parse_beside(TrainConfig, CompileCheckConfig, [*args, *unread])
+        record = OTHERS.get(args[0]) if args else None
+        keys = args[1:] if record else args
+        config, own = configs.parse_beside(record or TrainConfig, CompileCheckConfig, [*keys, *unread])
         found = check(config, own)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -100,7 +106,7 @@ def main(args: list[str] | None = None) -> None:
     sys.exit(0 if found.fit else 1)
 
 
-def check(config: TrainConfig, own: CompileCheckConfig) -> Found:
+def check(config: TrainConfig | RewardModelConfig, own: CompileCheckConfig) -> Found:
     """Compiles, prints and writes.
 
     Raises:
@@ -132,8 +138,8 @@ def check(config: TrainConfig, own: CompileCheckConfig) -> Found:
     return found
 
 
-def mesh_of(config: TrainConfig, where: Slice) -> jax.sharding.Mesh:
-    """The mesh that `train` would make on these devices.
+def mesh_of(config: TrainConfig | RewardModelConfig, where: Slice) -> jax.sharding.Mesh:
+    """The mesh that a run would make on these devices.
 
     Raises:
         ValueError: the axes do not multiply to their number, or cannot be laid on their wires.

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from sera_jax import disk, explore, metrics, policies, processes, programs, rewards, score
 from sera_jax import mesh as meshes
@@ -150,10 +151,15 @@ def _norms(world: World, sigma_DD: np.ndarray, vector_ND: np.ndarray) -> np.ndar
     return norm_N[: len(vector_ND)]
 
 
+def block(mesh: Mesh) -> int:
+    """Vectors that enter a program of the covariance at once: BLOCK, or the next number that the mesh divides."""
+    shards = meshes.row_shards(mesh)
+    return -(-BLOCK // shards) * shards
+
+
 def _blocks(world: World, vector_ND: np.ndarray) -> list[Any]:
     """Rows for a program, BLOCK at a time, the last block filled up with zeros."""
-    shards = meshes.row_shards(world.mesh)
-    size = -(-BLOCK // shards) * shards
+    size = block(world.mesh)
     padded_ND = np.pad(vector_ND, ((0, -len(vector_ND) % size), (0, 0)))
     where = meshes.rows_sharding(world.mesh)
     return [meshes.put(padded_ND[i : i + size], where) for i in range(0, len(padded_ND), size)]
