@@ -9,8 +9,10 @@ import sys
 import pytest
 
 HERE = pathlib.Path(__file__).parents[2]
-# The compiler's effort, which is half of the time of these runs.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# The compiler's effort, which is most of the time of these runs; fused loops as MLIR alone are half of it.
+QUICK = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+)
 
 
 class Joined:

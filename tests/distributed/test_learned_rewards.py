@@ -1,12 +1,15 @@
 """What ranks, explores and samples beside the policy, on two processes of two devices each: the same as on one of four.
 
-A reward model is trained, with adapters, and ranks candidates; Γ chooses pairs; a mixture of two models samples the
-opponents; rounds of policy gradient learn from their own samples.
+A reward model is trained, with adapters, and ranks candidates; Γ chooses pairs, and lowers rewards; a mixture of two
+models samples the opponents; a judge is asked; rounds of policy gradient and RAFT learn from their own samples.
 """
 
+import collections
+import http.server
 import json
 import pathlib
 import shutil
+import threading
 
 import numpy as np
 import pyarrow.parquet
@@ -17,13 +20,13 @@ SCRIPT = """
 import json, sys
 from sera_jax import config as configs, processes, programs, reward_model, train
 
-several, out, tiny = json.loads(sys.argv[1]), *sys.argv[2:]
+several, out, tiny, url = json.loads(sys.argv[1]), *sys.argv[2:]
 processes.join(several)
 shared = [
     "--run.compilation_cache=off", "--run.log_every=1", "--run.save_every=100", f"--model.path={tiny}/model",
     "--model.weights=random", f"--data.pairs=[{tiny}/pairs.jsonl]", "--data.max_length=48",
     "--data.max_prompt_length=24", "--optimizer.batch_size=8", "--optimizer.learning_rate=1e-3", "--mesh.fsdp=2",
-    "--mesh.tensor=2",
+    "--mesh.tensor=2", "--model.remat=none",
 ]
 samples = [
     f"--data.prompts=[{tiny}/prompts.jsonl]", "--bootstrap.max_new_tokens=8", "--bootstrap.slots=16",
@@ -37,6 +40,13 @@ runs = {
         "--reward.source=model", f"--reward.model={out}/judge/export", "--bootstrap.pair_rule=explore",
         "--bootstrap.from_iteration=1", "--explore.dimension=8", "--loop.iterations=1",
     ],
+    "asked": [
+        "--reward.source=judge", "--judge.model=m", "--judge.mode=grade", f"--judge.base_url={url}",
+        "--bootstrap.from_iteration=1", "--loop.iterations=1",
+    ],
+    "pessimistic": [
+        "--loss.name=dpo_pessimistic", "--bootstrap.fresh=0", "--explore.dimension=8", "--loop.iterations=1",
+    ],
     "mixture": [
         "--loss.name=sppo", "--reward.source=preference_function", "--reward.function=tiny_reward:longer",
         "--select.from_iteration=1", "--select.score=random", "--select.keep=0", "--bootstrap.from_iteration=1",
@@ -48,6 +58,11 @@ runs = {
         "--on_policy.kl=loss", "--on_policy.ratio=token", "--on_policy.advantage=group", "--on_policy.average=token",
         "--loop.iterations=1",
     ],
+    "rloo": [
+        "--reward.source=function", "--reward.function=tiny_reward:count", "--on_policy.rounds=2",
+        "--on_policy.prompts=8", "--on_policy.algorithm=policy_gradient", "--on_policy.beta=0.1",
+        "--loop.iterations=1",
+    ],
     "raft": [
         "--reward.source=model", f"--reward.model={out}/judge/export", "--on_policy.rounds=2", "--on_policy.prompts=8",
         "--on_policy.algorithm=raft", "--on_policy.beta=0.1", "--on_policy.kl=reward", "--loop.iterations=1",
@@ -56,7 +71,48 @@ runs = {
 for name, flags in runs.items():
     train.train(configs.parse(configs.TrainConfig, [*shared, f"--run.dir={out}/{name}", *samples, *flags]))
 """
-RUNS = ("explore", "mixture", "ppo", "raft")
+RUNS = ("explore", "asked", "pessimistic", "mixture", "ppo", "rloo", "raft")
+
+
+class Judge(http.server.ThreadingHTTPServer):
+    """/{run}/chat/completions, a grade by the question's length. asked: how often each run asked each question."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.asked, self.lock = collections.defaultdict(collections.Counter), threading.Lock()
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_POST(self):
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        (question,) = (message["content"] for message in request["messages"])
+        with self.server.lock:
+            self.server.asked[self.path.split("/")[1]][question] += 1
+        message = {"role": "assistant", "content": str(1 + len(question) % 10)}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        usage = {"prompt_tokens": 9, "completion_tokens": 1, "total_tokens": 10}
+        told = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage}
+        body = json.dumps(told).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture(scope="module")
+def judge():
+    with Judge() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +123,13 @@ def world(tiny, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def made(world, tiny, joined):
+def made(world, tiny, joined, judge):
     """The folders of what two processes made, and of what one did."""
 
     def command(several: str, out: str) -> list[str]:
         (world / out).mkdir(exist_ok=True)
-        return ["-c", SCRIPT, several, str(world / out), str(tiny)]
+        url = f"http://127.0.0.1:{judge.server_address[1]}/{out}"
+        return ["-c", SCRIPT, several, str(world / out), str(tiny), url]
 
     both = command("true", "together")
     two, one = joined(both, both, devices=2), joined(command("false", "alone"), devices=4)
@@ -109,7 +166,7 @@ def test_two_processes_train_what_one_does(made, name):
     texts = [
         {str(p.relative_to(run)): p.read_text() for p in run.rglob("candidates*.jsonl")} for run in (together, alone)
     ]
-    assert texts[0] == texts[1] and bool(texts[0]) == (name in ("explore", "mixture"))
+    assert texts[0] == texts[1] and bool(texts[0]) == (name in ("explore", "asked", "mixture"))
     losses = [logged(run, "loss") for run in (together, alone)]
     assert len(losses[0]) >= 2
     np.testing.assert_allclose(*losses, rtol=1e-6, atol=1e-6)
@@ -133,6 +190,21 @@ def test_pairs_by_a_reward_model_and_by_uncertainty(made):
     assert min(min(table["gamma"]) for table in together.values()) > 0.01
 
 
+def test_the_covariance_of_given_pairs(made):
+    """Split over both processes while it grows; the bonus of each response is behind the losses that are compared."""
+    together, alone = (np.load(folder / "pessimistic/covariance/0.npz") for folder in made)
+    assert together["sigma"].shape == (8, 8) and not np.allclose(together["sigma"], np.eye(8), atol=0.1)
+    for name in ("sigma", "centre"):
+        np.testing.assert_allclose(together[name], alone[name], rtol=1e-5, atol=1e-5)
+
+
+def test_a_judge_is_asked_by_one_process(made, judge):
+    together, alone = (tables(folder / "asked", "fresh.parquet") for folder in made)
+    assert_near(together, alone, ("id", "kept", "chosen", "rejected", "reward_chosen", "reward_rejected"), {})
+    assert together and judge.asked["together"] == judge.asked["alone"]
+    assert set(judge.asked["together"].values()) == {1} and judge.asked["together"].total() > 10
+
+
 def test_opponents_of_a_mixture(made):
     together, alone = (tables(folder / "mixture", "*.parquet") for folder in made)
     opponents = [name for name in together if "opponents" in name or "probabilit" in name]
@@ -141,7 +213,10 @@ def test_opponents_of_a_mixture(made):
         assert repr(together[name]) == repr(alone[name])
 
 
-def test_rounds(made):
-    together, alone = (tables(folder / "ppo", "rounds/*.parquet") for folder in made)
+@pytest.mark.parametrize("name", ["ppo", "rloo", "raft"])
+def test_rounds(made, name):
+    together, alone = (tables(folder / name, "rounds/*.parquet") for folder in made)
     assert len(together) == 2
-    assert_near(together, alone, ("prompt_id", "response", "reward"), {"weight": 1e-5})
+    near = {"reward": 1e-5, "kl": 1e-5, "weight": 1e-5}  # of RAFT 1 or 0: the same ones are imitated
+    assert_near(together, alone, ("prompt_id", "response", "length", "finished"), near)
+    assert any(np.abs(table["kl"]).max() > 1e-3 for table in together.values())
