@@ -67,6 +67,10 @@ def test_loops_branches_devices_kernels_and_recomputation(eight_devices):
         lambda s: (s[0] < n) & (s[0] < 4), lambda s: (s[0] + 1, scan(s[1])), (0, x)
     )
     assert counted(at_most, a, shape(dtype=jnp.int32), trips=3).done == 20 * one
+    either = lambda x, n: jax.lax.while_loop(
+        lambda s: (s[0] < n) | jnp.any(s[1][0] < 2), lambda s: (s[0] + 1, scan(s[1])), (0, x)
+    )
+    assert counted(either, a, shape(dtype=jnp.int32), trips=3).done == 15 * one  # 2 bounds no counter
     branching = lambda x, p: jax.lax.cond(p, lambda y: y @ y @ y, lambda y: y @ y, x)
     assert counted(branching, a, shape(dtype=jnp.bool_)).done == 2 * one
     split = jax.shard_map(
@@ -426,6 +430,17 @@ def test_memory_of_a_program_and_its_parts(eight_devices, tiny_config):
     sum_of = used.arguments + used.outputs - used.aliased + used.temporaries + used.code
     assert sum(parts.values()) == sum_of <= used.total
     assert parts["gradients"] == parts["weights"] == case.holds["optimiser"] // 2 - case.holds["optimiser"] % 8 // 2
+
+
+@pytest.mark.parametrize("slots", [16, 8])
+def test_decode_takes_as_many_steps_as_tokens(one_device, tiny_config, slots):
+    """Each of them multiplies every slot with every matrix and the head, in all as often as its responses have tokens
+    behind the first; what the cache adds is less than the rest."""
+    flags = ("--bootstrap.candidates=4", f"--bootstrap.slots={slots}", "--bootstrap.max_new_tokens=10")
+    setting = setting_of(tiny_config("--mesh.fsdp=1", *flags), one_device)
+    case = cases.CASES["decode"](setting)
+    least = 2 * (flops.matrix_parameters(ARCH) * ARCH.layers + ARCH.vocab * ARCH.width) * slots * case.trips
+    assert case.trips == 9 and least <= flops.count(case.trace().jaxpr, case.trips).done < 2 * least
 
 
 def test_a_mixture_decodes_with_two_models(one_device, tiny_config):

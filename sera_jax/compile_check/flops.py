@@ -85,10 +85,21 @@ def _times(eqn: Any, trips: int) -> int:
 
 
 def _most_turns(params: Mapping[str, Any]) -> int:
-    """The constant that a loop's counter has to stay below, 0 where its condition has none."""
-    compared = [eqn for eqn in params["cond_jaxpr"].jaxpr.eqns if eqn.primitive.name == "lt"]
-    limits = [getattr(eqn.invars[1], "val", None) for eqn in compared]
-    return min((int(limit) for limit in limits if limit is not None), default=0)
+    """The constant that a loop's counter has to stay below, 0 where its condition has none: the condition is that
+    comparison of two numbers, or the comparison and something else."""
+    jaxpr = params["cond_jaxpr"].jaxpr
+    made = {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
+
+    def limits(var: Any) -> Iterator[int]:
+        eqn = None if hasattr(var, "val") else made.get(var)  # literals are made by nothing
+        name = eqn.primitive.name if eqn else ""
+        if name == "lt" and eqn.invars[0].aval.shape == () and hasattr(eqn.invars[1], "val"):
+            yield int(eqn.invars[1].val)
+        elif name in ("and", "convert_element_type"):
+            for one in eqn.invars:
+                yield from limits(one)
+
+    return min(limits(jaxpr.outvars[0]), default=0)
 
 
 def _dot(eqn: Any) -> float:
