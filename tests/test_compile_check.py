@@ -579,6 +579,7 @@ def test_a_ranker_is_held_beside_the_policy(eight_devices, tiny_config, reward_f
     case = cases.CASES["ranker"](setting)
     judge = hf.read_reward_arch(reward_folder)
     assert judge.layers == 5 != setting.arch.layers
+    assert door.extrapolated(setting, "ranker") == {}  # its layers are not those of the policy
     half = memory.held(programs.abstract_params(judge, eight_devices, dtype=jnp.bfloat16))
     assert case.holds["weights"] == half
     assert case.beside["the policy"] == memory.held(programs.abstract_params(setting.arch, eight_devices))
@@ -627,6 +628,12 @@ def test_uncertainty_holds_its_covariance(eight_devices, tiny_config):
     scorer = cases.CASES["scorer"](setting)
     logits = scorer.useful - features.useful  # which features need not
     assert features.what == scorer.what and logits % (2 * setting.arch.vocab * setting.arch.width) == 0 < logits
+    assert not setting.arch.tied  # so that iterate 0 has a head, alive but unread
+    assert features.holds["weights"] + features.beside["its head"] == scorer.holds["weights"]
+    wide = dataclasses.replace(setting, arch=dataclasses.replace(setting.arch, vocab=4 * setting.arch.vocab))
+    more = cases.CASES["features"](wide)
+    read = [memory.compile_traced(case.trace()).memory.arguments for case in (features, more)]
+    assert read[1] - read[0] == more.holds["weights"] - features.holds["weights"] > 0  # of the embedding alone
 
 
 REWARD_KINDS = {
@@ -869,6 +876,10 @@ def test_changes_are_tried_from_the_cheapest_on(eight_devices, tiny_config):
         "--optimizer.microbatch_rows 1 --model.remat full",
     ]
     assert advice.nearest(setting, "selection", third) is None
+    assert list(advice.steps(setting, "ranker")) == [one_copy]
+    assert list(advice.steps(setting, "features")) == [one_copy, told[-1]]
+    assert list(advice.steps(setting, "held-out scorer")) == [one_copy, *told[-3:]]
+    assert list(advice.steps(setting, "reward update")) == told
     slots = [value for step in advice.steps(setting, "decode") for key, value in step if key == "bootstrap.slots"]
     assert slots == [8, 4]  # of 16, and C = 4
     changed = advice.changed(config, told[2] + told[3])

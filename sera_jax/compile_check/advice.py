@@ -51,6 +51,8 @@ def steps(setting: Setting, name: str) -> Iterator[list[Change]]:
         if config.model.remat != "host":
             yield [("model.remat", "host")]
         yield from _halvings("model.head_chunk", config.model.head_chunk, 64)
+    elif name in ("features", "ranker"):
+        yield from _one_copy(setting)
     elif name in ("scorer", "held-out scorer"):
         yield from _one_copy(setting)
         yield from _halvings("model.head_chunk", config.model.head_chunk, 64)

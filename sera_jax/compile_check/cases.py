@@ -304,13 +304,15 @@ def _ranker(setting: Setting) -> Case:
 
 
 def _features(setting: Setting) -> Case:
-    """Of iterate 0, which is read while the policy stays."""
+    """Of iterate 0, which is read while the policy stays; its head is with it, though nothing of the program."""
     arch, size = setting.arch, _dimension(setting)
     onto = size if size < arch.width else 0
     program = programs.featurer(arch, setting.mesh, setting.compute, onto, setting.config.run.seed)
-    beside = _training_weights(setting)
-    tree = scored(setting.config)
-    return _of_rows("features", program, _policy(setting), tree, arch, setting, beside, predicts=False)
+    params, tree = _policy(setting), scored(setting.config)
+    read = {name: part for name, part in params.items() if name != "head"}
+    beside = {"its head": memory.held(params.get("head", {})), **_training_weights(setting)}
+    case = _of_rows("features", program, params, tree, arch, setting, beside, predicts=False)
+    return dataclasses.replace(case, holds={**case.holds, "weights": memory.held(read)})
 
 
 def _covariance(setting: Setting) -> Case:
@@ -501,6 +503,9 @@ CASES: dict[str, Callable[[Setting], Case]] = {
 
 LAYERED = ("sft update", "update", "scorer", "features", "prefill", "decode", "reward update", "held-out scorer")
 """Those that run through the layers of the model that trains."""
+
+UNLAYERED = ("covariance", "covariance factor", "covariance norms", "ranker", "selection")
+"""Those that its layers make no larger."""
 
 
 # --- what else is alive -----------------------------------------------------------------------------------------------

@@ -215,7 +215,10 @@ def parts(case: Case, used: Memory) -> dict[str, int]:
 
 
 def extrapolated(setting: Setting, name: str) -> dict[str, int]:
-    """`parts` of a program that does not fit, from those of its first two layers; nothing where these do not fit."""
+    """`parts` of a program that does not fit, from those of its first two layers; nothing where these do not fit, or it
+    has none."""
+    if name in cases.UNLAYERED:
+        return {}
     metrics.say(f"  {name}: too large; what holds the memory is told by compiles of 1 and 2 layers")
     few = []
     for layers in (1, 2):
