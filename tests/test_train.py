@@ -365,7 +365,7 @@ def test_bad_input_is_one_clear_line_and_a_second_try_works(tiny, tmp_path, monk
 
 def test_a_policy_that_scores_against_itself_is_an_error_by_its_tag(tiny_config, monkeypatch):
     """What the config check cannot see (here: it is switched off) the tags do, whatever the values are."""
-    monkeypatch.setattr(configs, "check", lambda config, where: None)
+    monkeypatch.setattr(configs.reading, "check", lambda config, where: None)
     config = tiny_config("--select.from_iteration=1", "--loop.iterations=1", "--bootstrap.fresh=0", run="self")
     with pytest.raises(ValueError, match="reward.reference: got the policy '.*' as its own reference, so that"):
         trainer.train(config)
