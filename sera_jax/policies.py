@@ -11,7 +11,6 @@ of the run is another set of adapters on the same weights, or none.
 """
 
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -38,7 +37,7 @@ class Folder:
     """A Hugging Face folder, opened. Its weights are read when they are asked for.
 
     tag: of its content and the compute dtype. load: → float32 weights on the training layout; with arch.lora in the
-    compute dtype, and always the same arrays.
+    compute dtype.
     """
 
     path: str
@@ -84,7 +83,7 @@ def open_folder(
         key = lambda: meshes.put(jax.random.key(seed), meshes.replicated(mesh))
         content, load = f"random {seed} {arch}", lambda: programs.random_params(arch, mesh, dtype)(key())
     if lora:
-        arch, load = dataclasses.replace(arch, lora=model.targeted(arch, lora)), functools.cache(load)
+        arch = dataclasses.replace(arch, lora=model.targeted(arch, lora))
     return Folder(
         path=path,
         arch=arch,
@@ -102,7 +101,6 @@ def with_score(folder: Folder, seed: int) -> Folder:
     key = lambda: jax.random.fold_in(jax.random.key(seed), 1 << 20)  # none that the weights are drawn from
     arch = dataclasses.replace(folder.arch, scored=True)
 
-    @(functools.cache if arch.lora else lambda read: read)
     def load() -> Any:
         whole = meshes.put(key(), meshes.replicated(folder.mesh))
         return model.with_score(folder.load(), programs.random_score(arch, folder.mesh)(whole))

@@ -2,10 +2,13 @@
 stopped run goes on as if it had not, what is refused and in which words; ranking candidates with what it exports."""
 
 import dataclasses
+import gc
 import json
 import pathlib
 import re
+import shutil
 
+import jax
 import numpy as np
 import pyarrow.parquet
 import pytest
@@ -304,6 +307,22 @@ def test_adapters_train_and_what_is_beneath_them_does_not(config_of, tmp_path, k
         assert rank == (2 if trained else name == "score.weight"), name
     assert ("score.weight" in moved) == (kind != "preference")
     assert all(np.array_equal(got[name], start[name]) for name in got if got[name].ndim == 1)
+
+
+def test_the_head_that_a_scalar_takes_the_place_of_is_let_go(config_of, tiny, tmp_path):
+    """Weights beneath adapters are kept: of two arrays of this shape, table and head, the table alone."""
+    folder = pathlib.Path(shutil.copytree(tiny / "model", tmp_path / "untied"))
+    told = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(told))
+    opened = reward_model._opened(config_of("--lora.rank=2", f"--model.path={folder}"), meshes.make(1, 1, 1))
+    arch = opened.start.arch
+    alive = lambda: sum(a.shape == (arch.vocab, arch.width) for a in jax.live_arrays())
+    gc.collect()
+    before = alive()
+    weights = opened.start.load()
+    gc.collect()
+    assert not arch.tied and "head" not in weights
+    assert alive() - before == 1
 
 
 def test_a_preference_is_learned_by_adapters(config_of, tmp_path):

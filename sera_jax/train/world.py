@@ -121,6 +121,8 @@ def _read(config: TrainConfig, mesh: Mesh) -> _Files:
         seed=config.run.seed if config.model.weights == "random" else None,
         lora=lora_of(config),
     )
+    if start.arch.lora:  # what no update changes is in memory once
+        start = dataclasses.replace(start, load=functools.cache(start.load))
     given = load(config, start)
     check_scores(config, given.pairs)
     first, (rankers, form) = _first(config, start, mesh), _rankers(config, start, mesh)
