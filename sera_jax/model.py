@@ -486,7 +486,7 @@ def hidden(
         hidden_BLD in `dtype`, and what `attend` kept, stacked over layers.
     """
     layer_graph, layer_state, layer_dims = _layer_graph(arch)
-    own_turns = turns_of(arch, position_BL) if turns is None else turns
+    turns = turns_of(arch, position_BL) if turns is None else turns
 
     adapters = {target: low for target, low in params.get("adapters", {}).items() if target in LINEAR}
     adapter_dims = {t: {n: d[1:] for n, d in trainable(arch)[1][t].items()} for t in adapters}
@@ -502,7 +502,7 @@ def hidden(
             return _adapter(arch.lora, low[name], name, y, layer_key) if name in low else None
 
         module = nnx.merge(layer_graph, _with_values(layer_state, weights))
-        x_BLD, kept = module(x_BLD, own_turns, lambda q, k, v: attend(q, k, v, cache_slice, window), adapted)
+        x_BLD, kept = module(x_BLD, turns, lambda q, k, v: attend(q, k, v, cache_slice, window), adapted)
         return placement.activations(x_BLD), kept
 
     x_BLD = placement.activations(placement.looked_up(params["embed"]["table"], tokens_BL, dtype))

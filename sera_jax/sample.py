@@ -197,7 +197,7 @@ def decode(
     split = functools.partial(model.unstacked, arch) if apart else lambda tree: tree
     caches = [split(cache) for cache in caches]
     models = [({**weights, "layers": split(weights["layers"])}, its) for weights, its in models]
-    turns = model.turns_of(arch, jnp.arange(j_max + t_max)[None])
+    turns = model.turns_of(arch, jnp.arange(j_max + t_max)[None]) if apart else None
     uniform_GQT2 = jax.vmap(jax.vmap(jax.vmap(draw.uniforms, (None, 0)), (0, None)), (0, None))(
         keys_GQ, jnp.arange(t_max)
     )

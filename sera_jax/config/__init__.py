@@ -18,11 +18,9 @@ from sera_jax.config.doors import (
     TrainConfig,
 )
 from sera_jax.config.names import (
-    ALONE,
     FUNCTION_SOURCES,
     MARGIN_SCORES,
     REFERENCE_FREE,
-    SOURCE_KEYS,
     UNCERTAIN_LOSS,
     UNPAIRED_LOSSES,
     WITH_ARGUMENT,
@@ -67,7 +65,6 @@ from sera_jax.config.sections import (
 )
 
 __all__ = [
-    "ALONE",
     "AdvantageName",
     "AgreeConfig",
     "AlgorithmName",
@@ -108,7 +105,6 @@ __all__ = [
     "RewardName",
     "RuleName",
     "RunConfig",
-    "SOURCE_KEYS",
     "ScoreName",
     "SelectConfig",
     "SftConfig",
