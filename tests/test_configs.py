@@ -37,7 +37,10 @@ def test_a_config_of_agreements_parses(file):
 
 @pytest.mark.parametrize("file", SETS, ids=lambda f: f.stem)
 def test_every_arm_of_a_set_is_a_config(file):
-    config = configs.parse(arms.ArmsConfig, ["--config", str(file)])
+    """With what its own command puts under it."""
+    command = re.findall(r"--config (configs/\S+\.yaml)", file.read_text(encoding="utf-8").split("\nout:")[0])
+    under = [name for name in command if ROOT / name != file]
+    config = configs.parse(arms.ArmsConfig, [f"--config={path}" for path in (*(ROOT / name for name in under), file)])
     arms.check(config)
     assert config.out.startswith("runs/") and config.baseline in config.arms
 
