@@ -24,6 +24,7 @@ from sera_jax.records import Tree
 from sera_jax.toyworld.facts import EMPHASES, EMPHASIS
 
 ARMS = {"over_dpo": "offline", "over_bt": "online, reward model", "over_gold": "online, gold"}
+MEASURES = ("kl", "gold", "proxy", "words", "emphases", "overdone")
 SHOWN = {"gold": "gold reward", "proxy": "reward model's reward", "emphases": "emphases a response"}
 
 
@@ -52,6 +53,17 @@ def of_run(run: pathlib.Path, ranker: policies.Folder, tokens: dict, ledger: Led
             }
         )
     return rows
+
+
+def means(rows: list[dict]) -> list[dict]:
+    """A row for each arm and point: the mean of every measure over the seeds."""
+    told = []
+    for arm in ARMS:
+        for point in sorted({row["point"] for row in rows if row["arm"] == arm}):
+            mine = [row for row in rows if (row["arm"], row["point"]) == (arm, point)]
+            values = {key: float(np.mean([row[key] for row in mine])) for key in MEASURES}
+            told.append({"arm": arm, "point": point, **values})
+    return told
 
 
 def drawn(rows: list[dict], path: pathlib.Path) -> None:
@@ -88,13 +100,8 @@ def main() -> None:
     a.out.mkdir(parents=True, exist_ok=True)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), a.out / "over.parquet", compression="zstd")
     drawn(rows, a.out / "over.svg")
-    keys = ["kl", "gold", "proxy", "words", "emphases", "overdone"]
-    table = []
-    for arm in ARMS:
-        for point in sorted({row["point"] for row in rows if row["arm"] == arm}):
-            mine = [row for row in rows if (row["arm"], row["point"]) == (arm, point)]
-            table.append([arm, point, *(round(float(np.mean([row[key] for row in mine])), 3) for key in keys)])
-    metrics.table("over-optimisation", ["arm", "iterate", *keys], table)
+    table = [[row["arm"], row["point"], *(round(row[key], 3) for key in MEASURES)] for row in means(rows)]
+    metrics.table("over-optimisation", ["arm", "iterate", *MEASURES], table)
 
 
 if __name__ == "__main__":
