@@ -2,16 +2,20 @@
 looked at. Sizes are the tiny world's; what makes the method is the file's own.
 """
 
+import importlib.util
 import json
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow.parquet
 import pytest
 
 from sera_jax import config as configs
-from sera_jax import hf, policies
+from sera_jax import hf, policies, preference
 from sera_jax import train as trainer
+from sera_jax.toyworld import authors
 from sera_jax.train import fresh, select, update
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -27,6 +31,7 @@ SIZES = (
     "--optimizer.learning_rate=3e-3",
     "--optimizer.row_tokens=128",
     "--optimizer.microbatch_rows=1",
+    "--optimizer.row_shapes=1",
     "--bootstrap.max_new_tokens=10",
     "--bootstrap.slots=16",
     "--bootstrap.unfinished=keep",
@@ -66,6 +71,25 @@ def write(path, rows) -> pathlib.Path:
 
 def pairs_of(tiny) -> list[dict]:
     return [json.loads(line) for line in (tiny / "pairs.jsonl").read_text().splitlines()]
+
+
+def updates_of(path) -> list[dict]:
+    records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record["stage"] == "update"]
+
+
+@pytest.fixture(scope="module")
+def kept():
+    return {}
+
+
+@pytest.fixture
+def first(kept, run, tiny):
+    """A policy that has been through DPO, for recipes that begin behind one."""
+    if "first" not in kept:
+        given = f"--data.pairs=[{tiny / 'pairs.jsonl'}]"
+        kept["first"] = run("iterative_dpo", given, "--loop.iterations=1", folder="first")[2] / "export"
+    return f"--loop.first={kept['first']}"
 
 
 def test_spin_plays_given_responses_against_the_policys_own(run, tiny):
@@ -129,10 +153,8 @@ def test_iterative_dpo_filters_nothing(run, tiny):
     assert len(stage.trees) == 16 + len(made.fresh.trees) and made.fresh.kept_F.all() and len(made.fresh.trees) > 12
 
 
-def test_dice_ranks_by_the_step_before_without_length(run, tiny, tmp_path):
-    given = f"--data.pairs=[{tiny / 'pairs.jsonl'}]"
-    _, _, dpo = run("iterative_dpo", given, "--loop.iterations=1", folder="dpo")
-    flags = (given, f"--data.prompts=[{tiny / 'prompts.jsonl'}]", f"--loop.first={dpo / 'export'}")
+def test_dice_ranks_by_the_step_before_without_length(run, tiny, first):
+    flags = (f"--data.pairs=[{tiny / 'pairs.jsonl'}]", f"--data.prompts=[{tiny / 'prompts.jsonl'}]", first)
     caught, told, path = run("dice", *flags, "--bootstrap.candidates=8")
     assert sorted(caught) == [2, 3]  # iteration 1 is the given policy
     for t, (world, stage, made) in caught.items():
@@ -208,3 +230,205 @@ def test_combined_takes_the_worst_of_its_sources(run, tiny, ranker):
     table = pyarrow.parquet.read_table(path / "iterations" / "2" / "rewards.parquet").to_pydict()
     assert list(table) == ["prompt_id", "candidate", *sources, "reward"] and len(table["reward"]) == 128
     assert len([key for key in told[1] if key.startswith("agree/")]) == 9
+
+
+# --- preferences that are compared ------------------------------------------------------------------------------------
+
+
+def longer(first: str, second: str) -> float:
+    """tiny_reward:longer, by hand."""
+    gap = len(first.split()) - len(second.split())
+    return 0.5 + np.sign(gap) / 4
+
+
+@pytest.fixture
+def played(run, tiny, kept, tmp_path_factory):
+    """One iteration of self-play on twelve prompts; recipes share the log-probs of their start."""
+    kept.setdefault("ledger", tmp_path_factory.mktemp("ledger"))
+
+    def play(name: str, *flags: str):
+        given = (f"--data.pairs=[{tiny / 'pairs.jsonl'}]", "--data.limit=12", f"--run.ledger={kept['ledger']}")
+        caught, told, path = run(name, *given, *flags, "--reward.function=tiny_reward:longer", "--loop.iterations=1")
+        world, stage, made = caught[1]
+        assert [tree.id for tree in stage.trees] == [tree.id for tree in made.fresh.trees] and len(stage.trees) > 6
+        assert made.ranked.prob_PCC is not None and made.fresh.kept_F.all()  # no given pair trains
+        return world, stage, made, path
+
+    return play
+
+
+def first_loss(stage, path, loss_F: np.ndarray) -> None:
+    """Of the first update, where the policy is still its reference."""
+    told = updates_of(path)[0]["loss"]
+    np.testing.assert_allclose(told, loss_F[stage.batches[0]].mean(), rtol=1e-4)
+
+
+def test_sppo_learns_how_often_each_response_wins(played):
+    """Among five candidates a prompt; squares of (win - ½)/β at the published β; against the iterate before."""
+    world, stage, made, path = played("sppo")
+    texts_PC = made.candidates.texts_PC
+    assert made.candidates.finished_PC.shape == (12, 5) and world.config.bootstrap.top_p == 0.9
+    others = lambda p, c: [texts_PC[p][j] for j in range(5) if j != c and texts_PC[p][j]]
+    wins = [
+        [np.mean([longer(texts_PC[p][c], text) for text in others(p, c)]) for c in pair]
+        for p, pair in zip(made.fresh.prompt_F, made.fresh.pair_F2)
+    ]
+    np.testing.assert_allclose([tree.values for tree in stage.trees], wins, atol=1e-6)
+    first_loss(stage, path, ((np.array(wins) - 0.5) ** 2).sum(axis=1) / 0.001**2)
+    assert select.loss_reference(world, 3).t == 2
+
+
+def test_self_play_ipo_learns_who_of_two_is_preferred(played):
+    world, stage, made, path = played("self_play_ipo")
+    texts_PC = made.candidates.texts_PC
+    assert made.candidates.finished_PC.shape == (12, 2) and select.loss_reference(world, 3).t == 0
+    said = [[texts_PC[p][c] for c in pair] for p, pair in zip(made.fresh.prompt_F, made.fresh.pair_F2)]
+    prefer = np.array([[longer(*two), longer(*two[::-1])] for two in said])
+    np.testing.assert_allclose([tree.values for tree in stage.trees], prefer, atol=1e-6)
+    first_loss(stage, path, ((prefer[:, 0] - prefer[:, 1]) / (2 * 0.1)) ** 2)
+
+
+def test_nash_md_wins_against_a_mixture(played):
+    """Whose samples are kept beside the policy's own."""
+    world, stage, made, path = played("nash_md")
+    lines = (path / "iterations" / "1" / "opponents.jsonl").read_text().splitlines()
+    against = {row["id"]: [text for text in row["responses"] if text] for row in map(json.loads, lines)}
+    assert world.config.bootstrap.mixture == 0.125 and len(against) == 12 and sum(map(len, against.values())) > 36
+    assert made.candidates.finished_PC.shape == (12, 4) and made.opponents.texts_PC != made.candidates.texts_PC
+    wins = [
+        [
+            np.mean([longer(made.candidates.texts_PC[p][c], text) for text in against[made.candidates.ids[p]]])
+            for c in two
+        ]
+        for p, two in zip(made.fresh.prompt_F, made.fresh.pair_F2)
+    ]
+    np.testing.assert_allclose([tree.values for tree in stage.trees], wins, atol=1e-6)
+    first_loss(stage, path, ((np.array(wins) - 0.5) ** 2).sum(axis=1) / 0.1**2)
+
+
+@pytest.fixture
+def preferring(tiny, tmp_path, one_device):
+    """A preference model with a head, of drawn weights."""
+    scored = policies.with_score(policies.open_folder(str(tiny / "model"), one_device, compute="float32", seed=5), 5)
+    form = preference.told(preference.Form(True, max_length=96, max_prompt_length=48))
+    of = {"source": str(tiny / "model"), "dtype": np.float32, "extra": form}
+    hf.save(tmp_path / "pm", scored.arch, scored.load(), **of)
+    return tmp_path / "pm"
+
+
+def test_preference_online_trains_on_the_most_certain_pair(run, tiny, preferring):
+    flags = (f"--data.pairs=[{tiny / 'pairs.jsonl'}]", "--data.limit=8", "--loop.iterations=1")
+    caught, _, path = run("preference_online", *flags, f"--reward.model={preferring}", "--bootstrap.candidates=4")
+    world, stage, made = caught[1]
+    table = pyarrow.parquet.read_table(path / "iterations" / "1" / "probabilities.parquet").to_pylist()
+    best: dict[str, float] = {}
+    for row in table:
+        best[row["prompt_id"]] = max(best.get(row["prompt_id"], 0), row["probability"], 1 - row["probability"])
+    assert len(table) > 30 and len(made.fresh.trees) > 6
+    chosen = [best[made.candidates.ids[p]] for p in made.fresh.prompt_F]
+    np.testing.assert_allclose(made.fresh.preference_F2[:, 0], chosen, rtol=1e-6)
+    assert len(stage.trees) == 8 + len(made.fresh.trees)  # the given pairs all stay
+
+
+@pytest.fixture
+def judging():
+    """launch/judge_server.py on a free port; its address, and what it sees in a response."""
+    pytest.importorskip("openai")
+    file = ROOT / "launch" / "judge_server.py"
+    spec = importlib.util.spec_from_file_location("judge_server", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    command = [sys.executable, str(file), "--port", "0", "--noise", "1", "--temperature", "0.5"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        yield process.stdout.readline().split()[-1], lambda prompt, text: module.seen(prompt, text, 1.0)
+        process.terminate()
+
+
+def test_judge_asks_an_endpoint_about_every_two_candidates(run, tiny, tmp_path, judging, monkeypatch):
+    """In both orders; best against worst, beside the given pairs. The prompts are the toy world's, and the tiny model
+    knows none of their words: the judge does, and has a taste of its own for each response."""
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    (url, seen), count = judging, 6
+    prompts = authors.write_prompts(np.random.default_rng(0), count)
+    given = [row | {"prompt": prompt} for row, prompt in zip(pairs_of(tiny), prompts)]
+    flags = (f"--data.pairs=[{write(tmp_path / 'pairs.jsonl', given)}]", "--loop.iterations=1")
+    caught, told, path = run("judge", *flags, f"--judge.base_url={url}")
+    world, stage, made = caught[1]
+    compared = np.isfinite(made.ranked.prob_PCC)
+    seen_PC = np.array(
+        [[seen(prompt.prompt, text) for text in texts] for prompt, texts in zip(made.prompts, made.candidates.texts_PC)]
+    )
+    want_PCC = 1 / (1 + np.exp((seen_PC[:, None, :] - seen_PC[:, :, None]) / 0.5))
+    np.testing.assert_allclose(made.ranked.prob_PCC[compared], want_PCC[compared], atol=1e-5)
+    assert compared.shape == (count, 4, 4) and compared.mean() > 0.8
+    labels = [json.loads(line) for line in (path / "judge.jsonl").read_text().splitlines()]
+    assert len(labels) == told[0]["judge/labels"] > 40 and told[0]["judge/consistency"] == 1
+    best_P, worst_P = (f(made.ranked.rewards_PC, axis=1) for f in (np.nanmax, np.nanmin))
+    of = made.fresh.prompt_F
+    np.testing.assert_array_equal(made.fresh.reward_F2, np.stack([best_P[of], worst_P[of]], axis=1))
+    assert len(stage.trees) == count + len(made.fresh.trees) > 9
+
+
+# --- uncertainty ------------------------------------------------------------------------------------------------------
+
+
+def test_explore_pairs_the_best_candidate_with_the_least_known(run, tiny, first):
+    """And leaves what its labelled pairs have spanned behind; its loss pays for less likely responses."""
+    flags = (f"--data.pairs=[{tiny / 'pairs.jsonl'}]", "--data.limit=16", "--loop.iterations=2", first)
+    caught, told, path = run("explore", *flags, "--explore.dimension=16")
+    world, stage, made = caught[2]
+    sigma = {t: np.load(path / "covariance" / f"{t}.npz")["sigma"] for t in (0, 2)}
+    kept = made.fresh.kept_F
+    assert sigma[0].shape == (16, 16) and 0 < kept.sum() <= round(0.3 * 16) < len(kept)
+    grown = np.linalg.eigvalsh((sigma[2] - sigma[0]).astype(np.float64))
+    assert (grown > 1e-6).sum() == kept.sum() and grown[0] > -1e-5  # a direction a pair
+    assert made.fresh.gamma_F[kept].min() >= made.fresh.gamma_F[~kept].max() > 0
+    reward = np.where(fresh.valid(world, made.candidates), made.ranked.rewards_PC, -np.inf)
+    assert (made.fresh.pair_F2[:, 0] == reward.argmax(axis=1)[made.fresh.prompt_F]).all()
+    assert (made.fresh.pair_F2[:, 1] != reward.argmin(axis=1)[made.fresh.prompt_F]).any()  # not best against worst
+    assert world.config.loss.optimism == 1e-5 and told[0]["sera/fresh_pairs"] == kept.sum()
+
+
+def test_pessimistic_learns_from_given_pairs_less_their_uncertainty(run, tiny):
+    flags = (f"--data.pairs=[{tiny / 'pairs.jsonl'}]", "--data.limit=16", "--explore.dimension=16")
+    caught, _, path = run("pessimistic", *flags)
+    world, stage, made = caught[1]
+    assert list(caught) == [1] and made is None and len(stage.trees) == 16
+    gamma = np.array([tree.values for tree in stage.trees])
+    assert gamma.shape == (16, 2) and (gamma > 0).all() and gamma.std() > 0.01
+    assert [file.name for file in (path / "covariance").iterdir()] == ["0.npz"]
+    first_loss(stage, path, np.logaddexp(0, -(gamma[:, 0] - gamma[:, 1])))
+
+
+# --- two stages -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["rloo", "ppo", "raft"])
+def test_two_stages_learn_from_their_own_samples(run, tiny, name):
+    """Two rounds of six prompts, two updates a pass: the recipes differ in what a candidate weighs."""
+    flags = (
+        f"--data.prompts=[{tiny / 'prompts.jsonl'}]",
+        "--reward.function=tiny_reward:count",
+        "--evaluate.prompts=[]",
+    )
+    sizes = ("--loop.iterations=1", "--on_policy.rounds=2", "--on_policy.prompts=6", "--optimizer.batch_size=3")
+    caught, _, path = run(name, *flags, *sizes, "--evaluate.function=")
+    tables = [
+        pyarrow.parquet.read_table(file).to_pydict()
+        for file in sorted((path / "iterations" / "1" / "rounds").glob("*.parquet"))
+    ]
+    updates = updates_of(path)
+    assert not caught and len(tables) == 2 and len(updates) == 2 * 2 * (2 if name == "ppo" else 1)
+    grid = lambda key: np.concatenate([np.reshape(table[key], (6, 4)) for table in tables])
+    r_PC, w_PC = grid("reward"), grid("weight")
+    if name == "rloo":  # the KL is in the reward, less the mean of the others'
+        r_PC = r_PC - 0.05 * grid("kl")
+        np.testing.assert_allclose(w_PC, (r_PC - r_PC.mean(axis=1, keepdims=True)) * 4 / 3, atol=1e-5)
+        assert "kl" not in updates[0] and "clip_ratio/region_mean" in updates[0]
+    if name == "ppo":  # a group's mean and deviation, the KL in the loss
+        z_PC = (r_PC - r_PC.mean(axis=1, keepdims=True)) / (r_PC.std(axis=1, ddof=1, keepdims=True) + 1e-4)
+        np.testing.assert_allclose(w_PC, z_PC, atol=1e-5)
+        assert abs(updates[0]["kl"]) < 1e-6 < updates[-1]["kl"]
+    if name == "raft":  # imitation of the best, no ratio and no KL
+        assert (w_PC.sum(axis=1) == 1).all() and (r_PC[w_PC > 0] == r_PC.max(axis=1)).all()
+        assert not {"kl", "clip_ratio/region_mean"} & set(updates[0])
