@@ -2,18 +2,21 @@
 looked at. Sizes are the tiny world's; what makes the method is the file's own.
 """
 
+import functools
 import importlib.util
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pyarrow.parquet
 import pytest
 
 from sera_jax import config as configs
-from sera_jax import hf, policies, preference
+from sera_jax import hf, policies, preference, step
 from sera_jax import train as trainer
 from sera_jax.toyworld import authors
 from sera_jax.train import fresh, select, update
@@ -207,13 +210,111 @@ def test_rlhf_workflow_needs_prompts_and_a_reward_model(run, tiny, tmp_path, ran
     assert np.mean(table["reward"]) == pytest.approx(by_reward[0], abs=1e-6) and len(set(table["reward"])) > 1
 
 
-def test_rlhf_workflows_code_differs_where_it_says():
-    files = [f"--config={ROOT / 'configs' / name}.yaml" for name in ("rlhf_workflow", "rlhf_workflow_code")]
-    paper, code = (configs.parse(configs.TrainConfig, files[:n]) for n in (1, 2))
-    told = lambda c: (c.loss.reference, c.loss.label_smoothing, c.bootstrap.candidates, c.bootstrap.temperature)
-    assert told(paper) == ("initial", 0.0, 8, (1.0, 0.7)) and told(code) == ("previous", 0.1, 4, 1.0)
-    assert (paper.bootstrap.replay, code.bootstrap.replay, code.loop.best) == (True, False, False)
-    assert code.optimizer == paper.optimizer and code.loop.epochs == 2 and code.select == paper.select
+# RLHF Workflow (Dong et al. 2024, arXiv 2405.07863), online iterative DPO: what is published of each key.
+WORKFLOW = {
+    "model.compute": "bfloat16",
+    "data.max_length": 2048,
+    "data.max_prompt_length": 1000,
+    "loop.iterations": 3,
+    "loop.epochs": 2,
+    "loop.passes": "all",
+    "loop.start": "previous",
+    "loop.best": True,
+    "loop.best_by": "reward",
+    "loss.name": "dpo",
+    "loss.beta": 0.1,
+    "loss.label_smoothing": 0.0,
+    "loss.reference": "initial",
+    "reward.source": "model",
+    "reward.length_penalty": 0.0,
+    "reward.length_unit": "characters",
+    "bootstrap.from_iteration": 1,
+    "bootstrap.fresh": 1.0,
+    "bootstrap.candidates": 8,
+    "bootstrap.prompts_per_iteration": 0.33333,  # 20,000 of 60,000
+    "bootstrap.prompts_drawn": "in_turn",
+    "bootstrap.temperature": (1.0, 0.7),
+    "bootstrap.top_p": 1.0,
+    "bootstrap.top_k": 0,
+    "bootstrap.max_new_tokens": 2048,
+    "bootstrap.pair_rule": "best_worst",
+    "bootstrap.replay": True,
+    "optimizer.learning_rate": 5e-7,
+    "optimizer.schedule": "cosine",
+    "optimizer.warmup": 0.03,
+    "optimizer.batch_size": 128,
+}
+# The last version of its code, run_loop2.sh, where it is another.
+WORKFLOW_CODE = WORKFLOW | {
+    "loop.best": False,
+    "loss.label_smoothing": 0.1,
+    "loss.reference": "previous",
+    "bootstrap.candidates": 4,
+    "bootstrap.temperature": 1.0,
+    "bootstrap.replay": False,
+    "optimizer.warmup": 0.318,  # 100 updates
+}
+# Its pairwise preference model, and its reward model; weight decay is the code's.
+PREFERENCE = {
+    "kind": "preference",
+    "epochs": 1,
+    "data.max_length": 3072,
+    "preference.orders": "random",
+    "preference.labels": ("A", "B"),
+    "optimizer.learning_rate": 5e-6,
+    "optimizer.schedule": "cosine",
+    "optimizer.warmup": 0.03,
+    "optimizer.weight_decay": 0.0,
+    "optimizer.clip": 1.0,
+    "optimizer.batch_size": 128,
+}
+REWARD = {
+    "kind": "bradley_terry",
+    "epochs": 1,
+    "optimizer.learning_rate": 2e-6,
+    "optimizer.schedule": "cosine",
+    "optimizer.warmup": 0.03,
+    "optimizer.weight_decay": 0.001,
+    "optimizer.batch_size": 512,
+}
+
+
+@pytest.mark.parametrize(
+    "names, published",
+    [
+        ("rlhf_workflow", WORKFLOW),
+        ("rlhf_workflow rlhf_workflow_code", WORKFLOW_CODE),
+        ("preference_hh", PREFERENCE),
+        ("preference_head_hh", PREFERENCE | {"kind": "preference_head"}),
+        ("reward_hh", REWARD),
+    ],
+)
+def test_published_values_are_those_of_rlhf_workflow(names, published):
+    files = [f"--config={ROOT / 'configs' / name}.yaml" for name in names.split()]
+    record = configs.RewardModelConfig if "kind" in published else configs.TrainConfig
+    config = configs.parse(
+        record, [*files, "--model.path=M", *(["--data.pairs=[P.jsonl]"] if "kind" in published else [])]
+    )
+    told = {key: functools.reduce(getattr, key.split("."), config) for key in published}
+    assert told == published
+
+
+def test_whatever_is_labelled_published_is_pinned():
+    """Of the keys of rlhf_workflow.yaml all but those that name a model or a file."""
+    section, labelled = "", set()
+    for line in (ROOT / "configs" / "rlhf_workflow.yaml").read_text(encoding="utf-8").splitlines():
+        section = line.split(":")[0] if re.match(r"\w+:", line) else section
+        if re.match(r"  \w+: .*# .*published", line):
+            labelled.add(f"{section}.{line.split(':')[0].strip()}")
+    assert labelled - set(WORKFLOW) == {"model.path", "data.prompts", "reward.model"} and len(labelled) > 25
+
+
+def test_the_codes_warm_up_is_a_hundred_updates():
+    """Of an iteration in which each of its 20,000 prompts has a pair."""
+    updates = 2 * -(-20_000 // 128)
+    of = {"peak": 1.0, "schedule": "cosine", "warmup": WORKFLOW_CODE["optimizer.warmup"]}
+    rate = [float(step.learning_rate(jnp.int32(n), jnp.int32(updates), **of)) for n in range(updates)]
+    assert max(range(updates), key=rate.__getitem__) == 99 and rate[49] == pytest.approx(0.5)
 
 
 def test_combined_takes_the_worst_of_its_sources(run, tiny, ranker):
