@@ -458,6 +458,27 @@ def test_requests_keep_the_rate(server, tmp_path):
     assert max(((when >= start) & (when < start + 0.25)).sum() for start in when) <= 8
 
 
+@pytest.mark.parametrize("concurrent", [1, 3, 6])
+def test_as_many_questions_are_under_way_as_the_config_says(server, tmp_path, concurrent):
+    """12 questions: each is answered once so many are with the server, which sees no further one meanwhile."""
+    together, lock, inside, most = threading.Barrier(concurrent, timeout=5.0), threading.Lock(), 0, 0
+
+    def answer(*parts):
+        nonlocal inside, most
+        with lock:
+            inside += 1
+            most = max(most, inside)
+        together.wait()
+        time.sleep(0.05)  # for who else may come
+        with lock:  # before the reply: behind it the next question may
+            inside -= 1
+        return 0.5
+
+    server.answer = answer
+    got = asked(server, tmp_path, [str(n) for n in range(6)], [["a", "b"]] * 6, concurrent=concurrent)
+    assert most == concurrent and got.told["perf/judge_requests"] == len(server.seen) == 12
+
+
 @pytest.mark.parametrize(
     ("fault", "why"),
     [
