@@ -268,6 +268,20 @@ PREFERENCE = {
     "optimizer.clip": 1.0,
     "optimizer.batch_size": 128,
 }
+SPPO = {  # Wu et al. 2024, arXiv 2405.00675
+    "loop.iterations": 3,
+    "loop.start": "previous",
+    "loss.name": "sppo",
+    "loss.beta": 0.001,
+    "loss.reference": "previous",
+    "bootstrap.candidates": 5,
+    "bootstrap.temperature": 0.7,
+    "bootstrap.top_p": 0.9,
+    "bootstrap.pair_rule": "best_worst",
+    "optimizer.learning_rate": 5e-7,
+    "optimizer.schedule": "linear",
+    "optimizer.batch_size": 64,
+}
 REWARD = {
     "kind": "bradley_terry",
     "epochs": 1,
@@ -287,14 +301,14 @@ REWARD = {
         ("preference_hh", PREFERENCE),
         ("preference_head_hh", PREFERENCE | {"kind": "preference_head"}),
         ("reward_hh", REWARD),
+        ("sppo", SPPO),
     ],
 )
-def test_published_values_are_those_of_rlhf_workflow(names, published):
+def test_published_values_are_those_of_the_papers(names, published):
     files = [f"--config={ROOT / 'configs' / name}.yaml" for name in names.split()]
     record = configs.RewardModelConfig if "kind" in published else configs.TrainConfig
-    config = configs.parse(
-        record, [*files, "--model.path=M", *(["--data.pairs=[P.jsonl]"] if "kind" in published else [])]
-    )
+    given = ["--data.pairs=[P.jsonl]"] if names != "rlhf_workflow" and "_code" not in names else []
+    config = configs.parse(record, [*files, "--model.path=M", *given])
     told = {key: functools.reduce(getattr, key.split("."), config) for key in published}
     assert told == published
 
@@ -342,13 +356,16 @@ def longer(first: str, second: str) -> float:
     return 0.5 + np.sign(gap) / 4
 
 
+FOUR = "--bootstrap.candidates=4"  # of all of them: they share a sampler
+
+
 @pytest.fixture
 def played(run, tiny, kept, tmp_path_factory):
     """One iteration of self-play on twelve prompts; recipes share the log-probs of their start."""
     kept.setdefault("ledger", tmp_path_factory.mktemp("ledger"))
 
     def play(name: str, *flags: str):
-        given = (f"--data.pairs=[{tiny / 'pairs.jsonl'}]", "--data.limit=12", f"--run.ledger={kept['ledger']}")
+        given = (f"--data.pairs=[{tiny / 'pairs.jsonl'}]", "--data.limit=12", f"--run.ledger={kept['ledger']}", FOUR)
         caught, told, path = run(name, *given, *flags, "--reward.function=tiny_reward:longer", "--loop.iterations=1")
         world, stage, made = caught[1]
         assert [tree.id for tree in stage.trees] == [tree.id for tree in made.fresh.trees] and len(stage.trees) > 6
@@ -365,11 +382,11 @@ def first_loss(stage, path, loss_F: np.ndarray) -> None:
 
 
 def test_sppo_learns_how_often_each_response_wins(played):
-    """Among five candidates a prompt; squares of (win - ½)/β at the published β; against the iterate before."""
+    """Among the candidates of its prompt; squares of (win - ½)/β at the published β; against the iterate before."""
     world, stage, made, path = played("sppo")
     texts_PC = made.candidates.texts_PC
-    assert made.candidates.finished_PC.shape == (12, 5) and world.config.bootstrap.top_p == 0.9
-    others = lambda p, c: [texts_PC[p][j] for j in range(5) if j != c and texts_PC[p][j]]
+    assert made.candidates.finished_PC.shape == (12, 4) and world.config.bootstrap.top_p == 0.9
+    others = lambda p, c: [texts_PC[p][j] for j in range(4) if j != c and texts_PC[p][j]]
     wins = [
         [np.mean([longer(texts_PC[p][c], text) for text in others(p, c)]) for c in pair]
         for p, pair in zip(made.fresh.prompt_F, made.fresh.pair_F2)
@@ -380,7 +397,7 @@ def test_sppo_learns_how_often_each_response_wins(played):
 
 
 def test_self_play_ipo_learns_who_of_two_is_preferred(played):
-    world, stage, made, path = played("self_play_ipo")
+    world, stage, made, path = played("self_play_ipo", "--bootstrap.candidates=2")
     texts_PC = made.candidates.texts_PC
     assert made.candidates.finished_PC.shape == (12, 2) and select.loss_reference(world, 3).t == 0
     said = [[texts_PC[p][c] for c in pair] for p, pair in zip(made.fresh.prompt_F, made.fresh.pair_F2)]
@@ -419,7 +436,7 @@ def preferring(tiny, tmp_path, one_device):
 
 def test_preference_online_trains_on_the_most_certain_pair(run, tiny, preferring):
     flags = (f"--data.pairs=[{tiny / 'pairs.jsonl'}]", "--data.limit=8", "--loop.iterations=1")
-    caught, _, path = run("preference_online", *flags, f"--reward.model={preferring}", "--bootstrap.candidates=4")
+    caught, _, path = run("preference_online", *flags, f"--reward.model={preferring}", FOUR)
     world, stage, made = caught[1]
     table = pyarrow.parquet.read_table(path / "iterations" / "1" / "probabilities.parquet").to_pylist()
     best: dict[str, float] = {}
@@ -476,7 +493,7 @@ def test_judge_asks_an_endpoint_about_every_two_candidates(run, tiny, tmp_path, 
 def test_explore_pairs_the_best_candidate_with_the_least_known(run, tiny, first):
     """And leaves what its labelled pairs have spanned behind; its loss pays for less likely responses."""
     flags = (f"--data.pairs=[{tiny / 'pairs.jsonl'}]", "--data.limit=16", "--loop.iterations=2", first)
-    caught, told, path = run("explore", *flags, "--explore.dimension=16")
+    caught, told, path = run("explore", *flags, FOUR, "--explore.dimension=16")
     world, stage, made = caught[2]
     sigma = {t: np.load(path / "covariance" / f"{t}.npz")["sigma"] for t in (0, 2)}
     kept = made.fresh.kept_F
