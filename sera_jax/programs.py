@@ -353,7 +353,7 @@ def preference_update(
         logp_P2 = jax.lax.stop_gradient(logp_P2)
         reward_P2 = loss.reward(logp_P2, reference_P2, length_P2, **loss_keys)
         if loss.unpaired:
-            metrics = losses.unpaired_metrics(logp_P2, reference_P2, reward_P2, weight_P, *told)
+            metrics = losses.unpaired_metrics(logp_P2, reference_P2, reward_P2, weight_P, *told, mismatch=loss.mismatch)
         else:
             metrics = losses.metrics(logp_P2, reward_P2, weight_P)
         return jnp.sum(jnp.where(weight_P > 0, weight_P * loss_P, 0)), jnp.sum(weight_P), metrics

@@ -77,7 +77,8 @@ class Tree:
     prompt: int32 [p], BOS included where the tokenizer has one, may be empty (plain-text SFT).
     branches: int32 [r_i] each, EOS included unless that response was truncated; never empty.
     label: of an unpaired example, +1 desirable, -1 not; 0 = a pair, or nothing with a label. To train on, an unpaired
-    example has two branches, (own completion, another example's completion: the mismatch).
+    example has two branches, (own completion, another example's completion: the mismatch; one token where the loss has
+    no use for it).
     values: what is known of each branch beside its tokens, as the loss asks for it (`losses.Loss.target`), () =
     nothing.
     """

@@ -221,6 +221,9 @@ def test_labelled_responses(ask, tmp_path):
     assert "2 examples to train on, 2 held out" in out and "a desirable response is longer" not in out and code == 0
     out, code = ask(*KTO, f"--data.pairs=[{path}]", "--data.validation=0.25")
     assert code.startswith("error: data.check: loss.name: data.validation: 1 of 1 examples have the same prompt")
+    # APO asks for no completions of other prompts.
+    out, code = ask("--loss.name=apo_zero_unpaired", *KTO[1:], f"--data.pairs=[{path}]", "--data.validation=0.25")
+    assert "3 examples to train on, 1 held out" in out and "another prompt" not in out and code == 0
 
 
 def test_an_accelerator_is_left_alone(ask, tiny, monkeypatch):

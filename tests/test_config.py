@@ -540,11 +540,11 @@ ON_POLICY = {"on_policy.algorithm": "policy_gradient", "reward.source": "functio
         ({"loss.mix": {"dpo": 0.5}}, "loss.mix names 'dpo', which is loss.name already"),
         (
             {"loss.desirable_weight": 2.0},
-            "loss.desirable_weight is 2.0, but loss 'dpo' does not know it (only kto does)",
+            "loss.desirable_weight is 2.0, but loss 'dpo' does not know it (only kto, apo_zero_unpaired do)",
         ),
         (
             {"data.format": "unpaired"},
-            "data.format is 'unpaired', but loss 'dpo' learns from pairs; use loss.name 'kto'",
+            "data.format is 'unpaired', but loss 'dpo' learns from pairs; use loss.name 'kto' or 'apo_zero_unpaired'.",
         ),
         (
             {"loss.name": "kto"},
@@ -559,6 +559,12 @@ ON_POLICY = {"on_policy.algorithm": "policy_gradient", "reward.source": "functio
             {"loss.name": "kto", "loop.iterations": 1, "loss.sft_weight": 0.1},
             "loss.sft_weight is 0.1 with loss 'kto', which learns from single responses; it is for pairs. Leave it out",
         ),
+        (
+            {"loss.name": "apo_zero_unpaired", "loop.iterations": 1, "loss.sft_weight": 0.1},
+            "with loss 'apo_zero_unpaired', which learns from single responses; it is for pairs. Leave it out, or use "
+            "'apo_zero'.",
+        ),
+        ({"loss.name": "apo_zero_unpaired"}, "Set loop.iterations to 1, or use 'apo_zero' on pairs."),
         ({"loss.name": "kto", "loss.mix": {"dpo": 0.5}}, "loss.mix is {'dpo': 0.5} with loss 'kto'"),
         ({"loss.mix": {"kto": 0.5}}, "loss.mix is {'kto': 0.5} with loss 'kto'"),
         ({"loss.name": "kto", "loss.ld_alpha": 0.5}, "loss.ld_alpha is 0.5 with loss 'kto'"),
@@ -712,6 +718,7 @@ def test_combinations_that_cannot_run(changes, said):
         {"mesh.data": -1, "mesh.fsdp": 1},
         {"loss.name": "kto", "loop.iterations": 1, "data.format": "unpaired", "loss.desirable_weight": 2.0},
         {"loss.name": "kto", "select.from_iteration": 4, "bootstrap.fresh": 0.0},
+        {"loss.name": "apo_zero_unpaired", "loop.iterations": 1, "loss.undesirable_weight": 2.0},
         {"loop.first": "a/export", "select.from_iteration": 1, "select.rule": "all", "select.score": "random"},
         {"loss.name": "orpo", "loss.mix": {"dpo": 0.5}, "loss.reference": "previous"},
         {"select.score": "reference_logp", "reward.reference": "none", "loop.iterations": 1},

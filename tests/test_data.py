@@ -542,7 +542,8 @@ def test_pairs_become_two_labelled_responses(tmp_path):
 def test_unpaired_rows_where_they_do_not_belong(tmp_path):
     path = write(tmp_path / "a.jsonl", [labelled(i) for i in range(4)])
     with pytest.raises(
-        ValueError, match=r"Got columns completion, label, prompt; .*\(unpaired\) are for loss kto alone"
+        ValueError,
+        match=r"Got columns completion, label, prompt; .*\(unpaired\) are for losses kto and apo_zero_unpaired alone",
     ):
         data.load_pairs([path])
     with pytest.raises(ValueError, match="data.format: got 'unpaired'; expected auto, explicit, conversational, hh"):
@@ -1035,6 +1036,14 @@ def test_mismatches_are_completions_of_other_prompts():
         used += [s.id for s in cut]
     assert set(used) == {s.id for s in singles}  # each once, up to short ones that begin alike
     assert any(len(t.prompt) + len(t.branches[1]) == 24 for t in trees)
+
+
+def test_a_loss_without_mismatches_has_a_token_in_their_place():
+    """Also where all prompts are the same."""
+    singles = [Tree(f"{i}", np.int32([7]), (np.arange(i + 1, dtype=np.int32) + 3,), 0.5, label=-1) for i in range(4)]
+    for single, tree in zip(singles, data.unmatched(singles), strict=True):
+        assert (tree.id, tree.weight, tree.label) == (single.id, 0.5, -1) and tree.prompt is single.prompt
+        assert tree.branches[0] is single.branches[0] and tree.branches[1].tolist() == [3]
 
 
 def test_validation_never_shares_a_prompt():

@@ -893,10 +893,10 @@ def draw_unpaired(seed, examples=9):
     return logp, ref, length, label
 
 
-def kto(logp, ref, length, label, valid=None, **keys):
+def kto(logp, ref, length, label, valid=None, name="kto", **keys):
     valid = jnp.ones(len(logp), bool) if valid is None else jnp.asarray(valid)
     arrays = (jnp.asarray(a) for a in (logp, ref, length))
-    return losses.LOSSES["kto"].loss(*arrays, valid, jnp.asarray(label), **keys)
+    return losses.LOSSES[name].loss(*arrays, valid, jnp.asarray(label), **keys)
 
 
 def unpaired_witness(logp, ref, label, beta, desirable_weight=1.0, undesirable_weight=1.0, z=None):
@@ -935,29 +935,59 @@ def test_kto_reference_point_is_no_less_than_zero_and_is_the_batch_s():
     np.testing.assert_allclose(kto(ref, ref, length, label, beta=0.3), 0.5)
 
 
-def test_kto_padding_changes_nothing():
+@pytest.mark.parametrize("seed", range(3))
+def test_apo_zero_unpaired_equals_float64_and_reads_no_mismatch(seed):
+    """APO-zero's two terms, apart: 1 - σ(βc) of what is desirable, σ(βr) of what is not; KTO with z₀ = 0."""
+    logp, ref, length, label = draw_unpaired(seed)
+    keys = dict(beta=0.3, desirable_weight=1.5, undesirable_weight=0.7)
+    u = (logp - ref)[:, 0].astype(np.float64)
+    want = np.where(label > 0, 1.5 * (1 - sigmoid(0.3 * u)), 0.7 * sigmoid(0.3 * u))
+    got = kto(logp, ref, length, label, name="apo_zero_unpaired", **keys)
+    np.testing.assert_allclose(got, want, rtol=2e-5)
+    np.testing.assert_allclose(got, unpaired_witness(logp, ref, label, **keys, z=0), rtol=2e-5)
+    other = logp + np.array([0, 1e6], np.float32)
+    np.testing.assert_array_equal(kto(other, ref, length, label, name="apo_zero_unpaired", **keys), got)
+    one = kto(logp[3:4], ref[3:4], length[3:4], label[3:4], name="apo_zero_unpaired", **keys)
+    np.testing.assert_allclose(one, got[3:4], rtol=1e-6)  # each on its own
+    total = lambda x: kto(x, ref, length, label, name="apo_zero_unpaired", **keys).sum()
+    gradient = np.asarray(jax.grad(total)(jnp.asarray(logp)))
+    slope = 0.3 * sigmoid(0.3 * u) * (1 - sigmoid(0.3 * u)) * np.where(label > 0, -1.5, 0.7)
+    np.testing.assert_allclose(gradient[:, 0], slope, rtol=1e-4)
+    assert not gradient[:, 1].any() and not losses.LOSSES["apo_zero_unpaired"].mismatch
+    pairs = draw(seed, 5)  # of a desirable and an undesirable response together it is apo_zero
+    both = [kto(*(x[:, ::way] for x in pairs), np.full(5, way), name="apo_zero_unpaired", beta=0.3) for way in (1, -1)]
+    np.testing.assert_allclose(both[0] + both[1], losses.apo_zero(*pairs, beta=0.3), rtol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["kto", "apo_zero_unpaired"])
+def test_kto_padding_changes_nothing(name):
     logp, ref, length, label = draw_unpaired(1)
     valid = np.array([True] * 9 + [False] * 2)
     pad = lambda x, fill: np.concatenate([x, np.full((2, *x.shape[1:]), fill, x.dtype)])
-    whole = kto(logp, ref, length, label, beta=0.3)
+    whole = kto(logp, ref, length, label, beta=0.3, name=name)
     for fill in (0.0, -80.0):
-        total = lambda x, fill=fill: kto(x, pad(ref, 0), pad(length, 0), pad(label, 0), valid, beta=0.3).sum()
+        total = lambda x, fill=fill: kto(
+            x, pad(ref, 0), pad(length, 0), pad(label, 0), valid, beta=0.3, name=name
+        ).sum()
         got, gradient = jax.value_and_grad(total)(jnp.asarray(pad(logp, fill)))
         np.testing.assert_allclose(got, whole.sum(), rtol=1e-6)
         assert np.isfinite(gradient).all() and not np.asarray(gradient)[9:].any()
-    nothing = kto(np.zeros((2, 2)), np.zeros((2, 2)), np.zeros((2, 2)), np.zeros(2), np.zeros(2, bool), beta=0.3)
+    nothing = kto(
+        np.zeros((2, 2)), np.zeros((2, 2)), np.zeros((2, 2)), np.zeros(2), np.zeros(2, bool), beta=0.3, name=name
+    )
     assert not np.asarray(nothing).any()
 
 
-def test_kto_far_out_and_in_any_order():
+@pytest.mark.parametrize("name", ["kto", "apo_zero_unpaired"])
+def test_kto_far_out_and_in_any_order(name):
     logp, ref, length, label = draw_unpaired(4)
     order = np.random.default_rng(0).permutation(9)
-    got = kto(*(x[order] for x in (logp, ref, length, label)), beta=0.3)
-    np.testing.assert_allclose(got, kto(logp, ref, length, label, beta=0.3)[order], rtol=1e-5)
+    got = kto(*(x[order] for x in (logp, ref, length, label)), beta=0.3, name=name)
+    np.testing.assert_allclose(got, kto(logp, ref, length, label, beta=0.3, name=name)[order], rtol=1e-5)
     for nats in (50.0, 1e3, 1e6):
         corners = np.float32([[1, -1], [-1, 1], [1, 1], [-1, -1]] * 2) * nats
         signs = np.float32([1, -1, -1, 1, -1, 1, 1, -1])
-        far = lambda x, signs=signs: kto(x, np.zeros((8, 2)), np.ones((8, 2)), signs, beta=0.3).sum()
+        far = lambda x, signs=signs: kto(x, np.zeros((8, 2)), np.ones((8, 2)), signs, beta=0.3, name=name).sum()
         assert all(np.isfinite(a).all() for a in jax.value_and_grad(far)(jnp.asarray(corners)))
 
 
@@ -967,7 +997,7 @@ def test_unpaired_metrics_are_means_of_their_own_side():
     weight[4] = 0  # padding: not read
     logp[4], ref[4] = np.nan, 0
     reward = losses.LOSSES["kto"].reward(logp, ref, length, beta=0.3)
-    got = losses.unpaired_metrics(logp, ref, reward, weight, label)
+    got = losses.unpaired_metrics(logp, ref, reward, weight, label, mismatch=True)
     side = {"chosen": (label > 0) & (weight > 0), "rejected": (label < 0) & (weight > 0)}
     mean = lambda value, name: np.average(value[side[name], 0].astype(np.float64), weights=weight[side[name]])
     want = {f"logps/{name}": mean(logp, name) for name in side}
@@ -975,7 +1005,9 @@ def test_unpaired_metrics_are_means_of_their_own_side():
     want["rewards/margins"] = want["rewards/chosen"] - want["rewards/rejected"]
     want["kl"] = np.delete(logp - ref, 4, axis=0)[:, 1].astype(np.float64).mean()
     assert {name: float(value) / weight.sum() for name, value in got.items()} == pytest.approx(want, rel=1e-5)
-    got = losses.unpaired_metrics(logp, ref, reward, weight, np.ones(9, np.float32))
+    without = losses.unpaired_metrics(logp, ref, reward, weight, label, mismatch=False)
+    assert without == {name: value for name, value in got.items() if name != "kl"}
+    got = losses.unpaired_metrics(logp, ref, reward, weight, np.ones(9, np.float32), mismatch=False)
     assert np.isnan(got["rewards/rejected"]) and np.isnan(got["rewards/margins"]) and np.isfinite(got["rewards/chosen"])
 
 
@@ -987,11 +1019,12 @@ def test_a_mixture_is_of_pairs_or_of_single_responses():
     want = unpaired_witness(logp, ref, label, 0.3, desirable_weight=1.5)
     np.testing.assert_allclose(got, 2 * want, rtol=2e-5)
     assert not losses.mixture({"kto_pair": 1.0}).unpaired
+    assert alone.mismatch and not losses.mixture({"apo_zero_unpaired": 1.0}).mismatch
     for weights, *terms in (({"kto": 1.0, "dpo": 0.5}, 0.0), ({"kto": 1.0}, 0.1), ({"kto": 1.0}, 0.0, 0.1)):
         with pytest.raises(ValueError, match="expected 'kto' alone: it learns from single responses"):
             losses.mixture(weights, *terms)
     assert all(loss.coupled for loss in losses.LOSSES.values() if loss.unpaired)
-    assert config.UNPAIRED_LOSSES == tuple(name for name, loss in losses.LOSSES.items() if loss.unpaired)
+    assert tuple(config.UNPAIRED_LOSSES) == tuple(name for name, loss in losses.LOSSES.items() if loss.unpaired)
 
 
 # --- golden values of weighted tokens ---------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ SCHEDULE = {"peak": 0.1, "schedule": "constant", "warmup": 0.0}
 # Its state is the gradient itself.
 GRADIENT = optax.trace(decay=0.0)
 
+UNPAIRED_KEYS = {"beta": 0.3, "desirable_weight": 1.5, "undesirable_weight": 0.7}
 # On the real model; every other loss of the table below, on a smaller one.
 LOSSES = {
     "dpo": (losses.LOSSES["dpo"], {"beta": 0.3, "label_smoothing": 0.1}),
@@ -39,7 +40,8 @@ LOSSES = {
     ),
     "ld_wpo": (losses.LOSSES["dpo"], {"beta": 0.3}),
     "sppo": (losses.LOSSES["sppo"], {"beta": 3.0}),
-    "kto": (losses.LOSSES["kto"], {"beta": 0.3, "desirable_weight": 1.5, "undesirable_weight": 0.7}),
+    "kto": (losses.LOSSES["kto"], UNPAIRED_KEYS),
+    "apo_zero_unpaired": (losses.LOSSES["apo_zero_unpaired"], UNPAIRED_KEYS),
 }
 OPTIONS = {"ld_wpo": {"ld_alpha": 0.4, "weighting": losses.wpo}}  # of the update, beside the loss
 # Layout → (devices, plan of a microbatch, how the trees below lie in it). The first two share their programs.
@@ -317,8 +319,9 @@ def direct(params, plan=ALONE, trees=TREES, **options) -> score.SlotSums:
 def told(name, logp_P2, reward_P2) -> dict[str, float]:
     """The metrics of an update, from all examples at once, in float64."""
     logp_P2, reward_P2 = (np.asarray(a, np.float64) for a in (logp_P2, reward_P2))
-    side = np.stack([LABEL_N > 0, LABEL_N < 0]) if name == "kto" else np.ones((2, len(TREES)))
-    column = (0, 0) if name == "kto" else (0, 1)
+    unpaired = LOSSES[name][0].unpaired
+    side = np.stack([LABEL_N > 0, LABEL_N < 0]) if unpaired else np.ones((2, len(TREES)))
+    column = (0, 0) if unpaired else (0, 1)
     mean = lambda value_P2, s: np.average(value_P2[:, column[s]], weights=WEIGHT_N * side[s])
     out = {
         f"{kind}/{which}": mean(value_P2, s)
@@ -328,10 +331,12 @@ def told(name, logp_P2, reward_P2) -> dict[str, float]:
     out["rewards/margins"] = out["rewards/chosen"] - out["rewards/rejected"]
     if name == "kto":
         return out | {"kl": (logp_P2 - REFERENCE_F.reshape(-1, 2))[:, 1].mean()}
+    if unpaired:
+        return out
     return out | {"rewards/accuracies": np.average(reward_P2[:, 0] > reward_P2[:, 1], weights=WEIGHT_N)}
 
 
-@pytest.mark.parametrize("name", ["dpo", "kto_pair", "mixture", "ld_wpo", "sppo", "kto"])
+@pytest.mark.parametrize("name", ["dpo", "kto_pair", "mixture", "ld_wpo", "sppo", "kto", "apo_zero_unpaired"])
 def test_the_update_follows_the_gradient_of_the_global_loss(name):
     """Σ weight·loss / Σ weight over all pairs at once; the coupled losses see the whole batch."""
     loss, keys = LOSSES[name]
@@ -340,7 +345,7 @@ def test_the_update_follows_the_gradient_of_the_global_loss(name):
         sums = direct(params, tail=OPTIONS.get(name, {}).get("ld_alpha", 1.0), alignment=name == "ld_wpo")
         logp_P2, length_P2 = (a.reshape(-1, 2) for a in (sums.logp_BS, sums.length_BS))
         valid = (jnp.ones(len(TREES), bool),) if loss.coupled else ()
-        label = {"kto": (jnp.asarray(LABEL_N),), "sppo": (jnp.asarray(WIN_N2),)}.get(name, ())
+        label = (jnp.asarray(LABEL_N),) if loss.unpaired else (jnp.asarray(WIN_N2),) if name == "sppo" else ()
         loss_P = loss.loss(logp_P2, jnp.asarray(REFERENCE_F).reshape(-1, 2), length_P2, *valid, *label, **keys)
         if name == "ld_wpo":
             weight_P = jnp.minimum(jnp.exp((sums.alignment_BS.reshape(-1, 2) / length_P2).sum(1)), 1)
@@ -359,10 +364,10 @@ def test_the_update_follows_the_gradient_of_the_global_loss(name):
         np.testing.assert_allclose(after, before - SCHEDULE["peak"] * got, rtol=1e-6, atol=1e-7)
 
 
-# Every loss of the table that is of pairs (kto is above, on the real model) in the program of an update, compiled once
-# for all of them: a number that rides on the lengths tells which, and the language model is the smallest there is,
-# where a token hangs on the one before it. Rows, the loop over microbatches, the two passes of coupled losses,
-# shardings and update are the real ones.
+# Every loss of the table that is of pairs (the others are above, on the real model) in the program of an update,
+# compiled once for all of them: a number that rides on the lengths tells which, and the language model is the smallest
+# there is, where a token hangs on the one before it. Rows, the loop over microbatches, the two passes of coupled
+# losses, shardings and update are the real ones.
 PAIRED = {name: loss for name, loss in losses.LOSSES.items() if not loss.unpaired}
 BIGRAM = Arch("llama", 48, 8, 1, 2, 2, 4, 8, 1e-5, 1e4, tied=False, init_std=0.3)
 KEYS = dataclasses.asdict(config.LossConfig(beta=0.3, label_smoothing=0.1, normalisation="mean", gamma=0.5))

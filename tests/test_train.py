@@ -672,8 +672,41 @@ def test_kto_needs_other_prompts_on_both_sides(tiny_config, tmp_path):
         trainer.train(tiny_config(*KTO, f"--data.pairs=[{path}]", "--data.limit=2", "--data.validation=0", run="one"))
 
 
+def test_apo_zero_unpaired_needs_no_other_prompt(tiny_config, labelled, tmp_path):
+    """Labelled responses mostly of one prompt will do; beside each is one token, and its updates tell no KL."""
+    rows = [
+        json.loads(line) | {"prompt": "the dog" if i % 5 else "a cat"}
+        for i, line in enumerate(labelled.read_text().splitlines())
+    ]
+    path = tmp_path / "one.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--loss.name=apo_zero_unpaired", *KTO[1:], "--loss.undesirable_weight=0.8", f"--data.pairs=[{path}]")
+    config = tiny_config(*flags)
+    trainer.train(config)
+    run = pathlib.Path(config.run.dir)
+    world = worlds.prepare(config)
+    runs.close(world.run)
+    trees = (*world.given.trees, *world.given.held_out)
+    assert len(trees) == len(rows) and all(len(tree.branches[1]) == 1 < len(tree.branches[0]) for tree in trees)
+    records = [r for r in lines(run) if r["stage"] == "update"]
+    assert len(records) == -(-len(world.given.trees) // 8) and "kl" not in records[0]
+    first = data.batches(len(world.given.trees), 8, seed=0, iteration=1, epoch=0)[0]
+    desirable = np.mean([world.given.trees[i].label > 0 for i in first])
+    assert records[0]["loss"] == pytest.approx(0.5 * (desirable + 0.8 * (1 - desirable)), abs=1e-5)
+    assert records[-1]["rewards/margins"] > 0
+    # The held-out loss, in float64 from the log-probs in the ledger.
+    live, held_out = Live(Name("iterate", 1), None), world.given.held_out
+    of = lambda t: select.pair_logps(world, Name("iterate", t), held_out, live).astype(np.float64)[:, 0]
+    label_N = np.array([tree.label for tree in held_out])
+    lost_N = 1 / (1 + np.exp(0.1 * label_N * (of(1) - of(0))))
+    summary = json.loads((run / "iterations/1/summary.json").read_text())
+    assert summary["validation/loss"] == pytest.approx(np.mean(np.where(label_N > 0, 1, 0.8) * lost_N), rel=1e-5)
+
+
 def test_a_pair_loss_refuses_labelled_responses(tiny_config, labelled):
-    with pytest.raises(ValueError, match=r"prompt, completion and label \(unpaired\) are for loss kto alone"):
+    with pytest.raises(
+        ValueError, match=r"prompt, completion and label \(unpaired\) are for losses kto and apo_zero_unpaired alone"
+    ):
         trainer.train(tiny_config(f"--data.pairs=[{labelled}]", run="refused"))
 
 

@@ -125,18 +125,20 @@ def _check_unpaired(config: Any, where: str) -> None:
     if unpaired is None:
         if get(config, "data.format") == "unpaired":
             raise ConfigError(
-                f"{where}: data.format is 'unpaired', but loss {loss.name!r} learns from pairs; use loss.name 'kto'."
+                f"{where}: data.format is 'unpaired', but loss {loss.name!r} learns from pairs; use loss.name "
+                f"{' or '.join(map(repr, UNPAIRED_LOSSES))}."
             )
         return
+    paired = UNPAIRED_LOSSES[unpaired]
     pairs_only = {"mix": {}, "sft_weight": 0.0, "optimism": 0.0, "ld_alpha": 1.0, "weighting": "none"}
     for key, default in pairs_only.items():
         if getattr(loss, key) != default:
             raise ConfigError(
                 f"{where}: loss.{key} is {getattr(loss, key)!r} with loss {unpaired!r}, which learns from single "
-                "responses; it is for pairs. Leave it out, or use 'kto_pair'."
+                f"responses; it is for pairs. Leave it out, or use {paired!r}."
             )
     if isinstance(config, ReviewConfig):
-        raise ConfigError(f"{where}: loss.name is {unpaired!r}, but a review ranks pairs; use 'kto_pair'.")
+        raise ConfigError(f"{where}: loss.name is {unpaired!r}, but a review ranks pairs; use {paired!r}.")
     selects = config.loop.iterations >= config.select.from_iteration
     makes = config.bootstrap.fresh > 0 and config.loop.iterations >= config.bootstrap.from_iteration
     if selects or makes:
@@ -144,7 +146,7 @@ def _check_unpaired(config: Any, where: str) -> None:
         raise ConfigError(
             f"{where}: loss.name is {unpaired!r} with {section}.from_iteration "
             f"{get(config, section).from_iteration} of {config.loop.iterations} iterations, but {what} ranks pairs, "
-            f"and {unpaired!r} learns from single responses. Set loop.iterations to 1, or use 'kto_pair' on pairs."
+            f"and {unpaired!r} learns from single responses. Set loop.iterations to 1, or use {paired!r} on pairs."
         )
 
 

@@ -33,10 +33,12 @@ LossName = Literal[
     "aot",
     "aot_unpaired",
     "kto",
+    "apo_zero_unpaired",
 ]
 REFERENCE_FREE = ("simpo", "alphapo", "cpo", "orpo", "slic_hf")  # losses of log-probs alone
 UNCERTAIN_LOSS = "dpo_pessimistic"  # is told Γ
-UNPAIRED_LOSSES = ("kto",)  # learn from labelled single responses
+UNPAIRED_LOSSES = {"kto": "kto_pair", "apo_zero_unpaired": "apo_zero"}
+"""Losses that learn from labelled single responses → the one that does so from pairs."""
 DivergenceName = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
 EnsembleName = Literal["current", "two_term", "ema", "mean"]
 ScoreName = Literal[

@@ -4,7 +4,7 @@ import math
 import re
 from typing import Any
 
-from sera_jax.config.names import UNCERTAIN_LOSS
+from sera_jax.config.names import UNCERTAIN_LOSS, UNPAIRED_LOSSES
 
 # (key, test of the value, what was expected); keys that a config lacks are passed over.
 RANGES: tuple[tuple[str, Any, str], ...] = (
@@ -146,6 +146,6 @@ LOSS_KEYS = (
     ("rdpo_alpha", ("rdpo",)),
     ("slic_delta", ("slic_hf",)),
     ("slic_lambda", ("slic_hf",)),
-    ("desirable_weight", ("kto",)),
-    ("undesirable_weight", ("kto",)),
+    ("desirable_weight", tuple(UNPAIRED_LOSSES)),
+    ("undesirable_weight", tuple(UNPAIRED_LOSSES)),
 )

@@ -108,7 +108,8 @@ class DataConfig:
             (loop.iterations 0) on its own texts needs none; nor does a run that samples from data.prompts from
             iteration 1 on.
         prompts: files of prompts for bootstrapping; empty = the prompts of the pairs.
-        format: of the pairs; auto = detected and shown. unpaired = labelled single responses, for loss kto.
+        format: of the pairs; auto = detected and shown. unpaired = labelled single responses, for losses kto and
+            apo_zero_unpaired.
         ranked: how K scored responses to a prompt become pairs (rows that are pairs already stay as they are).
         split: split of `datasets` folders and hub names.
         subset: config name of hub names, folder in `datasets` folders; empty = none.
@@ -212,8 +213,9 @@ class LossConfig:
         rdpo_alpha: rdpo only: α >= 0, reward that a token of length explains.
         slic_delta: slic_hf only: δ > 0, the margin of log-probs that is enough, in nats.
         slic_lambda: slic_hf only: λ >= 0, weight of the negative log-prob (a sum) of the chosen response.
-        desirable_weight: kto only: λ_D, of desirable responses.
-        undesirable_weight: kto only: λ_U, of undesirable ones; λ_D·n_D / (λ_U·n_U) between 1 and 4/3 is advised.
+        desirable_weight: kto and apo_zero_unpaired only: λ_D, of desirable responses.
+        undesirable_weight: kto and apo_zero_unpaired only: λ_U, of undesirable ones; λ_D·n_D / (λ_U·n_U) between 1 and
+            4/3 is advised.
         ld_alpha: LD-DPO's α, weight of the log-probs of tokens beyond the length of the pair's shorter response, under
             policy and reference; 1 = off. In the loss alone: margins and rewards of candidates count all tokens alike.
         weighting: wpo = each pair's loss times WPO's weight, how likely the policy finds the pair; none = off. In

@@ -21,7 +21,7 @@ from sera_jax.data.files import (
     silent,
 )
 from sera_jax.data.forms import FORMATS, RANKED, UNPAIRED, Demonstration
-from sera_jax.data.mismatch import derangement, mismatched
+from sera_jax.data.mismatch import derangement, mismatched, unmatched
 from sera_jax.data.order import PARTS, batches, order, parts, split_validation
 from sera_jax.data.tokens import (
     CUTS,
@@ -81,5 +81,6 @@ __all__ = [
     "tokenise_responses",
     "tokenise_texts",
     "tokenise_unpaired",
+    "unmatched",
     "valued",
 ]

@@ -99,7 +99,7 @@ def load_pairs(
     """
     expected = _expected(format, ranked, FORMATS)
     if format == "auto":
-        expected += "; prompt, completion and label (unpaired) are for loss kto alone"
+        expected += "; prompt, completion and label (unpaired) are for losses kto and apo_zero_unpaired alone"
 
     def make(form: str, row: dict, name: str, stem: str) -> list[Pair | Unusable]:
         return forms.pairs_of(form, row, name, stem, rule=ranked, seed=seed)

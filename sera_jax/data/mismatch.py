@@ -26,6 +26,12 @@ def mismatched(trees: Sequence[Tree], *, max_length: int, seed: int) -> list[Tre
     ]
 
 
+def unmatched(trees: Sequence[Tree]) -> list[Tree]:
+    """The same for a loss that has no use for a mismatch: the second branch is the first token of the own one, since an
+    example has two slots, and next to nothing is computed for it."""
+    return [dataclasses.replace(tree, branches=(*tree.branches, tree.branches[0][:1])) for tree in trees]
+
+
 def derangement(groups: Sequence[Hashable], seed: int) -> np.ndarray:
     """A permutation of the examples that sends none of them into its own group, int64 [N]; a function of the seed.
 
@@ -39,7 +45,8 @@ def derangement(groups: Sequence[Hashable], seed: int) -> np.ndarray:
     if 2 * largest > len(groups):
         raise ValueError(
             f"{largest} of {len(groups)} examples have the same prompt, expected at most half: loss kto estimates its "
-            "KL with completions of other prompts. Give data with more prompts, or pairs and loss kto_pair."
+            "KL with completions of other prompts. Give data with more prompts, or take loss apo_zero_unpaired, which "
+            "estimates none, or pairs and loss kto_pair."
         )
     other_N = np.empty(len(groups), np.int64)
     other_N[gathered_N] = np.roll(gathered_N, -largest)

@@ -7,8 +7,8 @@ Notation, for a pair (y_w, y_l) of a prompt x, log-probs summed over response to
 Every loss is  f(logp_P2, ref_P2, length_P2, *, beta, <own keys>) -> loss_P  in float32, each pair on its own. A
 *coupled* loss takes the whole batch, with valid_P (bool) after the lengths, and is meaningless on a part of it. An
 *unpaired* one learns from single responses, desirable or not: P counts these, column 0 is the response, column 1 a
-response of another example under the same prompt (the mismatch), and label_P (+1 or -1) follows valid_P. So does the
-target_P2 of a loss that is told more of each response than its log-probs (`Loss.target`).
+response of another example under the same prompt (the mismatch; not every one reads it), and label_P (+1 or -1) follows
+valid_P. So does the target_P2 of a loss that is told more of each response than its log-probs (`Loss.target`).
     logp_P2    log-probs of (chosen, rejected) under the policy, nats     ref_P2   under the reference; unread where
     length_P2  response tokens, 0 in padding slots                                 `reference` is False (may be None)
 Every loss names its own implicit reward, reward(logp, ref, length, *, beta, <own keys>), elementwise on any shape.
@@ -26,7 +26,15 @@ import jax.numpy as jnp
 
 from sera_jax.losses.apart import apo_down, apo_zero, bco_pair, nca_pair, sppo, sppo_hard
 from sera_jax.losses.bradley_terry import bradley_terry
-from sera_jax.losses.coupled import aot, aot_unpaired, bco_pair_shift, kto, kto_pair, reference_point
+from sera_jax.losses.coupled import (
+    aot,
+    aot_unpaired,
+    apo_zero_unpaired,
+    bco_pair_shift,
+    kto,
+    kto_pair,
+    reference_point,
+)
 from sera_jax.losses.implicit import (
     DIVERGENCES,
     alphapo_reward,
@@ -67,6 +75,7 @@ __all__ = [
     "aot_unpaired",
     "apo_down",
     "apo_zero",
+    "apo_zero_unpaired",
     "bco_pair",
     "bco_pair_shift",
     "bradley_terry",
@@ -119,7 +128,7 @@ class Loss:
     loss, reward: see the module. reference: reads reference log-probs. coupled: needs the global batch and `valid_P`.
     keys: the keyword parameters that it knows beside `beta`; both `loss` and `reward` take them. target: what it takes
     of each response beside log-probs, "" = nothing, a key of `TARGETS`; a loss with "label" learns from labelled single
-    responses (unpaired) and is coupled.
+    responses (unpaired) and is coupled. mismatch: an unpaired one that reads column 1, a response of another example.
     """
 
     loss: Callable[..., jax.Array]
@@ -128,6 +137,7 @@ class Loss:
     coupled: bool
     keys: tuple[str, ...] = ()
     target: str = ""
+    mismatch: bool = False
 
     @property
     def unpaired(self) -> bool:
@@ -187,7 +197,10 @@ LOSSES: dict[str, Loss] = {
     "bco_pair_shift": Loss(bco_pair_shift, log_ratio_reward, reference=True, coupled=True),
     "aot": Loss(aot, log_ratio_reward, reference=True, coupled=True, keys=("label_smoothing",)),
     "aot_unpaired": Loss(aot_unpaired, log_ratio_reward, reference=True, coupled=True, keys=("label_smoothing",)),
-    "kto": Loss(kto, log_ratio_reward, reference=True, coupled=True, keys=_KTO, target="label"),
+    "kto": Loss(kto, log_ratio_reward, reference=True, coupled=True, keys=_KTO, target="label", mismatch=True),
+    "apo_zero_unpaired": Loss(
+        apo_zero_unpaired, log_ratio_reward, reference=True, coupled=True, keys=_KTO, target="label"
+    ),
 }
 
 
@@ -292,6 +305,7 @@ def mixture(weights: Mapping[str, float], sft_weight: float = 0.0, optimistic: f
         coupled=any(member.coupled for member in members.values()),
         keys=known,
         target=next(iter(targets), ""),
+        mismatch=any(member.mismatch for member in members.values()),
     )
 
 
@@ -327,11 +341,11 @@ def _total(value_P, weight_P):
     return jnp.sum(jnp.where(weight_P > 0, weight_P * value_P, 0))
 
 
-def unpaired_metrics(logp_P2, ref_P2, reward_P2, weight_P, label_P) -> dict[str, jax.Array]:
+def unpaired_metrics(logp_P2, ref_P2, reward_P2, weight_P, label_P, *, mismatch: bool) -> dict[str, jax.Array]:
     """TRL's KTO metrics of a *whole* batch, each times Σ weight_P, by which the caller divides as of `metrics`.
 
     Args:
-        as `metrics`; label_P: +1 desirable, -1 not.
+        as `metrics`; label_P: +1 desirable, -1 not. mismatch: does the loss have a kl?
 
     Returns:
         float32 scalars: "chosen" is the mean over the desirable responses, "rejected" over the others, NaN where the
@@ -348,5 +362,6 @@ def unpaired_metrics(logp_P2, ref_P2, reward_P2, weight_P, label_P) -> dict[str,
         for side, label in (("chosen", 1), ("rejected", -1))
     }
     told["rewards/margins"] = told["rewards/chosen"] - told["rewards/rejected"]
-    told["kl"] = reference_point(logp_P2, ref_P2, weight_P > 0)
+    if mismatch:
+        told["kl"] = reference_point(logp_P2, ref_P2, weight_P > 0)
     return {name: value * jnp.sum(weight_P) for name, value in told.items()}

@@ -1,4 +1,5 @@
-"""Losses of the whole batch: meaningless on a part of it. Padding pairs have loss 0 and take no part."""
+"""Losses of the whole batch, meaningless on a part of it, and those of labelled single responses. Padding pairs have
+loss 0 and take no part."""
 
 import jax
 import jax.numpy as jnp
@@ -82,3 +83,16 @@ def kto(logp_P2, ref_P2, length_P2, valid_P, label_P, *, beta, desirable_weight=
     above_P = beta * (ratio_P - reference_point(logp_P2, ref_P2, valid_P))
     weight_P = jnp.where(label_P > 0, desirable_weight, undesirable_weight)
     return jnp.where(valid_P, weight_P * jax.nn.sigmoid(-label_P * above_P), 0)
+
+
+def apo_zero_unpaired(
+    logp_P2, ref_P2, length_P2, valid_P, label_P, *, beta, desirable_weight=1.0, undesirable_weight=1.0
+):
+    """λ_D·[1 - σ(βu)] of a desirable response, λ_U·σ(βu) of another: APO-zero (D'Oosterlinck et al. 2024, eq. 7) on
+    single responses, as TRL's KTOTrainer has it: `kto` with 0 in the place of z₀.
+
+    Each response on its own. It takes the batch as `kto` does, since its metrics are means over either side of it.
+    """
+    ratio_P = jnp.where(valid_P, logp_P2[:, 0] - ref_P2[:, 0], 0)
+    weight_P = jnp.where(label_P > 0, desirable_weight, undesirable_weight)
+    return jnp.where(valid_P, weight_P * jax.nn.sigmoid(-label_P * beta * ratio_P), 0)

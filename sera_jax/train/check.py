@@ -67,9 +67,9 @@ def check(config: TrainConfig) -> dict[str, Any]:
         for tree in _examples(trees, eos_ids):
             _say(example(tree, tokenizer, eos_ids))
         used = {tree.id for tree in trees}
-        if worlds.unpaired(config):
+        if worlds.mismatches(config):
             attempt("loss.name", lambda: _mismatches(config, pairs, trees))
-        else:
+        elif not worlds.unpaired(config):
             attempt("select.score", lambda: _scores(config, [pair for pair in pairs if pair.id in used]))
         if config.loop.parts != "all" and config.loop.iterations:
             attempt("loop.parts", lambda: _parts(config, [pair for pair in pairs if pair.id in used]))

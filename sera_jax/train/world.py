@@ -422,6 +422,11 @@ def unpaired(config: TrainConfig) -> bool:
     return losses.LOSSES[config.loss.name].unpaired
 
 
+def mismatches(config: TrainConfig) -> bool:
+    """Does it read responses of other examples beside them?"""
+    return losses.LOSSES[config.loss.name].mismatch
+
+
 def read_pairs(config: TrainConfig) -> tuple[list[Pair] | list[Unpaired], data.Report]:
     """All given pairs, held out or not; the examples of an unpaired loss."""
     given, read = config.data, data.load_unpaired if unpaired(config) else data.load_pairs
@@ -455,8 +460,10 @@ def trees_of(
         ValueError: more than half of them have the same prompt, or pairs that lack scores.
     """
     try:
-        if unpaired(config):
+        if mismatches(config):
             return data.mismatched(trees, max_length=config.data.max_length, seed=config.run.seed)
+        if unpaired(config):
+            return data.unmatched(trees)
         return data.valued(trees, pairs, loss_of(config)[0].target)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None

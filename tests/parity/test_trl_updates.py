@@ -206,3 +206,29 @@ def test_kto(models, one_device, tmp_path):
     for name in compared:
         np.testing.assert_allclose(metrics[name], their_metrics[name], rtol=1e-5, atol=1e-6, err_msg=name)
     same(got, want)
+
+
+def test_apo_zero_unpaired(models, one_device, tmp_path):
+    """TRL computes no KL for it; our second branches are not read, whatever they are."""
+    trainer = trainer_of(
+        models, loss_type="apo_zero_unpaired", calculate_KL=False, desirable_weight=1.5, undesirable_weight=0.7
+    )
+    trainer._compute_kl_logps = types.MethodType(kto_trainer.KTOTrainer._compute_kl_logps, trainer)
+    label = torch.tensor([tree.label > 0 for tree in TREES])
+    loss = kto_trainer.KTOTrainer._compute_loss(trainer, models[0], padded(TREES, 0) | {"label": label}, False)
+    want = their_gradient(models, loss)
+    their_metrics = {name: values[0] for name, values in trainer._metrics["train"].items()}
+    assert their_metrics["kl"] == 0
+
+    _, _, arch, _, reference, _ = models
+    keys = {"beta": BETA, "desirable_weight": 1.5, "undesirable_weight": 0.7}
+    reference_F = logps(reference, arch, one_device, TREES)
+    metrics, got = update(models, one_device, tmp_path, reference_F, losses.LOSSES["apo_zero_unpaired"], keys)
+    np.testing.assert_allclose(metrics["loss"], loss.item(), rtol=1e-5)
+    compared = set(metrics) & set(their_metrics)
+    assert compared == {"rewards/margins"} | {
+        f"{kind}/{side}" for kind in ("rewards", "logps") for side in ("chosen", "rejected")
+    }
+    for name in compared:
+        np.testing.assert_allclose(metrics[name], their_metrics[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    same(got, want)
