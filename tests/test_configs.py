@@ -129,7 +129,7 @@ PARTS = {
     "a Python function": "rloo ppo raft",
     "people": "annotate",
     "online iterative DPO": "iterative_dpo rlhf_workflow rlhf_workflow_code",
-    "exploration": "explore",
+    "exploration": "explore selm",
     "beyond Bradley-Terry": "sppo self_play_ipo nash_md nash_game",
     "pessimism": "pessimistic",
     "policy gradients and rejection sampling": "rloo ppo raft on_policy",

@@ -2,6 +2,7 @@
 looked at. Sizes are the tiny world's; what makes the method is the file's own.
 """
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -16,7 +17,8 @@ import pyarrow.parquet
 import pytest
 
 from sera_jax import config as configs
-from sera_jax import hf, policies, preference, step
+from sera_jax import hf, losses, policies, preference, step
+from sera_jax import run as run_room
 from sera_jax import train as trainer
 from sera_jax.toyworld import authors
 from sera_jax.train import fresh, select, update
@@ -28,6 +30,8 @@ SIZES = (
     "--run.log_every=1",
     "--model.weights=random",
     "--model.compute=float32",
+    "--model.attention=xla",
+    "--model.remat=none",
     "--data.max_length=48",
     "--data.max_prompt_length=24",
     "--optimizer.batch_size=8",
@@ -42,11 +46,18 @@ SIZES = (
 )
 
 
+class Ready(Exception):
+    """In the place of the last iteration's updates."""
+
+
 @pytest.fixture
 def run(tiny, tiny_config, tmp_path, monkeypatch):
-    """run(names of files, *flags) → {iteration: (world, training stage, what was sampled)}, summaries, run folder."""
+    """run(names of files, *flags) → {iteration: (world, training stage, what was sampled)}, summaries, run folder.
 
-    def runs(names: str, *flags: str, folder: str = "run"):
+    train False: the last iteration ends before its first update, with all that it has made on disk.
+    """
+
+    def runs(names: str, *flags: str, folder: str = "run", train: bool = True):
         caught, make = {}, update.training_set
 
         def caught_set(world, t, scored, chosen, made):
@@ -58,10 +69,21 @@ def run(tiny, tiny_config, tmp_path, monkeypatch):
         files = [f"--config={ROOT / 'configs' / name}.yaml" for name in names.split()]
         own = (f"--run.dir={tmp_path / folder}", f"--model.path={tiny / 'model'}")
         config = configs.parse(configs.TrainConfig, [*files, *own, *SIZES, *flags])
-        trainer.train(config)
+        stage, last = run_room.run_stage, config.loop.iterations
+
+        def ready(run_, of, *args, **keywords):
+            if of.iteration == last:
+                raise Ready
+            return stage(run_, of, *args, **keywords)
+
+        with monkeypatch.context() as patched, contextlib.nullcontext() if train else pytest.raises(Ready):
+            if not train:
+                patched.setattr(run_room, "run_stage", ready)
+            trainer.train(config)
         monkeypatch.setattr(update, "training_set", make)
         path = pathlib.Path(config.run.dir)
-        told = [json.loads((path / "iterations" / str(t) / "summary.json").read_text()) for t in sorted(caught)]
+        done = [t for t in sorted(caught) if train or t < last]
+        told = [json.loads((path / "iterations" / str(t) / "summary.json").read_text()) for t in done]
         return caught, told, path
 
     return runs
@@ -364,9 +386,10 @@ def played(run, tiny, kept, tmp_path_factory):
     """One iteration of self-play on twelve prompts; recipes share the log-probs of their start."""
     kept.setdefault("ledger", tmp_path_factory.mktemp("ledger"))
 
-    def play(name: str, *flags: str):
+    def play(name: str, *flags: str, train: bool = False):
         given = (f"--data.pairs=[{tiny / 'pairs.jsonl'}]", "--data.limit=12", f"--run.ledger={kept['ledger']}", FOUR)
-        caught, told, path = run(name, *given, *flags, "--reward.function=tiny_reward:longer", "--loop.iterations=1")
+        game = ("--reward.function=tiny_reward:longer", "--loop.iterations=1")
+        caught, _, path = run(name, *given, *flags, *game, train=train)
         world, stage, made = caught[1]
         assert [tree.id for tree in stage.trees] == [tree.id for tree in made.fresh.trees] and len(stage.trees) > 6
         assert made.ranked.prob_PCC is not None and made.fresh.kept_F.all()  # no given pair trains
@@ -375,15 +398,17 @@ def played(run, tiny, kept, tmp_path_factory):
     return play
 
 
-def first_loss(stage, path, loss_F: np.ndarray) -> None:
-    """Of the first update, where the policy is still its reference."""
-    told = updates_of(path)[0]["loss"]
-    np.testing.assert_allclose(told, loss_F[stage.batches[0]].mean(), rtol=1e-4)
+def loss_at_start(world, stage) -> np.ndarray:
+    """The run's loss of what it is about to train on, where the policy is still its reference."""
+    logp_P2 = jnp.asarray(stage.reference_F).reshape(-1, 2)
+    length_P2 = jnp.array([[len(branch) for branch in tree.branches] for tree in stage.trees], jnp.float32)
+    told = losses.told(world.loss, jnp.array([tree.told for tree in stage.trees], jnp.float32))
+    return np.asarray(world.loss.loss(logp_P2, logp_P2, length_P2, *told, **world.loss_keys))
 
 
 def test_sppo_learns_how_often_each_response_wins(played):
     """Among the candidates of its prompt; squares of (win - ½)/β at the published β; against the iterate before."""
-    world, stage, made, path = played("sppo")
+    world, stage, made, path = played("sppo", train=True)
     texts_PC = made.candidates.texts_PC
     assert made.candidates.finished_PC.shape == (12, 4) and world.config.bootstrap.top_p == 0.9
     others = lambda p, c: [texts_PC[p][j] for j in range(4) if j != c and texts_PC[p][j]]
@@ -392,18 +417,21 @@ def test_sppo_learns_how_often_each_response_wins(played):
         for p, pair in zip(made.fresh.prompt_F, made.fresh.pair_F2)
     ]
     np.testing.assert_allclose([tree.values for tree in stage.trees], wins, atol=1e-6)
-    first_loss(stage, path, ((np.array(wins) - 0.5) ** 2).sum(axis=1) / 0.001**2)
+    want = ((np.array(wins) - 0.5) ** 2).sum(axis=1) / 0.001**2
+    np.testing.assert_allclose(loss_at_start(world, stage), want, rtol=1e-5)
+    np.testing.assert_allclose(updates_of(path)[0]["loss"], want[stage.batches[0]].mean(), rtol=1e-4)
     assert select.loss_reference(world, 3).t == 2
 
 
 def test_self_play_ipo_learns_who_of_two_is_preferred(played):
-    world, stage, made, path = played("self_play_ipo", "--bootstrap.candidates=2")
+    world, stage, made, _ = played("self_play_ipo", "--bootstrap.candidates=2")
     texts_PC = made.candidates.texts_PC
     assert made.candidates.finished_PC.shape == (12, 2) and select.loss_reference(world, 3).t == 0
     said = [[texts_PC[p][c] for c in pair] for p, pair in zip(made.fresh.prompt_F, made.fresh.pair_F2)]
     prefer = np.array([[longer(*two), longer(*two[::-1])] for two in said])
     np.testing.assert_allclose([tree.values for tree in stage.trees], prefer, atol=1e-6)
-    first_loss(stage, path, ((prefer[:, 0] - prefer[:, 1]) / (2 * 0.1)) ** 2)
+    want = ((prefer[:, 0] - prefer[:, 1]) / (2 * 0.1)) ** 2
+    np.testing.assert_allclose(loss_at_start(world, stage), want, rtol=1e-4)
 
 
 def test_nash_md_wins_against_a_mixture(played):
@@ -421,7 +449,8 @@ def test_nash_md_wins_against_a_mixture(played):
         for p, two in zip(made.fresh.prompt_F, made.fresh.pair_F2)
     ]
     np.testing.assert_allclose([tree.values for tree in stage.trees], wins, atol=1e-6)
-    first_loss(stage, path, ((np.array(wins) - 0.5) ** 2).sum(axis=1) / 0.1**2)
+    want = ((np.array(wins) - 0.5) ** 2).sum(axis=1) / 0.1**2
+    np.testing.assert_allclose(loss_at_start(world, stage), want, rtol=1e-4, atol=1e-8)
 
 
 @pytest.fixture
@@ -436,7 +465,7 @@ def preferring(tiny, tmp_path, one_device):
 
 def test_preference_online_trains_on_the_most_certain_pair(run, tiny, preferring):
     flags = (f"--data.pairs=[{tiny / 'pairs.jsonl'}]", "--data.limit=8", "--loop.iterations=1")
-    caught, _, path = run("preference_online", *flags, f"--reward.model={preferring}", FOUR)
+    caught, _, path = run("preference_online", *flags, f"--reward.model={preferring}", FOUR, train=False)
     world, stage, made = caught[1]
     table = pyarrow.parquet.read_table(path / "iterations" / "1" / "probabilities.parquet").to_pylist()
     best: dict[str, float] = {}
@@ -470,7 +499,7 @@ def test_judge_asks_an_endpoint_about_every_two_candidates(run, tiny, tmp_path, 
     prompts = authors.write_prompts(np.random.default_rng(0), count)
     given = [row | {"prompt": prompt} for row, prompt in zip(pairs_of(tiny), prompts)]
     flags = (f"--data.pairs=[{write(tmp_path / 'pairs.jsonl', given)}]", "--loop.iterations=1")
-    caught, told, path = run("judge", *flags, f"--judge.base_url={url}")
+    caught, _, path = run("judge", *flags, f"--judge.base_url={url}", train=False)
     world, stage, made = caught[1]
     compared = np.isfinite(made.ranked.prob_PCC)
     seen_PC = np.array(
@@ -480,7 +509,8 @@ def test_judge_asks_an_endpoint_about_every_two_candidates(run, tiny, tmp_path, 
     np.testing.assert_allclose(made.ranked.prob_PCC[compared], want_PCC[compared], atol=1e-5)
     assert compared.shape == (count, 4, 4) and compared.mean() > 0.8
     labels = [json.loads(line) for line in (path / "judge.jsonl").read_text().splitlines()]
-    assert len(labels) == told[0]["judge/labels"] > 40 and told[0]["judge/consistency"] == 1
+    told = made.ranked.told
+    assert len(labels) == told["judge/labels"] > 40 and told["judge/consistency"] == 1
     best_P, worst_P = (f(made.ranked.rewards_PC, axis=1) for f in (np.nanmax, np.nanmin))
     of = made.fresh.prompt_F
     np.testing.assert_array_equal(made.fresh.reward_F2, np.stack([best_P[of], worst_P[of]], axis=1))
@@ -491,9 +521,9 @@ def test_judge_asks_an_endpoint_about_every_two_candidates(run, tiny, tmp_path, 
 
 
 def test_explore_pairs_the_best_candidate_with_the_least_known(run, tiny, first):
-    """And leaves what its labelled pairs have spanned behind; its loss pays for less likely responses."""
+    """And leaves what its labelled pairs have spanned behind."""
     flags = (f"--data.pairs=[{tiny / 'pairs.jsonl'}]", "--data.limit=16", "--loop.iterations=2", first)
-    caught, told, path = run("explore", *flags, FOUR, "--explore.dimension=16")
+    caught, _, path = run("explore", *flags, FOUR, "--explore.dimension=16", train=False)
     world, stage, made = caught[2]
     sigma = {t: np.load(path / "covariance" / f"{t}.npz")["sigma"] for t in (0, 2)}
     kept = made.fresh.kept_F
@@ -504,18 +534,31 @@ def test_explore_pairs_the_best_candidate_with_the_least_known(run, tiny, first)
     reward = np.where(fresh.valid(world, made.candidates), made.ranked.rewards_PC, -np.inf)
     assert (made.fresh.pair_F2[:, 0] == reward.argmax(axis=1)[made.fresh.prompt_F]).all()
     assert (made.fresh.pair_F2[:, 1] != reward.argmin(axis=1)[made.fresh.prompt_F]).any()  # not best against worst
-    assert world.config.loss.optimism == 1e-5 and told[0]["sera/fresh_pairs"] == kept.sum()
+    trained = {tree.id for tree in stage.trees}
+    assert all((tree.id in trained) == k for tree, k in zip(made.fresh.trees, kept))
+
+
+def test_selm_makes_its_own_samples_less_likely(run, tiny, ranker):
+    """Those of the iterate that is the reference: DPO's loss and 1e-4·½(w + l)."""
+    flags = (f"--data.pairs=[{tiny / 'pairs.jsonl'}]", "--loop.iterations=1", f"--reward.model={ranker}", FOUR)
+    caught, _, _ = run("selm", *flags, train=False)
+    world, stage, made = caught[1]
+    assert len(made.prompts) == round(0.33 * 44) and made.candidates.finished_PC.shape[1] == 4 + 1  # the given one
+    assert len(stage.trees) == len(made.fresh.trees) > 7 and select.loss_reference(world, 3).t == 2
+    want = np.log(2) + 1e-4 * stage.reference_F.reshape(-1, 2).mean(axis=1)
+    np.testing.assert_allclose(loss_at_start(world, stage), want, rtol=1e-6)
+    assert np.ptp(want) > 1e-4
 
 
 def test_pessimistic_learns_from_given_pairs_less_their_uncertainty(run, tiny):
     flags = (f"--data.pairs=[{tiny / 'pairs.jsonl'}]", "--data.limit=16", "--explore.dimension=16")
-    caught, _, path = run("pessimistic", *flags)
+    caught, _, path = run("pessimistic", *flags, train=False)
     world, stage, made = caught[1]
     assert list(caught) == [1] and made is None and len(stage.trees) == 16
     gamma = np.array([tree.values for tree in stage.trees])
     assert gamma.shape == (16, 2) and (gamma > 0).all() and gamma.std() > 0.01
     assert [file.name for file in (path / "covariance").iterdir()] == ["0.npz"]
-    first_loss(stage, path, np.logaddexp(0, -(gamma[:, 0] - gamma[:, 1])))
+    np.testing.assert_allclose(loss_at_start(world, stage), np.logaddexp(0, -(gamma[:, 0] - gamma[:, 1])), rtol=1e-5)
 
 
 # --- two stages -------------------------------------------------------------------------------------------------------
