@@ -139,7 +139,7 @@ def test_one_decoding_step_is_attention_over_all_blocks_laid_side_by_side(dtype,
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
-KERNELS = ("splash", "tree", "loops")
+KERNELS = ("splash", "tree", "loops", "triton")
 
 
 @pytest.fixture
@@ -228,7 +228,7 @@ def test_kernels_skip_blocks_that_no_query_of_a_block_sees(small_blocks, one_dev
     v = v.at[0, 200].set(jnp.nan)
     out = attention.over_rows(name, tree, **rows, mesh=one_device)(q, k, v, None)
     assert np.isfinite(out[0, :128]).all() and np.isfinite(out[0, 256:]).all()
-    first = 192 if name == "loops" else 128  # its blocks are of 64 tokens
+    first = 192 if name in ("loops", "triton") else 128  # their blocks are of 64 tokens
     assert np.isnan(out[0, first:256]).all()
 
 
@@ -245,7 +245,7 @@ def test_tree_with_a_block_beyond_the_rows_end_and_more_heads_than_a_step_serves
         np.testing.assert_allclose(a, b, atol=5e-6 * np.abs(b).max())  # measured: 1.1e-6 at most
 
 
-@pytest.mark.parametrize("name", ["tree", "loops"])
+@pytest.mark.parametrize("name", ["tree", "loops", "triton"])
 def test_bfloat16_is_as_near_to_float32_as_in_the_dense_form(small_blocks, one_device, name):
     rows = long_rows()
     qkv, d_out = drawn(rows, 4, 2, 64, jnp.bfloat16)
@@ -259,7 +259,7 @@ def test_bfloat16_is_as_near_to_float32_as_in_the_dense_form(small_blocks, one_d
         assert ours < 1.6 * theirs
 
 
-@pytest.mark.parametrize("name", ["tree", "loops"])
+@pytest.mark.parametrize("name", ["tree", "loops", "triton"])
 def test_padding_moves_no_bit_of_what_is_not(small_blocks, one_device, name):
     """Whatever stands there: outputs and gradients of the trees' tokens are the same, and all are finite."""
     rows = long_rows(3)
@@ -282,7 +282,8 @@ def test_the_backend_is_chosen_by_the_devices_of_the_mesh_and_the_length_of_rows
     assert attention.backend("auto", one_device, 64) == attention.backend("auto", one_device, 300) == "xla"
     assert attention.backend("auto", Devices, 256) == "tree" and attention.backend("auto", Devices, 200) == "xla"
     assert attention.backend("xla", Devices, 256) == "xla" and attention.backend("splash", one_device, 128) == "splash"
-    for name in KERNELS:
+    assert attention.backend("triton", Devices, 203) == "triton"
+    for name in set(KERNELS) - {"triton"}:
         multiple = 64 if name == "loops" else 128
         told = (
             rf"{name}, which takes rows of a multiple of {multiple} tokens, but these have 200\. Set optimizer\.row_tok"
