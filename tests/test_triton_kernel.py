@@ -73,12 +73,9 @@ def ours(ids, q, k, v, window: int | None = None, *, interpret: bool = True, sca
     return triton_kernel.attend(q, k, v, blocks, scale=scale, interpret=interpret, **keys)
 
 
-@pytest.mark.parametrize(
-    "length, heads, kv_heads, size, keys",
-    [(1, 2, 1, 16, {}), (100, 3, 1, 8, {"window": 30, "cap": 3.0}), (161, 4, 2, 80, {"scale": 0.2})],
-)
-def test_rows_of_any_length_and_small_heads(length, heads, kv_heads, size, keys):
-    """One token; ends inside the first tile and inside a later one; heads smaller than a product's side may be."""
+def test_rows_that_end_inside_a_tile_and_heads_smaller_than_one():
+    """Of eight numbers, where the side of a product is 16 at least."""
+    length, heads, kv_heads, size, keys = 161, 3, 1, 8, {"window": 30, "cap": 3.0}
     rng = np.random.default_rng(length)
     ids = tuple(x[:, :length] for x in drawn_rows(rng, 2, 192))
     q, k, v, d_out = (
@@ -90,9 +87,9 @@ def test_rows_of_any_length_and_small_heads(length, heads, kv_heads, size, keys)
 
 
 def test_what_stands_in_unlisted_blocks_is_read_by_no_program():
-    """Three trees of 128 tokens: with NaN in all of the second one, forward and backward, the others do not change by a
-    bit."""
-    tree = np.repeat([1, 2, 3], 128)[None]
+    """Two trees of 128 tokens and as much padding between them: with NaN there, forward and backward, the trees do not
+    change by a bit."""
+    tree = np.repeat([1, 0, 2], 128)[None]
     branch = np.tile(np.repeat([0, 1, 2], [60, 40, 28]), 3)[None]
     ids = tree, branch, np.tile(np.arange(128), 3)[None]
     rng = np.random.default_rng(1)
@@ -121,16 +118,16 @@ def lowered(heads: int, kv_heads: int, size: int, dtype, length: int, window: in
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("size", [16, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("size", [64, 80, 96, 128, 256])
 def test_every_head_size_lowers_for_cuda(size, dtype):
     """On a machine without a GPU: Pallas makes Triton's code of the three kernels, and no number is kept of a pair of
     tokens."""
-    for length, keys in ((1024, {}), (1000, {"window": 50, "cap": 5.0})):
-        text = lowered(8, 2, size, dtype, length, **keys)
-        assert [text.count(f'name = "{name}"') for name in NAMES] == [1, 1, 1]
-        assert text.count("custom_call @__gpu$xla.gpu.triton") == 3
-        floats = re.findall(r"tensor<([0-9x]+)x(?:f32|bf16)>", text)
-        assert max(math.prod(map(int, shape.split("x"))) for shape in floats) == 2 * 8 * length * size
+    length, keys = (1000, {"window": 50, "cap": 5.0}) if size in (64, 80) else (1024, {})
+    text = lowered(8, 2, size, dtype, length, **keys)
+    assert [text.count(f'name = "{name}"') for name in NAMES] == [1, 1, 1]
+    assert text.count("custom_call @__gpu$xla.gpu.triton") == 3
+    floats = re.findall(r"tensor<([0-9x]+)x(?:f32|bf16)>", text)
+    assert max(math.prod(map(int, shape.split("x"))) for shape in floats) == 2 * 8 * length * size
 
 
 def test_tiles_fit_into_the_shared_memory_of_an_a100():
