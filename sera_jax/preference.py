@@ -28,6 +28,8 @@ from sera_jax.records import Text, Tree
 TEMPLATE = "[CONTEXT] {context} [RESPONSE {a}] {first} [RESPONSE {b}] {second} \n"
 KEY = "preference"  # of config.json: the form that a model was trained with
 CLIP = 1e-6  # least probability that log-odds are taken of
+UNREADABLE = "\ufffd"  # what decoders write in the place of bytes that are no character
+UTF8_BYTES = 4  # of a character, at most
 TRIES = 8  # of cutting texts until their question fits
 
 Asked = tuple[Text, Text, Text]  # prompt, one response, the other
@@ -155,24 +157,42 @@ def _shortened(
     """Both orders of a question of `length` tokens, cut to `room`; None where that cannot be."""
     prompt, one, other = data.encoded(tokenizer, texts)
     rest = room - (length - len(prompt) - len(one) - len(other))  # left for the three of them
-    write = lambda ids: tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     shown = texts[0]
     if len(prompt) > form.max_prompt_length:
         prompt = data.CUTS[form.truncation](prompt, form.max_prompt_length)
-        shown = write(prompt)
+        shown = _part(tokenizer, prompt, form.truncation)
     rest -= len(prompt)
     # Texts tokenised apart, and cut ones, may come out longer together than they are: then a little less is kept.
     for _ in range(TRIES):
         if rest < 2:
             return None
         each = max(rest // 2, rest - min(len(one), len(other)))  # what a shorter one leaves is the other's
-        first, second = (text if len(ids) <= each else write(ids[:each]) for text, ids in zip(texts[1:], (one, other)))
+        first, second = (
+            text if len(ids) <= each else _part(tokenizer, ids[:each], "keep_start")
+            for text, ids in zip(texts[1:], (one, other))
+        )
         both = _ids(tokenizer, [question(form, shown, *pair) for pair in ((first, second), (second, first))], bos)
         over = max(map(len, both)) - room
         if over <= 0:
             return both[0], both[1]
         rest -= over
     return None
+
+
+def _part(tokenizer: data.Tokenizer, ids: list[int], kept: str) -> str:
+    """The text of the tokens that a cut left over (kept: which end of the text they are, a key of data.CUTS).
+
+    Of a character that the cut went through nothing is left. Where characters are written as tokens of a byte each, as
+    of most alphabets by a small vocabulary, decoders make a whole run of them unreadable over one that is not complete.
+    """
+
+    def text(gone: int) -> str:
+        left = data.CUTS[kept](ids, len(ids) - gone)
+        return tokenizer.decode(left, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    if UNREADABLE not in (whole := text(0)):
+        return whole
+    return min(map(text, range(UTF8_BYTES)), key=lambda text: text.count(UNREADABLE))
 
 
 # --- trees: what the model's forward pass takes -----------------------------------------------------------------------

@@ -8,6 +8,8 @@ import re
 
 import numpy as np
 import pytest
+import tokenizers
+import transformers
 
 from sera_jax import data, preference, rows
 from sera_jax.preference import Form
@@ -101,6 +103,26 @@ def test_long_questions_are_cut_alike_in_both_orders(tokenizer, head, most):
     assert words(tokenizer, found.orders[0][0]).count("the the the cat dog") == 1
     low = Form(head, ("red", "blue"), max_length=9, max_prompt_length=5)
     assert preference.questions(low, tokenizer, asked).orders == (None,) * 4
+
+
+@pytest.mark.parametrize("truncation", ["keep_start", "keep_end"])
+def test_a_cut_leaves_no_half_character(truncation):
+    """Tokens of a byte each, as small vocabularies write most alphabets; three bytes to each of these characters."""
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    model = tokenizers.models.BPE({p: i for i, p in enumerate(pieces)}, [], unk_token="<unk>", byte_fallback=True)
+    backend = tokenizers.Tokenizer(model)
+    backend.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+    of_bytes = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    turn = preference.context("") if truncation == "keep_start" else ""  # the other cut takes it away
+    template = len(preference.question(Form(True), turn, "", ""))
+    for room in range(40, 52):
+        form = Form(True, max_length=template + room, max_prompt_length=20, truncation=truncation)
+        asked = [("អ" * 30, "私" * 60, "た" * 60), ("អ" * 30, "�" * 60, "b" * 90)]
+        for (one, _), said in zip(preference.questions(form, of_bytes, asked).orders, asked, strict=True):
+            text = of_bytes.decode(one)
+            prompt, *both = [len(said[i][0].encode()) * text.count(said[i][0]) for i in range(3)]
+            assert template + prompt + sum(both) == len(one) > template + room - 9  # all that was left is readable
+            assert prompt in ((18,) if truncation == "keep_end" else (3,)) and max(both) - min(both) <= 3
 
 
 # --- trees ------------------------------------------------------------------------------------------------------------

@@ -127,6 +127,9 @@ def test_a_run_leaves_what_readme_promises(uninterrupted):
     fresh = pyarrow.parquet.read_table(run / "iterations/2/fresh.parquet").to_pylist()
     assert summary["sera/fresh_pairs"] == sum(row["kept"] for row in fresh) <= round(0.3 * len(kept))
     assert all(row["reward_chosen"] > row["reward_rejected"] for row in fresh)
+    said = [json.loads(line) for line in (run / "iterations/2/candidates.jsonl").read_text().splitlines()]
+    different = sum(len({text for text in row["responses"]}) for row in said)
+    assert 0 < summary["labels"] <= different <= 2 * summary["labels"]  # empty and unfinished ones get no reward
     assert summary["pairs/trained"] == summary["pairs/kept"] + summary["sera/fresh_pairs"]
     # Watched: all of these few pairs. The ensemble has weighed the margins of iterate 1 by 1 - γ.
     first = json.loads((run / "iterations/1/summary.json").read_text())

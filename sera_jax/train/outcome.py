@@ -326,13 +326,16 @@ def _over(value_N: np.ndarray, weight_N: np.ndarray) -> float | None:
 
 
 def _of_candidates(made: Made | None, gold_F2: np.ndarray | None) -> dict[str, Any]:
-    """The fresh pairs made of what the policy sampled; KL is to the reward's reference."""
+    """The fresh pairs made of what the policy sampled; KL is to the reward's reference. labels: candidates that got a
+    reward, repeated ones once."""
     if made is None:
         return {}
     fresh = made.fresh
     kept, explored = fresh.kept_F.any(), fresh.gamma_F is not None
     length = np.array([[len(b) for b in tree.branches] for tree in fresh.trees], np.float64).reshape(-1, 2)
+    ranked = zip(made.candidates.texts_PC, np.isfinite(made.rewards_PC), strict=True)
     return {
+        "labels": sum(len({text for text, one in zip(texts_C, some_C) if one}) for texts_C, some_C in ranked),
         "sera/fresh_made": len(fresh.trees),
         "sera/fresh_pairs": int(fresh.kept_F.sum()),
         "sera/fresh_margin_mean": float(fresh.margin_F[fresh.kept_F].mean()) if kept else None,

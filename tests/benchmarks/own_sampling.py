@@ -31,8 +31,10 @@ def main() -> None:
     p.add_argument("--long-every", type=int, default=4)
     p.add_argument("--refill", type=int, default=1, help="prompts of a call, in those for which there are slots")
     p.add_argument("--greedy", action="store_true")
+    p.add_argument("--devices", type=int, default=1, help="prompts are split over so many; CPUs are cut into them")
     a = p.parse_args()
-    mesh = meshes.make(1, 1, 1, jax.devices()[:1])
+    jax.config.update("jax_num_cpu_devices", a.devices)
+    mesh = meshes.make(a.devices, 1, 1, jax.devices()[: a.devices])
     arch, compute = hf.read_arch(a.model), Compute(jnp.dtype(a.dtype))
     weights = programs.to_decode(arch, mesh, compute.dtype)(hf.load(a.model, arch, mesh))
     many, slots = a.batch * a.refill, a.batch * a.candidates

@@ -60,10 +60,12 @@ def main() -> None:
     p.add_argument("--row-tokens", type=int, default=0)
     p.add_argument("--microbatch-rows", type=int, default=0)
     p.add_argument("--row-shapes", type=int, default=2)
+    p.add_argument("--devices", type=int, default=1, help="rows are split over so many; CPUs are cut into them")
     for name in SWITCHES:
         p.add_argument(f"--{name}", action="store_true")
     a = p.parse_args()
-    mesh = meshes.make(1, 1, 1, jax.devices()[:1])
+    jax.config.update("jax_num_cpu_devices", a.devices)
+    mesh = meshes.make(a.devices, 1, 1, jax.devices()[: a.devices])
     arch = hf.read_arch(a.model)
     compute = Compute(jnp.dtype(a.dtype), a.remat, a.chunk, a.attention)
     trees = read_trees(a.pairs)[: a.batch * a.steps]
@@ -81,7 +83,7 @@ def main() -> None:
             batch=a.batch,
             per_key=attention.per_key(mesh, arch.width),
             device_tokens=attention.device_tokens(mesh),
-            shards=1,
+            shards=a.devices,
             row_tokens=a.row_tokens,
             microbatch_rows=a.microbatch_rows,
             shapes=a.row_shapes,

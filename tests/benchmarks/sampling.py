@@ -1,11 +1,12 @@
 """Sampling beside transformers' generate(): the same weights and prompt ids, equal output lengths, new tokens a second.
 
     bash tests/benchmarks/peers.sh ENVS
-    python tests/benchmarks/sampling.py --data DATA --peers ENVS [--stories] [--mixed] [--out FILE.jsonl]
+    python tests/benchmarks/sampling.py --data DATA --peers ENVS [--stories] [--mixed] [--devices N] [--out FILE.jsonl]
 
 DATA holds hh_rlhf/, tokenizers/llama2 and models/stories260K (for --stories, a model so small that overhead is all).
 --mixed: sets of eight batches in which every fourth candidate is eight times as long as the others; ours refills its
-slots, generate() goes batch by batch.
+slots, generate() goes batch by batch. --devices: into which ours cuts the processor, one for each core, say; generate()
+has all cores either way.
 Before anything is timed both sides decode one batch greedily: the tokens have to be the same, up to the first place
 where two logits are as good as equal.
 """
@@ -29,6 +30,7 @@ def main() -> None:
     p.add_argument("--max-length", type=int, default=256)
     p.add_argument("--stories", action="store_true")
     p.add_argument("--mixed", action="store_true")
+    p.add_argument("--devices", type=int, default=1)
     a = p.parse_args()
     data, work = shared_data(a.data), pathlib.Path(a.work)
     tokenizer = data / "tokenizers" / "llama2"
@@ -46,7 +48,8 @@ def main() -> None:
         sides["generate()"] = (python_of(a.peers, "trl"), "peers/generate.py")
     rows, tokens = [], None
     for name, (interpreter, script) in sides.items():
-        greedy = child(interpreter, script, *same, "--batches", 1, "--new-tokens", 16, "--greedy")["first"]
+        cut = ["--devices", a.devices] if name == "sera_jax" else []
+        greedy = child(interpreter, script, *same, *cut, "--batches", 1, "--new-tokens", 16, "--greedy")["first"]
         tokens = tokens or greedy
         equal = sum(x == y for x, y in zip(tokens, greedy, strict=True)) / len(greedy)
         if equal < 0.9:
@@ -54,7 +57,7 @@ def main() -> None:
         refills = name == "sera_jax" and a.mixed
         how = ["--batches", a.batches * (1 if refills else sets), "--new-tokens", a.new_tokens]
         how += ["--short", a.new_tokens // 8] if a.mixed else []
-        told = child(interpreter, script, *same, *how, *(["--refill", sets] if refills else []))
+        told = child(interpreter, script, *same, *cut, *how, *(["--refill", sets] if refills else []))
         size = 1 if refills else sets
         seconds, tokens_made = (batched(told[what], size) for what in ("seconds", "tokens"))
         rate, seconds = spread([n / s for n, s in zip(tokens_made, seconds, strict=True)]), spread(seconds)
@@ -71,7 +74,7 @@ def main() -> None:
                 "versions": told.get("versions"),
             }
         )
-    finish("sampling", a.out, rows, model=model.name, mixed=a.mixed)
+    finish("sampling", a.out, rows, model=model.name, mixed=a.mixed, devices=a.devices)
 
 
 if __name__ == "__main__":
