@@ -81,8 +81,8 @@ class Blocks:
 
     Args:
         ids_B3L: of each token its own id and its prompt's, as `tree_kernel.ids` gives them, and its position.
-        by_query: sizes of a query and a key block → (order_BQT, count_BQ): for each query block the key blocks, those
-            in which some query sees some key first, in their order; and how many those are.
+        by_query: sizes of a query and a key block → (order_BQT, count_BQ): for each query block the key blocks in which
+            some query sees some key, in their order; and how many those are (what comes after them is no block).
         by_key: the same sizes → (order_BTQ, count_BT): for each key block its query blocks.
         window_B: the same number for each row, or None.
     """
@@ -114,8 +114,11 @@ def blocks(tree_BL: jax.Array, branch_BL: jax.Array, position_BL: jax.Array, win
         rows, units = seen.shape[:2]
         queries, keys = (size // UNIT for size in pair)
         of = seen.reshape(rows, units // queries, queries, units // keys, keys).any((2, 4))
-        of = of.swapaxes(1, 2) if turned else of
-        return jnp.argsort(~of, axis=2, stable=True).astype(jnp.int32), of.sum(2, dtype=jnp.int32)
+        so_far = jnp.cumsum(of.swapaxes(1, 2) if turned else of, axis=2, dtype=jnp.int32)
+        # The n-th seen block comes after all those up to which n at most are seen, n from 0: no sort, one fused pass.
+        number = jnp.arange(so_far.shape[2])[None, None, :, None]
+        order = (so_far[:, :, None] <= number).sum(3, dtype=jnp.int32)
+        return order, so_far[:, :, -1]
 
     return Blocks(
         ids_B3L=jnp.stack((own, prompt, position), axis=1),
