@@ -1,4 +1,5 @@
-"""The attention rule of prompt trees (README, "Rows"): dense on XLA, or block by block, in loops or TPU kernels.
+"""The attention rule of prompt trees (README, "Rows"): dense on XLA, or block by block, in loops or in kernels for
+TPUs and GPUs.
 
 A query sees a key that is not later in the row, is in the same tree, and is in the prompt or in its own branch. A
 sliding window counts positions, not indices: the second branch of a tree stands far from its prompt in the row, but not
@@ -19,7 +20,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from sera_jax import decode_kernel, tree_kernel, tree_loops
+from sera_jax import decode_kernel, tree_kernel, tree_loops, triton_kernel
 from sera_jax import mesh as meshes
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
@@ -94,7 +95,7 @@ def backend(name: str, mesh: Mesh, length: int) -> str:
     else xla.
 
     What counts is the platform of the mesh's devices: a program that is compiled for a TPU on another machine is the
-    one that the TPU runs. Elsewhere than on TPUs the kernels are interpreted: right, and slow.
+    one that the TPU runs. Elsewhere than on their platform kernels are interpreted: right, and slow.
 
     Raises:
         ValueError: a kernel, and rows of another length.
@@ -240,7 +241,8 @@ def _ours(
     """Block by block: no array of L² elements at all, and nothing done for blocks in which no query sees a key.
 
     Args:
-        form: the room that computes it, `tree_kernel` or `tree_loops`. options: further ones of its `attend`.
+        form: the room that computes it, `tree_kernel`, `triton_kernel` or `tree_loops`. options: further ones of its
+            `attend`.
     """
     ids = tree_BL, branch_BL, position_BL
     blocks = form.blocks(*ids, None)
@@ -256,6 +258,11 @@ def _ours(
 def _tree(*ids: jax.Array, mesh: Mesh, **keys: Any) -> Attend:
     """In our own kernels for TPUs."""
     return _ours(*ids, form=tree_kernel, mesh=mesh, interpret=platform(mesh) != "tpu", **keys)
+
+
+def _triton(*ids: jax.Array, mesh: Mesh, **keys: Any) -> Attend:
+    """In our own kernels for GPUs."""
+    return _ours(*ids, form=triton_kernel, mesh=mesh, interpret=platform(mesh) != "gpu", **keys)
 
 
 def _loops(*ids: jax.Array, **keys: Any) -> Attend:
@@ -306,14 +313,18 @@ def _apart(
     )
 
 
-ATTENTION: dict[str, Callable[..., Attend]] = {"xla": _xla, "loops": _loops, "splash": _splash, "tree": _tree}
+ATTENTION: dict[str, Callable[..., Attend]] = {
+    "xla": _xla, "loops": _loops, "splash": _splash, "tree": _tree, "triton": _triton
+}  # fmt: skip
 """Name → (tree_BL, branch_BL, position_BL, where it runs, scale, cap) → the attention of a layer."""
 
-MULTIPLE = {"xla": 1, "loops": tree_loops.SIZE, "splash": LANES, "tree": LANES}
+MULTIPLE = {"xla": 1, "loops": tree_loops.SIZE, "splash": LANES, "tree": LANES, "triton": 1}
 """What a row's length has to be a multiple of."""
 
 AUTO = {"cpu": ("loops", 128), "gpu": ("xla", 0), "tpu": ("tree", LANES)}
-"""The best form on a platform, and the shortest rows in which it is."""
+"""The best form on a platform, and the shortest rows in which it is. GPUs have `xla` although there is `triton`: it
+compiles for them, and interpreted it computes the right numbers, but it has run on none, so that nobody knows which is
+faster (`tests/benchmarks/attention.py` tells)."""
 
 
 # --- one step of decoding ---------------------------------------------------------------------------------------------

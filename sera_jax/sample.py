@@ -202,13 +202,13 @@ def decode(
         keys_GQ, jnp.arange(t_max)
     )
 
-    def reads(s: _Slots, m: int, length_GS: jax.Array) -> tuple[Callable, Any]:
+    def reads(s: _Slots, m: int, length_GS: jax.Array, most: int) -> tuple[Callable, Any]:
         if in_place:
             return _in_place(arch, s, length_GS, caches[m], s.owns[m], c, mesh)
-        return _by_copy(arch, s, length_GS, caches[m], s.owns[m], c, shared, turned, mesh)
+        return _by_copy(arch, s, length_GS, caches[m], s.owns[m], c, most, shared, turned, mesh)
 
-    def forward(s: _Slots, m: int, length_GS: jax.Array) -> tuple[jax.Array, tuple]:
-        attend, cache = reads(s, m, length_GS)
+    def forward(s: _Slots, m: int, length_GS: jax.Array, most: int) -> tuple[jax.Array, tuple]:
+        attend, cache = reads(s, m, length_GS, most)
         position_GS = length_GS + s.t_GS - 1
         hidden_GSD, new = model.hidden(
             arch,
@@ -225,11 +225,11 @@ def decode(
         own = new if apart else _stored(s.owns[m], new, s.steps if shared else s.t_GS - 1, turned, mesh)
         return model.logits(arch, models[m][0], hidden_GSD, dtype), own
 
-    def step(s: _Slots) -> _Slots:
+    def step(s: _Slots, most: int) -> _Slots:
         s = s if shared else _refilled(s, limit_GQ)
         of_slot = lambda of_GQ: _each(of_GQ, s.item_GS)
         length_GS = of_slot(length_GQ)
-        logits, owns = zip(*(forward(s, m, length_GS) for m in range(len(models))))
+        logits, owns = zip(*(forward(s, m, length_GS, most) for m in range(len(models))))
         own_sampling = at(of_slot(temperature_PC.reshape(groups, queue)) if each else None)
         uniform_GS2 = jax.vmap(lambda of_QT2, item_S, t_S: of_QT2[item_S, t_S])(uniform_GQT2, s.item_GS, s.t_GS)
         token_GS = draw.pick(mixed(logits, beside), uniform_GS2, own_sampling)
@@ -248,8 +248,8 @@ def decode(
     real_GQ = length_GQ > 0
     tokens_GQT = jnp.full((groups, queue, t_max), -1, jnp.int32).at[:, :, 0].set(jnp.where(real_GQ, first_GQ, -1))
     finished_GQ = _ends(first_GQ, sampling.eos_ids) | ~real_GQ
-    lengths = stages(t_max) if apart else [t_max]
-    empty = turn((jnp.zeros((layers, groups, width, heads, lengths[0], h), dtype),) * 2)
+    lengths = stages(t_max, 4 if apart else 2) if shared else [t_max]
+    empty = turn((jnp.zeros((layers, groups, width, heads, lengths[0] if apart else t_max, h), dtype),) * 2)
     item_GS = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32)[None], (groups, width))
     state = _Slots(
         steps=jnp.int32(0),
@@ -264,15 +264,18 @@ def decode(
     )
     unfinished = lambda s: jnp.any(~s.done_GS) | jnp.any(s.head_G < queue)
 
-    def while_shorter(s: _Slots, length: int) -> _Slots:
-        longer = tuple([_longer(cache, turned, length) for cache in own] for own in s.owns)
-        s = dataclasses.replace(s, owns=longer)
-        return jax.lax.while_loop(lambda s: unfinished(s) & (s.steps < length), step, s)
+    def while_shorter(s: _Slots, stage: tuple[int, int]) -> _Slots:
+        before, length = stage
+        if apart:
+            longer = tuple([_longer(cache, turned, length) for cache in own] for own in s.owns)
+            s = dataclasses.replace(s, owns=longer)
+        within = lambda at: (at[0] < length - before) & unfinished(at[1])  # counted anew, so that its end is a constant
+        return jax.lax.while_loop(within, lambda at: (at[0] + 1, step(at[1], length)), (jnp.int32(0), s))[1]
 
-    if apart:  # and in step: the caches grow with the responses, so that no pass reads much more than there is
-        state = functools.reduce(while_shorter, lengths, state)
+    if shared:  # and in step: what is read of the caches grows with the responses
+        state = functools.reduce(while_shorter, zip([0, *lengths], lengths), state)
     else:
-        state = jax.lax.while_loop(unfinished, step, state)
+        state = jax.lax.while_loop(unfinished, functools.partial(step, most=t_max), state)
     return state.tokens_GQT.reshape(p, c, t_max), state.finished_GQ.reshape(p, c)
 
 
@@ -283,6 +286,7 @@ def _by_copy(
     prompts: tuple[jax.Array, jax.Array],
     own: tuple[jax.Array, jax.Array],
     candidates: int,
+    most: int,
     shared: bool,
     turned: tuple[bool, bool],
     mesh: Mesh,
@@ -292,20 +296,20 @@ def _by_copy(
     Args:
         prompts: caches [layers, G, prompts of a group, ...]; own: of the slots; or lists of each layer's. Then the
             newest key and value are written before the cache is read: the other way round XLA copies it for the write,
-            since nothing orders that behind the read. shared: a group's slots have the same prompt; else each slot's
-            prompt is copied beside its own tokens, layer by layer.
+            since nothing orders that behind the read. most: tokens of the own caches that are read. shared: a group's
+            slots have the same prompt; else each slot's prompt is copied beside its own tokens, layer by layer.
     """
     apart = isinstance(own, list)
     groups, width = s.t_GS.shape
-    values = (prompts[0][1], own[0][1]) if apart else (prompts[1], own[1])
-    j_max, t_max = (a.shape[_time(a, turned[1])] for a in values)
+    values = prompts[0][1] if apart else prompts[1]
+    j_max = values.shape[_time(values, turned[1])]
     # Slots as attend_decode takes them: candidates of one prompt side by side, or each on its own.
     rows = (groups, width) if shared else (groups * width, 1)
     position, length, t = (a.reshape(rows) for a in (length_GS + s.t_GS - 1, length_GS, s.t_GS))
     prompt_mask = jnp.arange(j_max)[None, None] < length[..., None]
-    own_mask = jnp.arange(t_max)[None, None] < t[..., None] - (0 if apart else 1)
+    own_mask = jnp.arange(most)[None, None] < t[..., None] - (0 if apart else 1)
     prompt_position = jnp.broadcast_to(jnp.arange(j_max)[None], (rows[0], j_max))
-    own_position = length[:, :1] + jnp.arange(t_max)[None]
+    own_position = length[:, :1] + jnp.arange(most)[None]
     as_rows = lambda a: a.reshape(*rows, *a.shape[2:])
 
     def prompt_of(cache: jax.Array) -> jax.Array:
@@ -315,6 +319,8 @@ def _by_copy(
         prompt, emitted = cache
         if apart:
             emitted = _stored(emitted, (k, v), s.steps, turned, mesh)
+        else:  # a layer's number: of its caches no more is cut out of the stack than is read
+            emitted = tuple(_cut(a, emitted, _time(a, its), most) for a, its in zip(own, turned))
         out = attention.attend_decode(
             as_rows(q),
             None if apart else (as_rows(k), as_rows(v)),
@@ -328,7 +334,14 @@ def _by_copy(
         )
         return out.reshape(q.shape), emitted if apart else (k, v)
 
-    return attend, list(zip(prompts, own)) if apart else (prompts, own)
+    return attend, list(zip(prompts, own)) if apart else (prompts, jnp.arange(arch.layers))
+
+
+def _cut(stack: jax.Array, layer: jax.Array, axis: int, most: int) -> jax.Array:
+    """Of the stacked caches those of a layer, and of its tokens (`axis` of the stack) so many."""
+    sizes = [1, *stack.shape[1:]]
+    sizes[axis] = most
+    return jax.lax.dynamic_slice(stack, (layer, *[0] * (stack.ndim - 1)), sizes)[0]
 
 
 def _in_place(
@@ -408,10 +421,10 @@ def _stored(own: tuple, new: tuple, place: jax.Array, turned: tuple[bool, bool],
     return jax.shard_map(here, mesh=mesh, in_specs=specs, out_specs=caches, check_vma=False)(own, new, place)
 
 
-def stages(most: int) -> list[int]:
-    """Tokens that the caches of slots hold one after the other where all go in step: up to four lengths, each a
-    loop of its own."""
-    step = 32 * -(-most // 128)
+def stages(most: int, parts: int) -> list[int]:
+    """Tokens of the slots' own caches that are read one after the other where all go in step: up to so many lengths,
+    each a loop of its own, which is compiled."""
+    step = 32 * -(-most // (32 * parts))
     return [*range(max(step, 64), most, step), most]
 
 

@@ -139,7 +139,7 @@ def test_one_decoding_step_is_attention_over_all_blocks_laid_side_by_side(dtype,
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
-KERNELS = ("splash", "tree", "loops")
+KERNELS = ("splash", "tree", "loops", "triton")
 
 
 @pytest.fixture
@@ -203,7 +203,8 @@ def test_kernels_are_the_dense_form_forward_and_backward(small_blocks, one_devic
 @pytest.mark.parametrize(
     "name, heads, kv_heads, tensor",
     [
-        *((name, *heads) for name in KERNELS for heads in ((4, 2, 2), (4, 2, 4), (3, 1, 2))),
+        *((name, *heads) for name in ("splash", "tree", "loops") for heads in ((4, 2, 2), (4, 2, 4), (3, 1, 2))),
+        ("triton", 4, 2, 4),
         ("tree", 12, 6, 4),
         ("tree", 12, 2, 4),
     ],
@@ -219,7 +220,7 @@ def test_kernels_with_split_rows_and_heads(small_blocks, one_device, name, heads
         np.testing.assert_allclose(a, b, atol=5e-6 * np.abs(b).max())  # measured: 1.1e-6 at most
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", ["splash", "tree", "loops"])  # triton: test_triton_kernel.py
 def test_kernels_skip_blocks_that_no_query_of_a_block_sees(small_blocks, one_device, name):
     """A NaN anywhere in a block that is computed spreads over the block's queries, masked or not."""
     tree = np.repeat([1, 2, 3], 128)[None]  # three trees of a block each
@@ -245,7 +246,7 @@ def test_tree_with_a_block_beyond_the_rows_end_and_more_heads_than_a_step_serves
         np.testing.assert_allclose(a, b, atol=5e-6 * np.abs(b).max())  # measured: 1.1e-6 at most
 
 
-@pytest.mark.parametrize("name", ["tree", "loops"])
+@pytest.mark.parametrize("name", ["tree", "loops", "triton"])
 def test_bfloat16_is_as_near_to_float32_as_in_the_dense_form(small_blocks, one_device, name):
     rows = long_rows()
     qkv, d_out = drawn(rows, 4, 2, 64, jnp.bfloat16)
@@ -282,7 +283,8 @@ def test_the_backend_is_chosen_by_the_devices_of_the_mesh_and_the_length_of_rows
     assert attention.backend("auto", one_device, 64) == attention.backend("auto", one_device, 300) == "xla"
     assert attention.backend("auto", Devices, 256) == "tree" and attention.backend("auto", Devices, 200) == "xla"
     assert attention.backend("xla", Devices, 256) == "xla" and attention.backend("splash", one_device, 128) == "splash"
-    for name in KERNELS:
+    assert attention.backend("triton", Devices, 203) == "triton"
+    for name in set(KERNELS) - {"triton"}:
         multiple = 64 if name == "loops" else 128
         told = (
             rf"{name}, which takes rows of a multiple of {multiple} tokens, but these have 200\. Set optimizer\.row_tok"

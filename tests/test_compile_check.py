@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sera_jax import config as configs
-from sera_jax import hf, model, preference, programs, reward_model, sample, score, train, tree_kernel
+from sera_jax import hf, model, preference, programs, reward_model, sample, score, train, tree_kernel, triton_kernel
 from sera_jax import mesh as meshes
 from sera_jax import rows as rowlib
 from sera_jax.compile_check import advice, bounds, cases, chips, door, flops, hlo, memory
@@ -107,6 +107,21 @@ def test_the_tree_kernels_grid_ends_with_the_data_and_is_counted_to_its_end(dtyp
     for f, products in ((forward, 2), (gradients, 2 + 3 + 4)):
         got = counted(f, q, k, k, ids)
         assert got.done == products * product and got.issued == passes * got.done
+
+
+def test_the_loops_of_the_gpu_kernels_are_counted_as_if_every_earlier_key_were_seen():
+    q, k = (shape(2, heads, 1024, 64, dtype=jnp.bfloat16) for heads in (8, 2))
+    ids = shape(2, 1024, dtype=jnp.int32)
+
+    def forward(q, k, v, ids):
+        return triton_kernel.attend(q, k, v, triton_kernel.blocks(ids, ids, ids, None), scale=1.0)
+
+    def gradients(*args):
+        return jax.grad(lambda *x: forward(*x).astype(jnp.float32).sum(), argnums=(0, 1, 2))(*args)
+
+    for f, products in ((forward, 2), (gradients, 2 + 3 + 4)):
+        got = counted(f, q, k, k, ids)
+        assert got.done == got.issued == products * 2 * 2 * 8 * (1024**2 // 2) * 64
 
 
 def test_float32_products_cost_several_passes():

@@ -9,7 +9,7 @@ import sera_jax
 
 FLOORS = """
 0 records mesh processes metrics config disk calibration correlation nash tree_kernel decode_kernel
-1 tree_loops draw rope rows step toyworld
+1 tree_loops triton_kernel draw rope rows step toyworld
 2 attention model data losses policy_gradient sera explore ledger checkpoint report
 3 hf score sample
 4 rewards judge preference

@@ -48,8 +48,8 @@ def _walk(jaxpr: Any, trips: int) -> Iterator[tuple[float, int]]:
             yield _dot(eqn), _passes(eqn)
         elif name == "conv_general_dilated":
             yield _convolution(eqn), _passes(eqn)
-        elif name == "pallas_call" and eqn.params["grid_mapping"].num_dynamic_grid_bounds:
-            # A grid that ends where the data says: the kernel itself tells what it does at most.
+        elif name == "pallas_call" and _ends_with_the_data(eqn.params["grid_mapping"], inside):
+            # The kernel itself tells what it does at most.
             passes = [passes for part in inside for _, passes in _walk(part, trips)]
             yield float(eqn.params["cost_estimate"].flops), max(passes, default=1)
         elif name == "cond":
@@ -59,6 +59,12 @@ def _walk(jaxpr: Any, trips: int) -> Iterator[tuple[float, int]]:
             times = _times(eqn, trips)
             for part in inside:
                 yield from ((times * flops, passes) for flops, passes in _walk(part, trips))
+
+
+def _ends_with_the_data(grid: Any, inside: Iterable[Any]) -> bool:
+    """Does a kernel's grid, or a loop in it, turn as often as an array says?"""
+    loops = (eqn for part in inside for eqn in getattr(part, "jaxpr", part).eqns if eqn.primitive.name == "while")
+    return grid.num_dynamic_grid_bounds > 0 or any(_most_turns(eqn.params) == 0 for eqn in loops)
 
 
 def _inside(params: Mapping[str, Any]) -> Iterator[Any]:

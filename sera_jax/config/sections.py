@@ -67,8 +67,8 @@ class ModelConfig:
             input and what its attention gave, full = its input only, host = the same in the memory of the machine.
         head_chunk: response tokens of a row projected onto the vocabulary at a time.
         attention: xla = all scores of a layer at once; loops = block by block, without a kernel; tree = block by block,
-            in our kernel for TPUs; splash = in JAX's; auto = tree on TPUs, loops on CPUs, xla on
-            GPUs.
+            in our kernel for TPUs; splash = in JAX's; triton = in our kernel for GPUs; auto = tree on TPUs, loops on
+            CPUs, xla on GPUs.
     """
 
     path: str
@@ -76,7 +76,7 @@ class ModelConfig:
     compute: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "dots", "attention", "full", "host"] = "full"
     head_chunk: int = 256
-    attention: Literal["auto", "xla", "loops", "splash", "tree"] = "auto"
+    attention: Literal["auto", "xla", "loops", "splash", "tree", "triton"] = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
