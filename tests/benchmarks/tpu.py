@@ -25,6 +25,7 @@ def main() -> None:
     p.add_argument("--model", default="llama-3-8b", help="a name of configs/models and configs/paper")
     p.add_argument("--slices", nargs="*", default=SLICES)
     p.add_argument("--attention", nargs="*", default=("tree", "splash"))
+    p.add_argument("--only", nargs="*", default=(), help="some programs, in place of all")
     p.add_argument("--out")
     p.add_argument("own", nargs="*", help="further words for the config")
     a = p.parse_args()
@@ -36,7 +37,7 @@ def main() -> None:
             words += [f"--model.path={HERE / 'models' / a.model}", "--run.dir=unread", "--optimizer.microbatch_rows=1"]
             words += [f"--model.attention={attention}", *a.own]
             config = configs.parse(TrainConfig, words)
-            only = () if attention == a.attention[0] else ("update",)
+            only = tuple(a.only) if attention == a.attention[0] else ("update",)
             found = door.check(config, door.CompileCheckConfig(where, only=only, traffic="loops", search=False))
             for name, fit in found.fits.items():
                 bound = found.bounds.get(name)
