@@ -1,4 +1,4 @@
-"""Exploration where the truth is known: bandit.py OUT_DIR [--seeds N] [--again] [--tune]
+"""Exploration where the truth is known: bandit.py OUT_DIR [--seeds N] [--again] [--tune] [--confirm]
 
 A linear contextual bandit. A prompt has ACTIONS responses with features φ in R^d; their reward is ⟨θ*, φ⟩, θ* known;
 labels are Bradley-Terry's. The policy is the best one for the fitted reward at a price of η a nat from π_0, the uniform
@@ -12,7 +12,8 @@ without its budget. Seeds share θ*, prompts, noise and the first d pairs, which
 
 The gap is the theorem's: J(π*) - J(π) + η·KL(π* ‖ π), on 256 other prompts. OUT_DIR gets curves.parquet (every run) and
 dimensions.parquet (labels to ε by d), and what they say as table.md and bandit.png, which --again makes anew. --tune:
-the weight β of Γ, on seeds set aside.
+the weight β of Γ, on seeds set aside. --confirm: one figure alone, which was named before its seeds were drawn
+(confirm.parquet): how many times as many labels best_worst needs to the regret that it has at 600.
 
     python launch/bandit.py configs/results/bandit --seeds 20
 """
@@ -39,7 +40,7 @@ WORLDS = ("even", "rare")
 SWEPT = ("explore", "best_worst", "random", "unbound")
 DIMENSIONS = (4, 8, 16, 32)
 EPSILON, EPSILONS, LABELS = 0.2, (0.4, 0.2, 0.1), 600
-TUNING = range(1000, 1015)
+TUNING, CONFIRMING = range(1000, 1015), range(2000, 2040)
 KEPT = ("labels", "regret", "gap")  # of each iteration, in curves.parquet
 
 
@@ -191,13 +192,13 @@ def tune() -> None:
             print(world, weight, *(np.median([labels_to(run, e) for run in runs]) for e in (0.2, 0.1)), flush=True)
 
 
-def curves(seeds: int) -> list[dict]:
-    """Every rule in both worlds, d = 8, 8 prompts an iteration."""
+def curves(seeds: range, rules: tuple[str, ...] = RULES) -> list[dict]:
+    """Rules in both worlds, d = 8, 8 prompts an iteration."""
     return [
         {"world": world, "rule": rule, "seed": seed, **{key: one[key] for key in KEPT}}
         for world in WORLDS
-        for rule in RULES
-        for seed in range(seeds)
+        for rule in rules
+        for seed in seeds
         for one in walk(world, rule, seed, dimension=8, prompts=8, labels=LABELS, weight=WEIGHT)
     ]
 
@@ -229,6 +230,23 @@ def runs_of(c: dict[str, np.ndarray], world: str, rule: str) -> list[list[dict]]
     ]
 
 
+def late(c: dict[str, np.ndarray], world: str, rule: str) -> np.ndarray:
+    """Labels that a rule needs to the regret that best_worst has at LABELS, by seed."""
+    level_S = [run[-1]["regret"] for run in runs_of(c, world, "best_worst")]
+    runs = zip(runs_of(c, world, rule), level_S, strict=True)
+    return np.array([min(labels_to(run, level, "regret"), LABELS) for run, level in runs])
+
+
+def confirmed(curves_: list[dict]) -> dict[str, tuple[float, float, float]]:
+    """World → how many times as many of those labels best_worst needs as explore: geometric mean by seed, 95 %."""
+    c = columns(curves_)
+    logs = {world: np.log(late(c, world, "best_worst") / late(c, world, "explore")) for world in WORLDS}
+    return {
+        world: tuple(float(np.exp(x)) for x in (log_S.mean(), *interval(log_S, np.mean)))
+        for world, log_S in logs.items()
+    }
+
+
 def table(curves_: list[dict], dimensions_: list[dict]) -> str:
     """Markdown: labels to ε by rule, what best_worst needs and leaves beside it by seed; the exponents of 1/ε and d."""
     c, lines = columns(curves_), []
@@ -242,19 +260,18 @@ def table(curves_: list[dict], dimensions_: list[dict]) -> str:
             f"| rule | {' | '.join(f'ε {e:g}' for e in EPSILONS)} | exponent | labels of best_worst | late | regret |",
             "|---|" + "---|" * (len(EPSILONS) + 4),
         ]
-        needed, left, late = {}, {}, {}
-        level_S = [run[-1]["regret"] for run in runs_of(c, world, "best_worst")]
+        needed, left = {}, {}
+        later = {rule: late(c, world, rule) for rule in RULES}
         for rule in RULES:
             runs = runs_of(c, world, rule)
             needed[rule] = np.array([[min(labels_to(run, e), LABELS) for run in runs] for e in EPSILONS])
             left[rule] = np.array([run[-1]["regret"] for run in runs])
-            late[rule] = np.array([min(labels_to(run, r, "regret"), LABELS) for run, r in zip(runs, level_S)])
         for rule in RULES:
             shown = [f"{np.median(labels_S):g}" for labels_S in needed[rule]]
             slope, low, high = exponent(needed[rule], 1 / np.array(EPSILONS))
             shown.append(f"{slope:.2f} [{low:.2f}, {high:.2f}]")
             saved_S = np.log(needed["best_worst"] / needed[rule]).mean(axis=0)
-            for log_S in (saved_S, *(np.log(of["best_worst"] / of[rule]) for of in (late, left))):
+            for log_S in (saved_S, *(np.log(of["best_worst"] / of[rule]) for of in (later, left))):
                 low, high = np.exp(interval(log_S, np.mean))
                 shown.append(f"{np.exp(log_S.mean()):.2f} [{low:.2f}, {high:.2f}]")
             lines.append(f"| {rule} | {' | '.join(shown)} |")
@@ -320,10 +337,20 @@ def main(args: list[str]) -> None:
         return
     seeds = int(args[args.index("--seeds") + 1]) if "--seeds" in args else 20
     out.mkdir(parents=True, exist_ok=True)
-    curves_, dimensions_ = curves(seeds), dimensions(seeds)
-    for rows, name in ((curves_, "curves"), (dimensions_, "dimensions")):
+
+    def keep(rows: list[dict], name: str) -> None:
         made = {key: v.astype(np.float32) if v.dtype == np.float64 else v for key, v in columns(rows).items()}
         pyarrow.parquet.write_table(pyarrow.table(made), out / f"{name}.parquet", compression="zstd")
+
+    if "--confirm" in args:
+        rows = curves(CONFIRMING, ("explore", "best_worst"))
+        keep(rows, "confirm")
+        for world, (times, low, high) in confirmed(rows).items():
+            print(f"{world}: {times:.2f} [{low:.2f}, {high:.2f}] times as many labels, {len(CONFIRMING)} seeds")
+        return
+    curves_, dimensions_ = curves(range(seeds)), dimensions(seeds)
+    keep(curves_, "curves")
+    keep(dimensions_, "dimensions")
     write(curves_, dimensions_, out)
 
 
