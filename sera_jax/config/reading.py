@@ -1,6 +1,7 @@
 """YAML and flags → a checked record, and back."""
 
 import dataclasses
+import functools
 import pathlib
 import sys
 from typing import Any
@@ -35,13 +36,8 @@ def parse_beside(record: type, own: type | None, args: list[str] | None = None) 
         both records, the second None where `own` is.
     """
     args = sys.argv[1:] if args is None else args
-    records = [record] if own is None else [record, own]
-    parser = jsonargparse.ArgumentParser(exit_on_error=False, description=records[-1].__doc__)
-    parser.add_argument(
-        "--config", action="config", help="YAML file, may come several times; what comes later overrides"
-    )
-    for each in records:
-        parser.add_class_arguments(each, None)
+    records = (record,) if own is None else (record, own)
+    parser = _parser(records)
     files = [
         a.removeprefix("--config=") if a != "--config" else b
         for a, b in zip(args, [*args[1:], ""])
@@ -58,6 +54,18 @@ def parse_beside(record: type, own: type | None, args: list[str] | None = None) 
         raise ConfigError(f"{where}: {' '.join(str(error).split())}") from None
     check(made[0], where)
     return made[0], (made[1] if own is not None else None)
+
+
+@functools.cache
+def _parser(records: tuple[type, ...]) -> jsonargparse.ArgumentParser:
+    """Of the keys of these records; made once, since hundreds of keys take longer to declare than to read."""
+    parser = jsonargparse.ArgumentParser(exit_on_error=False, description=records[-1].__doc__)
+    parser.add_argument(
+        "--config", action="config", help="YAML file, may come several times; what comes later overrides"
+    )
+    for each in records:
+        parser.add_class_arguments(each, None)
+    return parser
 
 
 def dump(config: Any) -> str:
