@@ -351,21 +351,44 @@ def _inside(call: _Call, block: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.where(token < call.length, x.astype(jnp.float32), 0).astype(x.dtype)
 
 
-def _product(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
-    """Σ over these axes, float32."""
+def product(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
+    """Σ over these axes, float32; float32 inputs are multiplied as float32."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     return jax.lax.dot_general(
         a, b, (((axes[0],), (axes[1],)), ((), ())), precision=precision, preferred_element_type=jnp.float32
     )
 
 
-def _scores(call: _Call, q: jax.Array, k: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """Scores [keys, queries] in base 2, and the derivative of the cap (None = 1)."""
-    raw = _product(k, q, (1, 1))
-    if call.cap is None:
-        return jnp.where(mask, raw * (call.scale * LOG2E), HIDDEN), None
-    bent = jnp.tanh(raw * (call.scale / call.cap))
-    return jnp.where(mask, bent * (call.cap * LOG2E), HIDDEN), 1 - bent * bent
+def scores(
+    a: jax.Array, b: jax.Array, mask: jax.Array, scale: float, cap: float | None
+) -> tuple[jax.Array, jax.Array | None]:
+    """Scores of two tiles [a's tokens, b's tokens] in base 2, and the derivative of the cap (None = 1)."""
+    raw = product(a, b, (1, 1))
+    if cap is None:
+        return jnp.where(mask, raw * (scale * LOG2E), HIDDEN), None
+    bent = jnp.tanh(raw * (scale / cap))
+    return jnp.where(mask, bent * (cap * LOG2E), HIDDEN), 1 - bent * bent
+
+
+def gradients(
+    rows: tuple[jax.Array, jax.Array],
+    columns: tuple[jax.Array, jax.Array],
+    lse: jax.Array,
+    mean: jax.Array,
+    mask: jax.Array,
+    scale: float,
+    cap: float | None,
+) -> tuple[jax.Array, jax.Array]:
+    """(weights, gradient of q·kᵀ without the scale), both [rows' tokens, columns' tokens], float32.
+
+    Args:
+        rows, columns: tiles (q, d_out) and (k, v), or the other way round. lse, mean: of each query, so that they
+            broadcast.
+    """
+    raised, slope = scores(rows[0], columns[0], mask, scale, cap)
+    weights = jnp.exp2(raised - lse)
+    d_scores = weights * (product(rows[1], columns[1], (1, 1)) - mean)
+    return weights, d_scores if slope is None else d_scores * slope
 
 
 def _forward(q, k, v, blocks: Blocks, scale: float, cap: float | None, interpret: bool) -> list[jax.Array]:
@@ -395,13 +418,13 @@ def _tree_attention(
     k, v = (_inside(call, step.j, ref[...]) for ref in (k_ref, v_ref))
     for n in range(call.heads):
         one = slice(n, n + 1)
-        scores, _ = _scores(call, _inside(call, step.i, q_ref[n]), k, mask)
+        raised, _ = scores(k, _inside(call, step.i, q_ref[n]), mask, call.scale, call.cap)
         before = most_ref[one]
-        most = jnp.maximum(before, scores.max(0, keepdims=True))
-        weights, shrink = jnp.exp2(scores - most), jnp.exp2(before - most)
+        most = jnp.maximum(before, raised.max(0, keepdims=True))
+        weights, shrink = jnp.exp2(raised - most), jnp.exp2(before - most)
         most_ref[one] = most
         weight_ref[one] = shrink * weight_ref[one] + weights.sum(0, keepdims=True)
-        sum_ref[n] = shrink * sum_ref[n] + _product(v, weights.astype(v.dtype), (0, 0))
+        sum_ref[n] = shrink * sum_ref[n] + product(v, weights.astype(v.dtype), (0, 0))
 
     @pl.when(step.last)
     def _():
@@ -409,14 +432,6 @@ def _tree_attention(
             one = slice(n, n + 1)
             out_ref[n] = (sum_ref[n] / weight_ref[one]).T.astype(out_ref.dtype)
             lse_ref[one] = most_ref[one] + LOG2E * jnp.log(weight_ref[one])
-
-
-def _gradients(call: _Call, q, k, v, d_out, lse, mean, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(weights, gradient of q·kᵀ without the scale), both [keys, queries], float32."""
-    scores, slope = _scores(call, q, k, mask)
-    weights = jnp.exp2(scores - lse)
-    d_scores = weights * (_product(v, d_out, (1, 1)) - mean)
-    return weights, d_scores if slope is None else d_scores * slope
 
 
 def _backward_queries(inputs: Sequence[tuple[str, jax.Array]], call: _Call, blocks: Blocks) -> jax.Array:
@@ -445,8 +460,8 @@ def _tree_attention_dq(
     for n in range(call.heads):
         q, d_out = (_inside(call, step.i, ref[n]) for ref in (q_ref, d_out_ref))
         one = slice(n, n + 1)
-        _, d_scores = _gradients(call, q, k, v, d_out, lse_ref[one], mean_ref[one], mask)
-        sum_ref[n] += _product(k, d_scores.astype(k.dtype), (0, 0))
+        _, d_scores = gradients((k, v), (q, d_out), lse_ref[one], mean_ref[one], mask, call.scale, call.cap)
+        sum_ref[n] += product(k, d_scores.astype(k.dtype), (0, 0))
 
     @pl.when(step.last)
     def _():
@@ -483,9 +498,9 @@ def _tree_attention_dkv(
     for n in range(call.heads):
         q, d_out = (_inside(call, step.i, ref[n]) for ref in (q_ref, d_out_ref))
         one = slice(n, n + 1)
-        weights, d_scores = _gradients(call, q, k, v, d_out, lse_ref[one], mean_ref[one], mask)
-        v_sum_ref[...] += _product(weights.astype(d_out.dtype), d_out, (1, 0))
-        k_sum_ref[...] += _product(d_scores.astype(q.dtype), q, (1, 0))
+        weights, d_scores = gradients((k, v), (q, d_out), lse_ref[one], mean_ref[one], mask, call.scale, call.cap)
+        v_sum_ref[...] += product(weights.astype(d_out.dtype), d_out, (1, 0))
+        k_sum_ref[...] += product(d_scores.astype(q.dtype), q, (1, 0))
 
     @pl.when(step.last)
     def _():

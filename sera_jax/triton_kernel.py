@@ -24,7 +24,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from sera_jax import tree_kernel
 
-HIDDEN, LEAST, LOG2E = tree_kernel.HIDDEN, tree_kernel.LEAST, tree_kernel.LOG2E
+LEAST, LOG2E = tree_kernel.LEAST, tree_kernel.LOG2E
 UNIT = 32  # tokens: every tile is a multiple of it
 SMALLEST = 16  # of a matrix product's sides
 
@@ -307,23 +307,6 @@ def _mask(call: _Call, query: tuple[jax.Array, ...], key: tuple[jax.Array, ...],
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
-def _product(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
-    """Σ over these axes, float32; of float32 without TF32."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    return jax.lax.dot_general(
-        a, b, (((axes[0],), (axes[1],)), ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
-
-
-def _scores(call: _Call, a: jax.Array, b: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    """Scores of two tiles [a's tokens, b's tokens] in base 2, and the derivative of the cap (None = 1)."""
-    raw = _product(a, b, (1, 1))
-    if call.cap is None:
-        return jnp.where(mask, raw * (call.scale * LOG2E), HIDDEN), None
-    bent = jnp.tanh(raw * (call.scale / call.cap))
-    return jnp.where(mask, bent * (call.cap * LOG2E), HIDDEN), 1 - bent * bent
-
-
 def _triton_attention(
     call: _Call, tile: Tile, q_ref, k_ref, v_ref, ids_ref, window_ref, order_ref, count_ref, out_ref, lse_ref
 ) -> None:
@@ -335,10 +318,11 @@ def _triton_attention(
         top, total, out = so_far
         j = order_ref[i, t]
         k, v = (_load(call, ref, j, tile.keys) for ref in (k_ref, v_ref))
-        scores, _ = _scores(call, q, k, _mask(call, query, _tokens(ids_ref, j, tile.keys, 0), window_ref))
-        higher = jnp.maximum(top, scores.max(1))
-        weights, shrink = jnp.exp2(scores - higher[:, None]), jnp.exp2(top - higher)
-        more = _product(weights.astype(v.dtype), v, (1, 0))
+        mask = _mask(call, query, _tokens(ids_ref, j, tile.keys, 0), window_ref)
+        raised, _ = tree_kernel.scores(q, k, mask, call.scale, call.cap)
+        higher = jnp.maximum(top, raised.max(1))
+        weights, shrink = jnp.exp2(raised - higher[:, None]), jnp.exp2(top - higher)
+        more = tree_kernel.product(weights.astype(v.dtype), v, (1, 0))
         return higher, total * shrink + weights.sum(1), out * shrink[:, None] + more
 
     zeros = jnp.zeros((tile.queries, call.wide), jnp.float32)
@@ -346,15 +330,6 @@ def _triton_attention(
     top, total, out = jax.lax.fori_loop(0, count_ref[i], turn, start)
     _store(call, out_ref, i, out / total[:, None], head)
     _store(call, lse_ref, i, top + LOG2E * jnp.log(total), head)
-
-
-def _gradients(call: _Call, rows: tuple, columns: tuple, lse, mean, mask) -> tuple[jax.Array, jax.Array]:
-    """(weights, gradient of q·kᵀ without the scale), float32, of tiles (q, d_out) and (k, v) or the other way round;
-    lse and mean broadcast."""
-    scores, slope = _scores(call, rows[0], columns[0], mask)
-    weights = jnp.exp2(scores - lse)
-    d_scores = weights * (_product(rows[1], columns[1], (1, 1)) - mean)
-    return weights, d_scores if slope is None else d_scores * slope
 
 
 def _triton_attention_dq(
@@ -371,8 +346,8 @@ def _triton_attention_dq(
         j = order_ref[i, t]
         mask = _mask(call, query, _tokens(ids_ref, j, tile.keys, 0), window_ref)
         k, v = (_load(call, ref, j, tile.keys) for ref in (k_ref, v_ref))
-        _, d_scores = _gradients(call, mine, (k, v), lse, mean, mask)
-        return dq + _product(d_scores.astype(k.dtype), k, (1, 0))
+        _, d_scores = tree_kernel.gradients(mine, (k, v), lse, mean, mask, call.scale, call.cap)
+        return dq + tree_kernel.product(d_scores.astype(k.dtype), k, (1, 0))
 
     dq = jax.lax.fori_loop(0, count_ref[i], turn, jnp.zeros((tile.queries, call.wide), jnp.float32))
     _store(call, dq_ref, i, dq * call.scale, head)
@@ -393,9 +368,9 @@ def _triton_attention_dkv(
         mask = _mask(call, _tokens(ids_ref, i, tile.queries, 0), key, window_ref)
         q, d_out = (_load(call, ref, i, tile.queries, head) for ref in (q_ref, d_out_ref))
         lse, mean = (_load(call, ref, i, tile.queries, head, columns=False)[None] for ref in (lse_ref, mean_ref))
-        weights, d_scores = _gradients(call, mine, (q, d_out), lse, mean, mask)
-        dv += _product(weights.astype(d_out.dtype), d_out, (1, 0))
-        return dk + _product(d_scores.astype(q.dtype), q, (1, 0)), dv
+        weights, d_scores = tree_kernel.gradients(mine, (q, d_out), lse, mean, mask, call.scale, call.cap)
+        dv += tree_kernel.product(weights.astype(d_out.dtype), d_out, (1, 0))
+        return dk + tree_kernel.product(d_scores.astype(q.dtype), q, (1, 0)), dv
 
     zeros = jnp.zeros((tile.keys, call.wide), jnp.float32)
     dk, dv = jax.lax.fori_loop(0, count_ref[j] * call.group, turn, (zeros, zeros))

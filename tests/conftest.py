@@ -2,10 +2,13 @@
 
 import contextlib
 import gc
+import importlib.util
 import os
 import pathlib
 import resource
 import tempfile
+import types
+from collections.abc import Callable
 
 # Eight devices on two cores can keep a collective waiting for longer than XLA's default patience.
 os.environ["XLA_FLAGS"] = " ".join(
@@ -238,3 +241,17 @@ def tiny_config(tiny, tmp_path, monkeypatch):
         return configs.parse(configs.TrainConfig, [*base, *flags])
 
     return make
+
+
+@pytest.fixture(scope="session")
+def script() -> Callable[[str], types.ModuleType]:
+    """Path from the root of the repository → a script that is no part of the package (launch/, tests/benchmarks/) as a
+    module."""
+
+    def loaded(path: str) -> types.ModuleType:
+        spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, pathlib.Path(__file__).parents[1] / path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return loaded

@@ -1,6 +1,5 @@
 """The linear bandit of launch/bandit.py: its closed forms, its fit, what its rules find, and the table in RESULTS."""
 
-import importlib.util
 import pathlib
 
 import numpy as np
@@ -11,11 +10,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
-def bandit():
-    spec = importlib.util.spec_from_file_location("bandit", ROOT / "launch" / "bandit.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def bandit(script):
+    return script("launch/bandit.py")
 
 
 def test_the_gap_is_a_divergence_both_ways(bandit):

@@ -1,6 +1,5 @@
 """tests/benchmarks/preferences.py: circles and agreement on tiny files whose counts are known by hand."""
 
-import importlib.util
 import json
 import pathlib
 
@@ -9,12 +8,8 @@ import pytest
 
 
 @pytest.fixture(scope="module")
-def benchmark():
-    path = pathlib.Path(__file__).parent / "benchmarks" / "preferences.py"
-    spec = importlib.util.spec_from_file_location("benchmark_preferences", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def benchmark(script):
+    return script("tests/benchmarks/preferences.py")
 
 
 # Prompt → what was said of its responses; "=" is a tie.

@@ -2,9 +2,7 @@
 the table's own losses on a policy of three numbers, with exact expectations."""
 
 import functools
-import importlib.util
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -262,12 +260,8 @@ def test_dpo_on_bradley_terry_rewards_does_not():
 
 
 @pytest.fixture(scope="module")
-def driver():
-    path = pathlib.Path(__file__).parents[1] / "launch" / "nash.py"
-    spec = importlib.util.spec_from_file_location("launch_nash", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def driver(script):
+    return script("launch/nash.py")
 
 
 def test_the_game_of_words_is_this_one(driver, tmp_path):

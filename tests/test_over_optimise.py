@@ -1,6 +1,5 @@
 """launch/over_optimise.py: what it reads from a run folder, its picture, its means, and the table in RESULTS."""
 
-import importlib.util
 import json
 import pathlib
 import re
@@ -29,11 +28,8 @@ LOGP = {0: (-2.0, -3.0), 1: (-1.0, -2.5), 2: (-0.5, -1.0)}
 
 
 @pytest.fixture(scope="module")
-def driver():
-    spec = importlib.util.spec_from_file_location("over_optimise", ROOT / "launch" / "over_optimise.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def driver(script):
+    return script("launch/over_optimise.py")
 
 
 def gold(t: int) -> list[float]:

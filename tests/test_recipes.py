@@ -4,7 +4,6 @@ looked at. Sizes are the tiny world's; what makes the method is the file's own.
 
 import contextlib
 import functools
-import importlib.util
 import json
 import pathlib
 import re
@@ -478,14 +477,11 @@ def test_preference_online_trains_on_the_most_certain_pair(run, tiny, preferring
 
 
 @pytest.fixture
-def judging():
+def judging(script):
     """launch/judge_server.py on a free port; its address, and what it sees in a response."""
     pytest.importorskip("openai")
-    file = ROOT / "launch" / "judge_server.py"
-    spec = importlib.util.spec_from_file_location("judge_server", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    command = [sys.executable, str(file), "--port", "0", "--noise", "1", "--temperature", "0.5"]
+    module = script("launch/judge_server.py")
+    command = [sys.executable, module.__file__, "--port", "0", "--noise", "1", "--temperature", "0.5"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         yield process.stdout.readline().split()[-1], lambda prompt, text: module.seen(prompt, text, 1.0)
         process.terminate()

@@ -183,52 +183,31 @@ def test_ld_dpo_and_wpo(models, one_device, tmp_path):
     same(got, want)
 
 
-def test_kto(models, one_device, tmp_path):
-    """Two desirable and two undesirable responses; TRL's mismatches are our second branches."""
-    trainer = trainer_of(models, loss_type="kto", calculate_KL=True, desirable_weight=1.5, undesirable_weight=0.7)
-    trainer._compute_kl_logps = types.MethodType(kto_trainer.KTOTrainer._compute_kl_logps, trainer)
-    label = torch.tensor([tree.label > 0 for tree in TREES])
-    inputs = padded(TREES, 0) | padded(TREES, 1, "KL_") | {"label": label}
-    loss = kto_trainer.KTOTrainer._compute_loss(trainer, models[0], inputs, False)
-    want = their_gradient(models, loss)
-    their_metrics = {name: values[0] for name, values in trainer._metrics["train"].items()}
-    assert their_metrics["kl"] > 0.1
-
-    _, _, arch, _, reference, _ = models
-    keys = {"beta": BETA, "desirable_weight": 1.5, "undesirable_weight": 0.7}
-    reference_F = logps(reference, arch, one_device, TREES)
-    metrics, got = update(models, one_device, tmp_path, reference_F, losses.LOSSES["kto"], keys)
-    np.testing.assert_allclose(metrics["loss"], loss.item(), rtol=1e-5)
-    compared = set(metrics) & set(their_metrics)
-    assert compared == {"kl", "rewards/margins"} | {
-        f"{kind}/{side}" for kind in ("rewards", "logps") for side in ("chosen", "rejected")
-    }
-    for name in compared:
-        np.testing.assert_allclose(metrics[name], their_metrics[name], rtol=1e-5, atol=1e-6, err_msg=name)
-    same(got, want)
-
-
-def test_apo_zero_unpaired(models, one_device, tmp_path):
-    """TRL computes no KL for it; our second branches are not read, whatever they are."""
+@pytest.mark.parametrize("name", ["kto", "apo_zero_unpaired"])
+def test_labelled_single_responses(models, one_device, tmp_path, name):
+    """Two desirable and two undesirable responses. TRL's mismatches are our second branches; of `apo_zero_unpaired` TRL
+    computes no KL, and ours are not read, whatever they are."""
+    loss = losses.LOSSES[name]
     trainer = trainer_of(
-        models, loss_type="apo_zero_unpaired", calculate_KL=False, desirable_weight=1.5, undesirable_weight=0.7
+        models, loss_type=name, calculate_KL=loss.mismatch, desirable_weight=1.5, undesirable_weight=0.7
     )
     trainer._compute_kl_logps = types.MethodType(kto_trainer.KTOTrainer._compute_kl_logps, trainer)
     label = torch.tensor([tree.label > 0 for tree in TREES])
-    loss = kto_trainer.KTOTrainer._compute_loss(trainer, models[0], padded(TREES, 0) | {"label": label}, False)
-    want = their_gradient(models, loss)
+    inputs = padded(TREES, 0) | (padded(TREES, 1, "KL_") if loss.mismatch else {}) | {"label": label}
+    theirs = kto_trainer.KTOTrainer._compute_loss(trainer, models[0], inputs, False)
+    want = their_gradient(models, theirs)
     their_metrics = {name: values[0] for name, values in trainer._metrics["train"].items()}
-    assert their_metrics["kl"] == 0
+    assert their_metrics["kl"] > 0.1 if loss.mismatch else their_metrics["kl"] == 0
 
     _, _, arch, _, reference, _ = models
     keys = {"beta": BETA, "desirable_weight": 1.5, "undesirable_weight": 0.7}
     reference_F = logps(reference, arch, one_device, TREES)
-    metrics, got = update(models, one_device, tmp_path, reference_F, losses.LOSSES["apo_zero_unpaired"], keys)
-    np.testing.assert_allclose(metrics["loss"], loss.item(), rtol=1e-5)
+    metrics, got = update(models, one_device, tmp_path, reference_F, loss, keys)
+    np.testing.assert_allclose(metrics["loss"], theirs.item(), rtol=1e-5)
     compared = set(metrics) & set(their_metrics)
-    assert compared == {"rewards/margins"} | {
+    assert compared == {"rewards/margins"} | ({"kl"} if loss.mismatch else set()) | {
         f"{kind}/{side}" for kind in ("rewards", "logps") for side in ("chosen", "rejected")
     }
-    for name in compared:
-        np.testing.assert_allclose(metrics[name], their_metrics[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    for measure in compared:
+        np.testing.assert_allclose(metrics[measure], their_metrics[measure], rtol=1e-5, atol=1e-6, err_msg=measure)
     same(got, want)
